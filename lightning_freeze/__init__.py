@@ -1,0 +1,1 @@
+"""Say which parameters train when; everything else in PyTorch Lightning follows exactly."""

@@ -1,0 +1,232 @@
+"""BatchNorm whose running statistics stay.
+
+A frozen layer runs in eval mode and stays there when ``train()`` is called on it or on a module above it. ``momentum``
+and ``track_running_stats`` are left alone: they show in checkpoints, and changing them also changes the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from lightning_freeze.selectors import Selector, select_layers
+
+_BY_HAND = "freeze_batchnorm"
+
+
+def has_running_statistics(module: nn.Module) -> bool:
+    """Whether a layer keeps running statistics: any BatchNorm, also SyncBatchNorm, timm's, or InstanceNorm.
+
+    Example:
+        >>> has_running_statistics(nn.BatchNorm2d(3)), has_running_statistics(nn.LayerNorm(3))
+        (True, False)
+    """
+    return isinstance(getattr(module, "running_mean", None), Tensor)
+
+
+@dataclass
+class StayInEval:
+    """Stands in for ``module.train``: keeps that one module in eval mode, whoever asks for training mode.
+
+    It refers to the module it sits on, so the module still pickles and deep-copies.
+
+    Args:
+        module: The module that is held.
+        wants_training: Whether the module would be in training mode were it not held.
+        holders: Who holds it; for a holder that freezes the affine parameters too, the names of those it found
+            trainable, else None.
+    """
+
+    module: nn.Module
+    wants_training: bool
+    holders: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
+
+    def __call__(self, mode: bool = True) -> nn.Module:
+        """Pass the mode on to the children and stay in eval mode."""
+        self.wants_training = self.wants_training or mode
+        for child in self.module.children():
+            child.train(mode)
+        self.module.training = False
+        return self.module
+
+
+def hold_eval(modules: Iterable[nn.Module], holder: str) -> None:
+    """Put each module, without its children, in eval mode until every holder has released it."""
+    for module in modules:
+        _hold(module, holder)
+
+
+def release_eval(module: nn.Module, holder: str, *, keep: Container[nn.Module] = ()) -> None:
+    """Give back to ``train()`` what ``holder`` holds at or below ``module``, except what is in ``keep``.
+
+    A module that nobody holds any longer is in training mode again if ``module`` is and it would have been.
+    """
+    for child in module.modules():
+        if child not in keep:
+            _let_go(child, holder, root=module)
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether a module is kept in eval mode."""
+    return _held(module) is not None
+
+
+def held_affine(module: nn.Module) -> set[int]:
+    """Give the identities of the affine parameters that stay frozen because their layer is."""
+    return {
+        id(parameter)
+        for child in module.modules()
+        if (stay := _held(child)) is not None and any(names is not None for names in stay.holders.values())
+        for parameter in child.parameters(recurse=False)
+    }
+
+
+def freeze_batchnorm(module: nn.Module, select: Selector = "*", *, train_affine: bool = False) -> dict[str, nn.Module]:
+    """Freeze BatchNorm layers: their running statistics never move, whatever calls ``train()``.
+
+    Args:
+        module: Any module; layers are found at any depth, also subclasses (SyncBatchNorm, timm's).
+        select: Which layers, see :data:`Selector`; a layer counts when one of its parameters or buffers is selected.
+        train_affine: Leave the affine parameters (``weight`` and ``bias``) trainable.
+
+    Returns:
+        Name to layer, for the layers that were not frozen in this way before.
+
+    Raises:
+        ValueError: If ``select`` matches nothing, or no layer with running statistics.
+
+    Example:
+        >>> net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        >>> list(freeze_batchnorm(net))
+        ['1']
+        >>> net.train()[1].training, net[1].weight.requires_grad
+        (False, False)
+        >>> _ = unfreeze_batchnorm(net)
+        >>> net[1].training, net[1].weight.requires_grad
+        (True, True)
+    """
+    return hold_batchnorm(module, select, holder=_BY_HAND, train_affine=train_affine)
+
+
+def unfreeze_batchnorm(module: nn.Module, select: Selector = "*") -> dict[str, nn.Module]:
+    """Undo :func:`freeze_batchnorm`: running statistics move again, affine flags are as they were before.
+
+    Args:
+        module: Any module.
+        select: Which layers, see :data:`Selector`.
+
+    Returns:
+        Name to layer, for the layers that were frozen by :func:`freeze_batchnorm`.
+
+    Raises:
+        ValueError: If ``select`` matches nothing, or no layer with running statistics.
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(4))
+        >>> _ = freeze_batchnorm(net)
+        >>> list(unfreeze_batchnorm(net)), list(unfreeze_batchnorm(net))
+        (['0'], [])
+    """
+    return release_batchnorm(module, select, holder=_BY_HAND)
+
+
+def hold_batchnorm(
+    module: nn.Module, select: Selector, *, holder: str, train_affine: bool, given: str = "select={}"
+) -> dict[str, nn.Module]:
+    """Like :func:`freeze_batchnorm`, under a holder's name, so that several can freeze one layer."""
+    changed = {}
+    for name, layer in _batchnorm_layers(module, select, given).items():
+        if (before := _held(layer)) is not None and holder in before.holders:
+            continue
+        stay = _hold(layer, holder)
+        if not train_affine:
+            own = dict(layer.named_parameters(recurse=False))
+            stay.holders[holder] = tuple(name for name, parameter in own.items() if parameter.requires_grad)
+            for parameter in own.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        changed[name] = layer
+    return changed
+
+
+def release_batchnorm(
+    module: nn.Module, select: Selector, *, holder: str, given: str = "select={}"
+) -> dict[str, nn.Module]:
+    """Undo :func:`hold_batchnorm` for one holder."""
+    layers = _batchnorm_layers(module, select, given)
+    return {name: layer for name, layer in layers.items() if _let_go(layer, holder, root=module)}
+
+
+def _batchnorm_layers(module: nn.Module, select: Selector, given: str) -> dict[str, nn.Module]:
+    layers = select_layers(module, select, has_running_statistics, given=given)
+    if not layers and select != "*":
+        shown = given.format(repr(select))
+        raise ValueError(f"{shown} matches no layer with running statistics (BatchNorm and its kin).")
+    return layers
+
+
+def _held(module: nn.Module) -> StayInEval | None:
+    stay = module.__dict__.get("train")
+    return stay if isinstance(stay, StayInEval) else None
+
+
+def _hold(module: nn.Module, holder: str) -> StayInEval:
+    stay = _held(module)
+    if stay is None:
+        stay = StayInEval(module, module.training)
+        module.__dict__["train"] = stay
+    stay.holders.setdefault(holder, None)
+    module.training = False
+    return stay
+
+
+def _let_go(module: nn.Module, holder: str, *, root: nn.Module) -> bool:
+    """Release one module from one holder; give whether it was held by it."""
+    stay = _held(module)
+    if stay is None or holder not in stay.holders:
+        return False
+    found_trainable = stay.holders.pop(holder) or ()
+    if not stay.holders:
+        del module.__dict__["train"]
+        module.training = stay.wants_training and (module is root or root.training)
+    heir = next((other for other, names in stay.holders.items() if names is not None), None)
+    if heir is not None:  # still frozen: whoever releases it last makes it trainable again
+        stay.holders[heir] = tuple({*(stay.holders[heir] or ()), *found_trainable})
+        return True
+    for name in found_trainable:
+        if (parameter := module._parameters[name]) is not None:
+            parameter.requires_grad_(True)
+    return True
+
+
+def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
+    """Give the modules that have parameters of which none trains, and everything below them.
+
+    Args:
+        module: The module to look in.
+        trains: The ``id`` of every parameter that trains.
+
+    Returns:
+        Each module once. A module without parameters counts when one above it is wholly frozen.
+    """
+    found: dict[nn.Module, None] = {}
+
+    def visit(child: nn.Module, inside: bool) -> tuple[bool, bool]:
+        """Give whether there are parameters at or below, and whether one of them trains."""
+        own = list(child.parameters(recurse=False))
+        below = [visit(grandchild, inside) for grandchild in child.children()]
+        has = bool(own) or any(has for has, _ in below)
+        active = any(id(parameter) in trains for parameter in own) or any(active for _, active in below)
+        if has and not active:
+            found.update(dict.fromkeys(child.modules()))
+        return has, active
+
+    visit(module, False)
+    return list(found)
+
+
+def frozen_running_statistics(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
+    """Give the layers with running statistics among the wholly frozen modules."""
+    return [layer for layer in wholly_frozen(module, trains) if has_running_statistics(layer)]
