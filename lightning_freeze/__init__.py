@@ -1,1 +1,31 @@
 """Say which parameters train when; everything else in PyTorch Lightning follows exactly."""
+
+from lightning_freeze.arrays import to_numpy
+from lightning_freeze.batchnorm import freeze_batchnorm, unfreeze_batchnorm
+from lightning_freeze.callbacks.freeze_batchnorm import FreezeBatchNorm
+from lightning_freeze.callbacks.freeze_schedule import FreezeSchedule
+from lightning_freeze.gradients import freeze, frozen, trainable_summary, unfreeze
+from lightning_freeze.optimizers import parameter_groups
+from lightning_freeze.phases import Phase, Plateau
+from lightning_freeze.presets import chain_thaw, gradual_unfreezing, layerwise_sampling, linear_probe_then_finetune
+from lightning_freeze.selectors import select_parameters
+
+__all__ = [
+    "FreezeBatchNorm",
+    "FreezeSchedule",
+    "Phase",
+    "Plateau",
+    "chain_thaw",
+    "freeze",
+    "freeze_batchnorm",
+    "frozen",
+    "gradual_unfreezing",
+    "layerwise_sampling",
+    "linear_probe_then_finetune",
+    "parameter_groups",
+    "select_parameters",
+    "to_numpy",
+    "trainable_summary",
+    "unfreeze",
+    "unfreeze_batchnorm",
+]

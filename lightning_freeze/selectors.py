@@ -113,6 +113,20 @@ def select_layers(
     return layers
 
 
+def selector_text(select: Selector) -> str:
+    """Give a selector as text, the same in every run.
+
+    Example:
+        >>> selector_text(["head", "!head.bias"])
+        'head, !head.bias'
+    """
+    if isinstance(select, str):
+        return select
+    if callable(select):
+        return str(getattr(select, "__qualname__", type(select).__qualname__))
+    return ", ".join(selector_text(one) for one in select)
+
+
 @dataclass(frozen=True)
 class _Entry:
     """One tensor with all the names it has; the first one is the one it is called by."""

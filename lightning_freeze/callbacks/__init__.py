@@ -1,0 +1,1 @@
+"""Callbacks: each decides when; what is done then stands in the modules above."""

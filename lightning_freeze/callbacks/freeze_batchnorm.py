@@ -1,0 +1,78 @@
+"""BatchNorm that stays frozen during a fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from lightning_freeze.batchnorm import hold_batchnorm, release_batchnorm
+from lightning_freeze.selectors import Selector
+from lightning_freeze.strategies import follow_trainable_set
+
+
+class FreezeBatchNorm(Callback):
+    """Keep BatchNorm layers frozen during ``fit``: their running statistics never move.
+
+    Works beside a :class:`FreezeSchedule`, in any order: what is frozen here stays frozen in every phase. After the
+    fit, modes and flags are as they were.
+
+    Args:
+        select: Which layers, see :func:`select_parameters`: 1d, 2d, 3d, SyncBatchNorm, and subclasses such as timm's.
+        train_affine: Leave the affine parameters (``weight`` and ``bias``) trainable.
+
+    Raises:
+        ValueError: At fit start, if ``select`` matches nothing, or no layer with running statistics.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[FreezeBatchNorm("backbone")], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(self, select: Selector = "*", *, train_affine: bool = False) -> None:
+        self.select = select
+        self.train_affine = train_affine
+        self._layers: dict[str, nn.Module] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Several of these in one Trainer are told apart by what they select."""
+        return self._generate_state_key(select=str(self.select), train_affine=self.train_affine)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze the layers before the first batch."""
+        modes = {layer: layer.training for layer in pl_module.modules()}
+        self._layers = hold_batchnorm(
+            pl_module,
+            self.select,
+            holder=self.state_key,
+            train_affine=self.train_affine,
+            given="FreezeBatchNorm({})",
+        )
+        # Lightning warns of modules in eval mode between here and on_train_start, where it no longer does.
+        for layer in self._layers.values():
+            layer.training = modes[layer]
+        if self._layers and not self.train_affine:
+            follow_trainable_set(trainer.strategy)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the layers in eval mode."""
+        for layer in self._layers.values():
+            layer.training = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the layers back."""
+        self._release(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the layers back."""
+        self._release(pl_module)
+
+    def _release(self, pl_module: LightningModule) -> None:
+        if self._layers:
+            release_batchnorm(pl_module, self.select, holder=self.state_key)
+            self._layers = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_layers": {}}

@@ -1,0 +1,484 @@
+"""Scheduled freezing and unfreezing."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, get_args
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.core.optimizer import _MockOptimizer
+from torch import nn
+
+from lightning_freeze.batchnorm import has_running_statistics, held_affine, hold_eval, is_held, release_eval
+from lightning_freeze.gradients import percent, set_trainable
+from lightning_freeze.logs import get_logger
+from lightning_freeze.optimizers import HomeGroups, OptimizerState, check_optimizer, homeless
+from lightning_freeze.phases import Phase, PlateauWatch, as_phases, describe, walk
+from lightning_freeze.plan import FrozenMode, held_modules, phase_scales, phase_trains
+from lightning_freeze.preview import plot_schedule, preview_table
+from lightning_freeze.schedulers import own_state
+from lightning_freeze.selectors import named_unique_parameters
+from lightning_freeze.strategies import check_strategy, follow_trainable_set
+from lightning_freeze.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_log = get_logger(__name__)
+_HOLDER = "FreezeSchedule"
+
+
+class FreezeSchedule(Callback):
+    """Say which parameters train when; everything that has to follow follows.
+
+    Before the first batch, and whenever a phase ends, the flags of all parameters, the mode of frozen BatchNorm layers,
+    the optimizer's groups with the learning rates in them, and the DDP wrapper are brought in line with the phase. The
+    phase changes at an epoch's start or between optimizer steps, never inside an accumulation window. The last phase
+    holds until the fit ends. After the fit, also after one that was interrupted, everything is given back as it was;
+    what was learned stays.
+
+    Args:
+        phases: The schedule: :class:`Phase` objects, or dicts of their arguments, as YAML gives them.
+        frozen_mode: How wholly frozen modules run: ``"batchnorm"`` puts only layers with running statistics in eval
+            mode, ``"eval"`` the whole module (its dropout is off too), ``"train"`` leaves modes alone.
+        optimizer_state: What becomes of a parameter's optimizer state when it freezes: ``"keep"``; ``"drop"``, its
+            memory is freed and it starts anew; or ``"offload"``, to the CPU until the parameter trains again.
+        verbose: Log a line for each phase that begins.
+
+    Attributes:
+        phases: The schedule as a list of :class:`Phase`.
+        history: Where each phase began: a list of ``(epoch, global_step, phase_index)``.
+
+    Raises:
+        ValueError: If the schedule is empty or a phase that is not the last has no end; at fit start, if a phase names
+            or trains nothing.
+        TypeError: If an argument is of another type.
+        MisconfigurationException: At fit start, if the Trainer has a strategy, an optimizer or another callback with
+            which the schedule cannot be exact.
+
+    Example:
+        >>> schedule = FreezeSchedule([
+        ...     Phase(train="head", epochs=2),
+        ...     Phase(train="*", lr_scale={"backbone": 0.1}),
+        ... ])
+        >>> net = nn.ModuleDict({"backbone": nn.Linear(4, 4), "head": nn.Linear(4, 1)})
+        >>> print(schedule.preview(net, max_epochs=5))
+        phase  trains  epochs  parameters    share  BatchNorm frozen  lr scale
+        -----  ------  ------  ----------  -------  ----------------  -------------
+            1  head    0-1              5   20.0 %  0/0               1
+            2  *       2-4             25  100.0 %  0/0               backbone: 0.1
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[Phase | Mapping[str, Any]],
+        *,
+        frozen_mode: FrozenMode = "batchnorm",
+        optimizer_state: OptimizerState = "keep",
+        verbose: bool = True,
+    ) -> None:
+        self.phases = list(as_phases(phases))
+        self.frozen_mode = _one_of("frozen_mode", frozen_mode, get_args(FrozenMode))
+        self.optimizer_state = _one_of("optimizer_state", optimizer_state, get_args(OptimizerState))
+        self.verbose = verbose
+        self.history: list[tuple[int, int, int]] = []
+        self._watch = PlateauWatch()
+        self._loaded: dict[str, Any] | None = None
+        self._continues = False
+        self._fit: _Fit | None = None
+        # The metric value taken in last, whether one was in this epoch, whether validation has run, epochs begun.
+        self._seen: torch.Tensor | None = None
+        self._looked = False
+        self._validated = False
+        self._epochs = 0
+
+    @property
+    def phase_index(self) -> int:
+        """The index of the current phase, from 0."""
+        return self.history[-1][2] if self.history else 0
+
+    @property
+    def phase(self) -> Phase:
+        """The current phase."""
+        return self.phases[self.phase_index]
+
+    def preview(self, model: nn.Module, max_epochs: int, *, steps_per_epoch: int | None = None) -> Table:
+        """Give what each phase would train, without training.
+
+        Args:
+            model: The LightningModule, or any module with the same names.
+            max_epochs: The Trainer's.
+            steps_per_epoch: Optimizer steps an epoch takes, for schedules with phases that last a number of steps.
+
+        Returns:
+            A table, one row a phase; print it.
+
+        Raises:
+            ValueError: If a phase names or trains nothing, or a number of epochs or steps is not positive.
+        """
+        return preview_table(self.phases, model, max_epochs, steps_per_epoch, self.frozen_mode)
+
+    def plot(self, model: nn.Module, max_epochs: int, *, steps_per_epoch: int | None = None) -> Figure:
+        """Draw which modules train when, without training.
+
+        Args:
+            model: The LightningModule, or any module with the same names.
+            max_epochs: The Trainer's.
+            steps_per_epoch: Optimizer steps an epoch takes, for schedules with phases that last a number of steps.
+
+        Returns:
+            A matplotlib figure.
+
+        Raises:
+            ValueError: As :meth:`preview`.
+            ModuleNotFoundError: If matplotlib is not installed; ``pip install 'lightning-freeze[plot]'`` does it.
+        """
+        return plot_schedule(self.phases, model, max_epochs, steps_per_epoch)
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """Give the progress of the schedule, and the schedule itself to recognise it by."""
+        return {
+            "history": [list(begin) for begin in self.history],
+            "plateau": dataclasses.asdict(self._watch),
+            "schedule": describe(self.phases),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the progress from a checkpoint, when the fit starts."""
+        self._loaded = state_dict
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Leave the checkpoint as the user's own: LR schedulers without entries for the groups that only show here."""
+        if self._fit is None:
+            return
+        if not trainer.validating and trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            self._look_once(trainer)  # a metric logged in LightningModule.on_train_epoch_end is only there now
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+        homes = {id(home.optimizer): home for home in self._fit.homes}
+        checkpoint["lr_schedulers"] = [
+            own_state(state, homes[id(config.scheduler.optimizer)].group_count)
+            if id(config.scheduler.optimizer) in homes
+            else state
+            for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True)
+        ]
+
+    # When
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what cannot work."""
+        if stage != "fit":
+            return
+        check_strategy(trainer.strategy)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if sum(isinstance(callback, FreezeSchedule) for callback in callbacks) > 1:
+            raise MisconfigurationException(
+                "The Trainer has two FreezeSchedule callbacks, and each would undo what the other does. "
+                "Put their phases into one."
+            )
+        for callback in callbacks:
+            if isinstance(callback, BaseFinetuning):
+                raise MisconfigurationException(
+                    f"The Trainer has FreezeSchedule and {type(callback).__name__}, and each would undo what the other "
+                    "does. Leave one of them out."
+                )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Resolve the schedule against the module and apply the phase, before anything is trained or restored."""
+        self._take_up(trainer, restored=False)
+        self._fit = _begin_fit(self, trainer, pl_module)
+        # Modes wait for on_train_start: before it, Lightning warns of modules in eval mode.
+        self._apply(trainer, pl_module, modes=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Apply the phase again, now that progress, optimizers and schedulers are restored."""
+        self._take_up(trainer, restored=True)
+        self._loaded, self._looked, self._validated, self._epochs = None, False, False, 0
+        self._apply(trainer, pl_module)
+        self._announce(trainer, pl_module)
+        self._warn_of_unreached(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin the next phase if this one is over."""
+        self._look_once(trainer)  # as in on_save_checkpoint
+        if self._epochs > 0:
+            self._check_monitors(trainer)
+        self._looked = False
+        self._epochs += 1
+        self._advance(trainer, pl_module)
+        self._log_metrics(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Begin the next phase between two optimizer steps if this one is over."""
+        phase = self.phases[self.history[-1][2]]
+        if (phase.steps is None and not self._watch.ended) or batch_idx % trainer.accumulate_grad_batches:
+            return
+        if self._advance(trainer, pl_module):
+            self._log_metrics(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show scaled learning rates as they will be used, after the schedulers have stepped."""
+        if self._fit is not None:
+            for homes in self._fit.homes:
+                homes.follow()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note which value of the monitored metric is an old one."""
+        if self.phase.until is not None and not trainer.sanity_checking:
+            self._seen = trainer.callback_metrics.get(self.phase.until.monitor)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the monitored metric if validation has logged it."""
+        if not trainer.sanity_checking:
+            self._validated = True
+            self._looked = self._look(trainer) or self._looked
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look at the monitored metric if training has logged it."""
+        self._look_once(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give everything back."""
+        self._release(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give everything back."""
+        self._release(pl_module)
+
+    # What
+
+    def _take_up(self, trainer: Trainer, *, restored: bool) -> None:
+        """Find out where in the schedule the fit is: fresh, continued, resumed, or resumed from another schedule."""
+        epoch, step = trainer.current_epoch, trainer.global_step
+        if self._loaded is not None and self._loaded["schedule"] == describe(self.phases):
+            self.history = [(epoch, step, index) for epoch, step, index in self._loaded["history"]]
+            self._watch = PlateauWatch(**self._loaded["plateau"])
+            return
+        if not restored:
+            self._continues = self._loaded is None and bool(self.history) and (epoch, step) != (0, 0)
+        if self._continues:
+            return
+        was = self._loaded["history"][-1][2] if self._loaded and self._loaded["history"] else 0
+        self.history = walk(self.phases, epoch, step, _steps_per_epoch(trainer), passed=was)
+        self._watch = PlateauWatch()
+        if restored and self._loaded is not None and trainer.is_global_zero:
+            then = self._loaded["schedule"]
+            _log.warning(
+                "The checkpoint was written under another schedule. It was in phase %d/%d %r; this schedule is, at "
+                "epoch %d, step %d, in phase %d/%d %r.\nThe schedule was: %s\nThe schedule is:  %s",
+                *(was + 1, len(then), then[was]["name"] or then[was]["train"], epoch, step),
+                *(self.phase_index + 1, len(self.phases), self.phase.label, _line(then), _line(describe(self.phases))),
+            )
+
+    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Begin the next phase, and the one after it, as long as one is over; give whether one began."""
+        before = self.phase_index
+        while self.phase_index + 1 < len(self.phases):
+            begin = self.history[-1][:2]
+            if not (self._watch.ended or self.phase.is_over(begin, trainer.current_epoch, trainer.global_step)):
+                break
+            self.history.append((trainer.current_epoch, trainer.global_step, self.phase_index + 1))
+            self._watch, self._seen = PlateauWatch(), None
+            if self.phase.until is not None:
+                self._seen = trainer.callback_metrics.get(self.phase.until.monitor)
+        if self.phase_index == before:
+            return False
+        self._apply(trainer, pl_module)
+        self._announce(trainer, pl_module)
+        return True
+
+    def _apply(self, trainer: Trainer, pl_module: LightningModule, *, modes: bool = True) -> None:
+        """Bring flags, modes, optimizers and wrapper in line with the phase; doing it twice changes nothing."""
+        assert self._fit is not None
+        held = held_affine(pl_module)
+        trains = {id(p) for p in self._fit.trains[self.phase_index].values() if id(p) not in held}
+        if not trains:
+            raise ValueError(
+                f"Phase {self.phase_index + 1} ({self.phase.label!r}) trains nothing: all it selects is the affine "
+                "part of frozen BatchNorm layers. Give FreezeBatchNorm train_affine=True or select more."
+            )
+        changed = [p for p in self._fit.parameters.values() if p.requires_grad != (id(p) in trains)]
+        for parameter in changed:
+            set_trainable(parameter, id(parameter) in trains)
+        if modes:
+            stay = held_modules(pl_module, trains, self.frozen_mode)
+            release_eval(pl_module, _HOLDER, keep=set(stay))
+            hold_eval(stay, _HOLDER)
+        for homes in self._fit.homes:
+            homes.apply(self.phase_index, trains)
+        if changed:
+            follow_trainable_set(trainer.strategy)
+
+    def _release(self, pl_module: LightningModule) -> None:
+        fit, self._fit = self._fit, None
+        if fit is None:
+            return
+        for homes in fit.homes:
+            homes.release()
+        release_eval(pl_module, _HOLDER)
+        for parameter, flag in fit.flags:
+            parameter.requires_grad_(flag)
+
+    # Plateaus
+
+    def _look(self, trainer: Trainer) -> bool:
+        """Take in the monitored metric if its value is a new one; give whether it was."""
+        until = self.phase.until
+        value = trainer.callback_metrics.get(until.monitor) if until is not None else None
+        if until is None or value is None or value is self._seen:
+            return False
+        self._watch.look(until, float(value))
+        self._seen = value
+        return True
+
+    def _look_once(self, trainer: Trainer) -> None:
+        """Look, unless this epoch's value has been taken in: training metrics are new objects at every look."""
+        self._looked = self._looked or self._look(trainer)
+
+    def _check_monitors(self, trainer: Trainer) -> None:
+        """Raise for a plateau that can never come, as soon as every loop that could log its metric has run."""
+        if not self._validated and trainer.enable_validation:
+            return
+        for phase in self.phases:
+            if phase.until is not None and phase.until.monitor not in trainer.callback_metrics:
+                logged = sorted(map(str, trainer.callback_metrics))
+                close = difflib.get_close_matches(phase.until.monitor, logged, n=1)
+                raise MisconfigurationException(
+                    f"Phase {phase.label!r} ends by Plateau(monitor={phase.until.monitor!r}), but no metric of that "
+                    f"name was logged.{f' Did you mean {close[0]!r}?' if close else ''} "
+                    f"Logged are: {', '.join(logged) or 'none'}."
+                )
+
+    # Words
+
+    def _announce(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (self.verbose and trainer.is_global_zero and self._fit is not None):
+            return
+        epoch, step, index = self.history[-1]
+        total, trainable = self._fit.total, self._trainable()
+        line = (
+            f"phase {index + 1}/{len(self.phases)} {self.phase.label!r} from epoch {epoch}, step {step}: "
+            f"trains {trainable:,} of {total:,} parameters ({percent(trainable, total)})"
+        )
+        layers = [layer for layer in pl_module.modules() if has_running_statistics(layer)]
+        if layers:
+            line += f", {sum(map(is_held, layers))} of {len(layers)} BatchNorm frozen"
+        _log.info(line)
+
+    def _log_metrics(self, trainer: Trainer) -> None:
+        values = {"freeze/phase": float(self.phase_index), "freeze/trainable_parameters": float(self._trainable())}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def _trainable(self) -> int:
+        assert self._fit is not None
+        return sum(p.numel() for p in self._fit.parameters.values() if p.requires_grad)
+
+    def _warn_of_unreached(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero or trainer.max_epochs is None or trainer.max_epochs < 1:
+            return
+        steps = _steps_per_epoch(trainer)
+        last = walk(self.phases, trainer.max_epochs - 1, sys.maxsize, steps, passed=len(self.phases))[-1][2]
+        for number, phase in enumerate(self.phases[last + 1 :], last + 2):
+            _log.warning(
+                "phase %d/%d %r never begins: the fit ends before, at max_epochs=%d.",
+                *(number, len(self.phases), phase.label, trainer.max_epochs),
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to one fit in one process."""
+        return {**self.__dict__, "_fit": None, "_seen": None}
+
+
+@dataclass
+class _Fit:
+    """What the schedule holds on to during one fit."""
+
+    parameters: dict[str, nn.Parameter]
+    trains: list[dict[str, nn.Parameter]]
+    flags: list[tuple[nn.Parameter, bool]]
+    homes: list[HomeGroups]
+
+    @property
+    def total(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+
+def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningModule) -> _Fit:
+    """Resolve every phase, so that each error comes now, then take over the optimizers."""
+    parameters = named_unique_parameters(pl_module)
+    trains = [phase_trains(pl_module, phase) for phase in schedule.phases]
+    scales = [phase_scales(pl_module, phase) for phase in schedule.phases]
+    optimizers = [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
+    for optimizer in optimizers:
+        check_optimizer(optimizer)
+    wanted = {name for phase in trains for name in phase}
+    adopt = homeless(optimizers, {name: p for name, p in parameters.items() if name in wanted}) if optimizers else {}
+    if adopt and len(optimizers) > 1:
+        raise MisconfigurationException(
+            f"The schedule trains parameters that none of the {len(optimizers)} optimizers holds: {_names(adopt)}. "
+            "Which one should is for you to say: give them to one in configure_optimizers."
+        )
+    if adopt and trainer.is_global_zero:
+        _log.info(
+            "the schedule trains %d parameters that the optimizer was not given; it takes them into a group like its "
+            "first one: %s",
+            *(len(adopt), _names(adopt)),
+        )
+    homes = [
+        HomeGroups(
+            optimizer,
+            [config.scheduler for config in trainer.lr_scheduler_configs if config.scheduler.optimizer is optimizer],
+            scales=scales,
+            adopt=adopt,
+            optimizer_state=schedule.optimizer_state,
+        )
+        for optimizer in optimizers
+    ]
+    held = held_affine(pl_module)
+    flags = [(p, p.requires_grad) for p in parameters.values() if id(p) not in held]
+    return _Fit(parameters, trains, flags, homes)
+
+
+def _steps_per_epoch(trainer: Trainer) -> float | None:
+    """Give the optimizer steps of an epoch, None if that cannot be known."""
+    batches = trainer.num_training_batches
+    if trainer.lightning_module.automatic_optimization and 0 < batches < math.inf:
+        return math.ceil(batches / trainer.accumulate_grad_batches)
+    return trainer.global_step / trainer.current_epoch if trainer.current_epoch and trainer.global_step else None
+
+
+def _names(parameters: Mapping[str, nn.Parameter], most: int = 5) -> str:
+    shown = list(parameters)[:most]
+    return ", ".join(shown) + (f" and {len(parameters) - most} more" if len(parameters) > most else "")
+
+
+def _line(schedule: Sequence[Mapping[str, Any]]) -> str:
+    return " → ".join(
+        " ".join(
+            [
+                str(phase["train"]),
+                *(f"{key}={phase[key]}" for key in ("epochs", "steps", "until", "lr_scale") if phase[key]),
+            ]
+        )
+        for phase in schedule
+    )
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> Any:
+    if value not in allowed:
+        close = difflib.get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"FreezeSchedule({name}={value!r}): {name} is one of {', '.join(map(repr, allowed))}.{hint}")
+    return value

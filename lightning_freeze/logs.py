@@ -1,0 +1,21 @@
+"""The package's log lines reach a terminal where nobody has configured logging, and nobody twice where somebody has."""
+
+from __future__ import annotations
+
+import logging
+
+
+class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print, unless the root logger has handlers that will."""
+        if not logging.getLogger().handlers:
+            super().emit(record)
+
+
+def get_logger(name: str) -> logging.Logger:
+    """Give the logger of a module of this package."""
+    package = logging.getLogger("lightning_freeze")
+    if not any(isinstance(handler, _UnlessConfigured) for handler in package.handlers):
+        package.addHandler(_UnlessConfigured())
+        package.setLevel(logging.INFO)
+    return logging.getLogger(name)

@@ -1,0 +1,358 @@
+"""Home groups: an optimizer that holds what trains and only that, while its checkpoint stays the user's own.
+
+A parameter's *home* is the group, and the place in it, that the user gave it. Freezing takes it out of the group's
+list, unfreezing puts it back in its place. Number and order of the groups never change after fit start, so LR
+schedulers keep working, and around saving and loading the lists are whole, so a checkpoint does not show that anything
+was frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from lightning_freeze.schedulers import Scheduler, follow_groups, scaled_rates
+from lightning_freeze.selectors import Selector, named_unique_parameters, resolve, select_parameters, selector_text
+
+OptimizerState = Literal["keep", "drop", "offload"]
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose groups cannot be edited.
+
+    Raises:
+        ValueError: If it is LBFGS.
+    """
+    if isinstance(optimizer, LBFGS):
+        raise ValueError(
+            "LBFGS flattens its parameters into one vector when it is built, so none can freeze later. "
+            "Use another optimizer, or freeze by hand before configure_optimizers and leave FreezeSchedule out."
+        )
+
+
+def homeless(optimizers: Iterable[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Give the parameters that no optimizer holds, compared by identity."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return {name: parameter for name, parameter in parameters.items() if id(parameter) not in held}
+
+
+@dataclass
+class _Home:
+    """The whole of one group: every member in the user's order, and their names if the user gave names."""
+
+    params: list[nn.Parameter]
+    names: list[str] | None
+
+
+@dataclass
+class _Follower:
+    """A group appended to the user's: options come from ``source``, learning rates times the phase's scale."""
+
+    source: int
+    scales: tuple[float, ...]
+    group: dict[str, Any]
+    scale: float = 1.0
+
+
+class HomeGroups:
+    """An optimizer's groups, of which at any time only what trains shows.
+
+    Parameters the user's optimizer never had are adopted, once, by a group cloned from the first one. Parameters that
+    some phase gives another learning rate than their group's are shown in groups of their own, behind the user's; the
+    user's group stays in its place, if need be empty, as the one that scheduler and user change and the others follow.
+
+    Args:
+        optimizer: Any optimizer but LBFGS, with all parameters in its groups.
+        schedulers: The LR schedulers that drive it.
+        scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor.
+        adopt: Name to parameter, for what the optimizer shall take in.
+        optimizer_state: What becomes of a parameter's state when it freezes: ``"keep"``, ``"drop"``, or ``"offload"``
+            to the CPU until it trains again.
+
+    Raises:
+        ValueError: If the optimizer is LBFGS.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> homes = HomeGroups(sgd)
+        >>> homes.apply(0, trains={id(net[1].weight)})
+        >>> len(sgd.param_groups[0]["params"]), len(sgd.state_dict()["param_groups"][0]["params"])
+        (1, 2)
+        >>> homes.release()
+        >>> len(sgd.param_groups[0]["params"])
+        2
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        schedulers: Sequence[Scheduler] = (),
+        *,
+        scales: Sequence[Mapping[int, float]] = ({},),
+        adopt: Mapping[str, nn.Parameter] | None = None,
+        optimizer_state: OptimizerState = "keep",
+    ) -> None:
+        check_optimizer(optimizer)
+        self.optimizer = optimizer
+        self._schedulers = schedulers
+        self._policy = optimizer_state
+        self._own = len(optimizer.param_groups)
+        self._homes = [
+            _Home(list(group["params"]), list(group["param_names"]) if "param_names" in group else None)
+            for group in optimizer.param_groups
+        ]
+        self._adopted = list(adopt or {})
+        self._followers: list[_Follower] = []
+        self._trains = {id(parameter) for home in self._homes for parameter in home.params}
+        self._offloaded: dict[nn.Parameter, dict[str, torch.device]] = {}
+        if adopt:
+            self._adopt(adopt, len(scales))
+        # For each group that shows: its home, and which places in it are its members.
+        self._members = [(home, list(range(len(home.params)))) for home in self._homes]
+        for index in range(len(self._homes)):
+            self._split(index, scales)
+        self._handles = [
+            optimizer.register_state_dict_pre_hook(lambda _: self._make_whole()),
+            optimizer.register_state_dict_post_hook(lambda _, __: self._show()),
+            optimizer.register_load_state_dict_pre_hook(self._before_load),
+            optimizer.register_load_state_dict_post_hook(lambda _: self._show()),
+        ]
+        if self._followers:
+            self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.follow()))
+
+    @property
+    def group_count(self) -> int:
+        """How many groups the optimizer's checkpoint has: the user's, and one more if parameters were adopted."""
+        return len(self._homes)
+
+    @property
+    def has_followers(self) -> bool:
+        """Whether there are groups that follow another one's options."""
+        return bool(self._followers)
+
+    def apply(self, phase: int, trains: Collection[int]) -> None:
+        """Show what trains in a phase, and only that, with the phase's learning rate scales.
+
+        Args:
+            phase: The index of the phase in ``scales``.
+            trains: The identity of each parameter that trains.
+        """
+        self._trains = set(trains)
+        for follower in self._followers:
+            follower.scale = follower.scales[phase]
+        self._make_whole()
+        self._show()
+        self._settle_state()
+        for scheduler in self._schedulers:
+            follow_groups(scheduler, self._own, self._followers)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Give each appended group the options of the group it follows, learning rates times its scale."""
+        for follower in self._followers:
+            for key, value in scaled_rates(self.optimizer.param_groups[follower.source], follower.scale).items():
+                mine = follower.group.get(key)
+                if isinstance(mine, Tensor) and isinstance(value, Tensor):
+                    mine.copy_(value)
+                else:
+                    follower.group[key] = value
+
+    def release(self) -> None:
+        """Give the optimizer back whole: the user's groups, and that of the adopted parameters."""
+        for handle in self._handles:
+            handle.remove()
+        self._make_whole()
+        for home in self._homes:
+            for parameter in home.params:
+                self._reload(parameter)
+        adopted = self._followers[: self.group_count - self._own]
+        for scheduler in self._schedulers:
+            follow_groups(scheduler, self._own, adopted)
+
+    def _adopt(self, parameters: Mapping[str, nn.Parameter], phases: int) -> None:
+        names, members = list(parameters), list(parameters.values())
+        home = _Home(members, names if self._homes and self._homes[0].names is not None else None)
+        group = {"params": list(members), "adopted": names}
+        if home.names is not None:
+            group["param_names"] = list(names)
+        if "name" in self.optimizer.param_groups[0]:
+            group["name"] = "adopted"
+        self._homes.append(home)
+        self._follow_with(group, source=0, scales=(1.0,) * phases)
+
+    def _split(self, index: int, scales: Sequence[Mapping[int, float]]) -> None:
+        home = self._homes[index]
+        places: dict[tuple[float, ...], list[int]] = {}
+        for place, parameter in enumerate(home.params):
+            places.setdefault(tuple(scale.get(id(parameter), 1.0) for scale in scales), []).append(place)
+        unscaled = (1.0,) * len(scales)
+        self._members[index] = (home, places.pop(unscaled, []))
+        for number, (factors, members) in enumerate(places.items(), 1):
+            group: dict[str, Any] = {"params": []}
+            if home.names is not None:
+                group["param_names"] = []
+            if (name := self.optimizer.param_groups[index].get("name")) is not None:
+                group["name"] = f"{name}/scaled-{number}"
+            self._follow_with(group, source=index if index < self._own else 0, scales=factors)
+            self._members.append((home, members))
+
+    def _follow_with(self, group: dict[str, Any], source: int, scales: tuple[float, ...]) -> None:
+        self._followers.append(_Follower(source, scales, group, scales[0]))
+        self.optimizer.param_groups.append(group)
+        self.follow()
+
+    def _make_whole(self) -> None:
+        groups = self.optimizer.param_groups
+        del groups[len(self._homes) :]
+        for group, home in zip(groups, self._homes, strict=False):
+            group["params"][:] = home.params
+            if home.names is not None:
+                group["param_names"] = list(home.names)
+
+    def _show(self) -> None:
+        groups = self.optimizer.param_groups
+        for position, follower in enumerate(self._followers, self._own):
+            if position < len(groups):
+                follower.group = groups[position]  # loading a checkpoint makes new dicts
+            else:
+                groups.append(follower.group)
+        for group, (home, places) in zip(groups, self._members, strict=True):
+            shown = [place for place in places if id(home.params[place]) in self._trains]
+            group["params"][:] = [home.params[place] for place in shown]
+            if home.names is not None:
+                group["param_names"] = [home.names[place] for place in shown]
+        self.follow()
+
+    def _before_load(self, _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        self._make_whole()
+        return fit_adopted(state, self._own, self._adopted)
+
+    def _settle_state(self) -> None:
+        if self._policy == "keep":
+            return
+        for home in self._homes:
+            for parameter in home.params:
+                if id(parameter) in self._trains:
+                    self._reload(parameter)
+                elif self._policy == "drop":
+                    self.optimizer.state.pop(parameter, None)
+                else:
+                    self._offload(parameter)
+
+    def _offload(self, parameter: nn.Parameter) -> None:
+        state = self.optimizer.state.get(parameter, {})
+        devices = self._offloaded.setdefault(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.device.type != "cpu":
+                devices[key] = value.device
+                state[key] = value.cpu()
+
+    def _reload(self, parameter: nn.Parameter) -> None:
+        state = self.optimizer.state.get(parameter, {})
+        for key, device in self._offloaded.pop(parameter, {}).items():
+            if isinstance(state.get(key), Tensor):
+                state[key] = state[key].to(device)
+
+
+def fit_adopted(state: dict[str, Any], own: int, adopted: Sequence[str]) -> dict[str, Any]:
+    """Make an optimizer's saved state fit the parameters adopted now, which another schedule may not have adopted.
+
+    Args:
+        state: What ``optimizer.state_dict()`` gave; it is not changed.
+        own: How many groups the user's optimizer has.
+        adopted: The names of the parameters adopted now.
+
+    Returns:
+        The state with as many groups as the optimizer has now; parameters that were not adopted then have no state.
+    """
+    groups = state["param_groups"]
+    saved = groups[own] if len(groups) == own + 1 and "adopted" in groups[own] else None
+    names = list(saved["adopted"]) if saved else []
+    if names == list(adopted) or len(groups) != own + bool(saved) or not groups:
+        return state
+    used = [index for group in groups for index in group["params"]]
+    indices = dict(zip(names, saved["params"], strict=True)) if saved else {}
+    kept = {name: indices.get(name, max(used, default=-1) + 1 + place) for place, name in enumerate(adopted)}
+    gone = set(indices.values()) - set(kept.values())
+    fitted = [*groups[:own]]
+    if adopted:
+        template = saved if saved is not None else groups[0]
+        fitted.append({**scaled_rates(template, 1.0), "params": list(kept.values()), "adopted": list(adopted)})
+    return {
+        **state,
+        "state": {index: value for index, value in state["state"].items() if index not in gone},
+        "param_groups": fitted,
+    }
+
+
+def parameter_groups(
+    module: nn.Module,
+    options: Mapping[Selector, Mapping[str, Any]],
+    *,
+    no_decay: Sequence[str] = ("*.bias", "type:_NormBase", "type:LayerNorm"),
+) -> list[dict[str, Any]]:
+    """Give optimizer groups from selectors: disjoint, and together all parameters of a module.
+
+    Args:
+        module: Any module. Frozen parameters are in the groups too: they may train later.
+        options: Selector to the options of its group, for example ``{"backbone": {"lr": 1e-5}}``. Where selectors
+            overlap the later one holds. What none selects is in a group without options of its own.
+        no_decay: Selectors of what gets ``weight_decay=0.0``, in a group beside; those that match nothing are fine.
+
+    Returns:
+        Groups for any ``torch.optim`` optimizer, each with ``params``, a ``name`` and its options; no empty ones.
+
+    Raises:
+        ValueError: If a selector matches nothing, or if later ones leave it nothing.
+
+    Example:
+        >>> net = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
+        >>> groups = parameter_groups(net, {"backbone": {"lr": 1e-4, "weight_decay": 0.1}})
+        >>> [(group["name"], group.get("lr"), group.get("weight_decay"), len(group["params"])) for group in groups]
+        [('backbone', 0.0001, 0.1, 1), ('backbone/no_decay', 0.0001, 0.0, 1), ('rest', None, None, 1), \
+('rest/no_decay', None, 0.0, 1)]
+    """
+    everything = named_unique_parameters(module)
+    owner = overlay(module, list(options), given="parameter_groups({{{}: …}})")
+    undecayed: set[str] = set()
+    for pattern in no_decay:
+        try:
+            undecayed |= set(select_parameters(module, pattern))
+        except ValueError:  # the defaults name layers that not every network has
+            continue
+    sections = [(selector_text(select), dict(values), select) for select, values in options.items()]
+    groups = []
+    for title, values, select in [*sections, ("rest", {}, None)]:
+        members = [name for name in everything if owner.get(name) == select]
+        for suffix, names, extra in (
+            ("", [name for name in members if name not in undecayed], {}),
+            ("/no_decay", [name for name in members if name in undecayed], {"weight_decay": 0.0}),
+        ):
+            if names:
+                group = {"params": [everything[name] for name in names], "name": f"{title}{suffix}", **values, **extra}
+                groups.append(group)
+    return groups
+
+
+def overlay(module: nn.Module, selects: Sequence[Selector], *, given: str = "select={}") -> dict[str, Selector]:
+    """Give, for each parameter that one of several selectors names, the last selector that does.
+
+    Raises:
+        ValueError: If a selector matches nothing, or if later ones leave it nothing.
+    """
+    owner: dict[str, Selector] = {}
+    for select in selects:
+        owner.update(dict.fromkeys(resolve(module, select, given=given), select))
+    for select in selects:
+        if not any(holder is select for holder in owner.values()):
+            raise ValueError(
+                f"{given.format(repr(selector_text(select)))} is left with no parameter: later selectors name all of "
+                "them, and the later one holds. Put the wider selector first."
+            )
+    return owner

@@ -1,0 +1,140 @@
+"""Laws 1 to 4 for every optimizer in torch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_freeze.optimizers import HomeGroups
+from tests.nets import same
+
+OPTIMIZERS = sorted(
+    name
+    for name in torch.optim.__all__
+    if isinstance(getattr(torch.optim, name, None), type) and name not in ("Optimizer", "LBFGS", "SparseAdam")
+)
+
+
+def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    optimizer.zero_grad()
+    net(torch.randn(4, 3, generator=generator)).square().sum().backward()
+    optimizer.step()
+
+
+def only(net: nn.Module, homes: HomeGroups, *layers: int) -> None:
+    trains = {id(p) for index in layers for p in net[index].parameters()}  # type: ignore[index]
+    for p in net.parameters():
+        p.requires_grad_(id(p) in trains)
+        if id(p) not in trains:
+            p.grad = None
+    homes.apply(0, trains)
+
+
+def build(name: str, policy: Any = "keep") -> tuple[nn.Module, torch.optim.Optimizer, HomeGroups]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False))
+    options = {"momentum": 0.9} if name == "SGD" else {}
+    optimizer = getattr(torch.optim, name)(net.parameters(), lr=1e-2, **options)
+    return net, optimizer, HomeGroups(optimizer, optimizer_state=policy)
+
+
+def test_there_are_as_many_as_expected() -> None:
+    assert len(OPTIMIZERS) >= 13
+    assert {"AdamW", "SGD", "Adagrad", "Muon", "Adafactor", "Rprop"} <= set(OPTIMIZERS)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_freeze_unfreeze_freeze(name: str) -> None:
+    net, optimizer, homes = build(name)
+    step(net, optimizer, 0)
+    for seed, layers in enumerate([(0, 2), (2,), (0,), (0, 2)], 1):
+        only(net, homes, *layers)
+        before = [p.detach().clone() for p in net.parameters()]
+        step(net, optimizer, seed)
+        for index, (p, old) in enumerate(zip(net.parameters(), before, strict=True)):
+            assert torch.equal(p, old) == (2 * index not in layers)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_saved_while_frozen_and_resumed(name: str) -> None:
+    """A state saved in any phase is the whole one, loads without us, and goes on to the bit."""
+    net, optimizer, homes = build(name)
+    step(net, optimizer, 0)
+    only(net, homes, 2)
+    step(net, optimizer, 1)
+    saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
+    assert [len(group["params"]) for group in saved["param_groups"]] == [2]
+    assert saved["state"].keys() == {0, 1}
+    other, resumed, others = build(name)
+    only(other, others, 2)
+    other.load_state_dict(weights)
+    resumed.load_state_dict(saved)
+    plain, bare, nothing = build(name)
+    nothing.release()
+    plain.load_state_dict(weights)
+    bare.load_state_dict(saved)
+    for seed, layers in ((2, (2,)), (3, (0, 2)), (4, (0,))):
+        for module, groups, held in ((net, homes, optimizer), (other, others, resumed)):
+            only(module, groups, *layers)
+            step(module, held, seed)
+        assert same(net.state_dict(), other.state_dict())
+        assert same(optimizer.state_dict(), resumed.state_dict())
+    step(plain, bare, 2)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_dropped_state_starts_anew(name: str) -> None:
+    net, optimizer, homes = build(name, "drop")
+    step(net, optimizer, 0)
+    only(net, homes, 2)
+    frozen, _ = net.parameters()
+    assert frozen not in optimizer.state
+    step(net, optimizer, 1)
+    only(net, homes, 0, 2)
+    step(net, optimizer, 2)
+    assert frozen in optimizer.state
+
+
+def test_sparse_adam() -> None:
+    net = nn.ModuleList([nn.Embedding(5, 2, sparse=True) for _ in range(2)])
+    optimizer = torch.optim.SparseAdam(net.parameters(), lr=0.1)
+    homes = HomeGroups(optimizer)
+    for index in (0, 1, 0):
+        homes.apply(0, {id(net[index].weight)})
+        net.requires_grad_(False)
+        net[index].requires_grad_(True)
+        before = [layer.weight.detach().clone() for layer in net]
+        net[index](torch.tensor([1, 3])).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert [torch.equal(layer.weight, old) for layer, old in zip(net, before, strict=True)] == [
+            index == 1,
+            index == 0,
+        ]
+
+
+def test_lbfgs_is_refused() -> None:
+    with pytest.raises(ValueError, match="LBFGS flattens its parameters"):
+        HomeGroups(torch.optim.LBFGS(nn.Linear(2, 1).parameters()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves state between a GPU and the CPU")
+def test_offloaded_state_returns() -> None:
+    net, optimizer, homes = build("AdamW", "offload")
+    homes.release()
+    net.cuda()
+    optimizer = torch.optim.AdamW(net.parameters())
+    homes = HomeGroups(optimizer, optimizer_state="offload")
+    generator_input = torch.ones(4, 3, device="cuda")
+    net(generator_input).sum().backward()
+    optimizer.step()
+    frozen, _ = net.parameters()
+    only(net, homes, 2)
+    assert all(value.device.type == "cpu" for value in optimizer.state[frozen].values())
+    only(net, homes, 0, 2)
+    assert optimizer.state[frozen]["exp_avg"].device.type == "cuda"

@@ -1,0 +1,186 @@
+"""Law 5: stop anywhere and resume: every parameter, buffer, optimizer state, rate and counter as if never stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.optim import lr_scheduler as lrs
+
+from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau
+from tests.nets import Net, Probe, adamw, loader, same, sgd, trainer
+
+STEPS = 6
+
+
+class SeededNet(Net):
+    """Draws its dropout from the step's number: Lightning does not save the state of random generators."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        torch.manual_seed(self.trainer.fit_loop.total_batch_idx)
+        return super().training_step(batch, batch_idx)
+
+
+def head_only(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(list(params)[-2:], lr=1e-2)
+
+
+SCHEDULES: dict[str, Any] = {
+    "epochs": lambda: [Phase("head", epochs=1), Phase("*", epochs=1, lr_scale={"backbone": 0.1}), Phase("neck")],
+    "steps": lambda: [Phase("*", steps=4), Phase("head", steps=5), Phase("*", steps=6, lr_scale=0.3), Phase("head")],
+    "plateau": lambda: [
+        Phase("head", until=Plateau("val_loss", patience=1, min_delta=10.0)),
+        Phase("*", until=Plateau("train_loss", patience=1, min_delta=10.0)),
+        Phase("neck"),
+    ],
+    "plateau of validation": lambda: [
+        Phase("head", until=Plateau("val_loss", patience=1, min_delta=10.0)),
+        Phase("*", until=Plateau("val_loss", patience=1)),
+    ],
+}
+# Not here: ReduceLROnPlateau, which Lightning never steps in the epoch in which a run resumes, with us or without.
+SETUPS: dict[str, dict[str, Any]] = {
+    "adamw": {"optimizer": adamw},
+    "sgd, cosine per step": {
+        "optimizer": sgd,
+        "scheduler": lambda o: lrs.CosineAnnealingLR(o, 30, eta_min=1e-3),
+        "interval": "step",
+    },
+    "adamw, one cycle": {
+        "optimizer": adamw,
+        "scheduler": lambda o: lrs.OneCycleLR(o, 1e-1, total_steps=40),
+        "interval": "step",
+    },
+    "adopted, sequential": {
+        "optimizer": head_only,
+        "scheduler": lambda o: lrs.SequentialLR(
+            o, [lrs.LinearLR(o, 0.1, total_iters=4), lrs.ExponentialLR(o, 0.9)], milestones=[4]
+        ),
+        "interval": "step",
+    },
+}
+
+
+def fit(
+    tmp_path: Path,
+    schedule: FreezeSchedule | None,
+    setup: dict[str, Any],
+    *,
+    checkpoint: ModelCheckpoint | None = None,
+    resume: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train, and give all that must be equal."""
+    torch.manual_seed(0)
+    net = SeededNet(**setup, log_train="train_loss")
+    rates: list[Any] = []
+
+    def start(trainer: Trainer, _: LightningModule) -> None:
+        rates.append([dict(group, params=len(group["params"])) for group in trainer.optimizers[0].param_groups])
+
+    callbacks = [callback for callback in (schedule, Probe(start), checkpoint) if callback is not None]
+    run = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=checkpoint is not None, **options)
+    run.fit(net, loader(stateful=True), loader(), ckpt_path=resume, weights_only=True)
+    return {
+        "weights": net.state_dict(),
+        "optimizer": run.optimizers[0].state_dict(),
+        "schedulers": [config.scheduler.state_dict() for config in run.lr_scheduler_configs],
+        "callback": schedule.state_dict() if schedule else None,
+        "rates": rates,
+        "progress": (run.current_epoch, run.global_step),
+    }
+
+
+def check_every_stop(
+    tmp_path: Path, schedule: Any, setup: dict[str, Any], every: dict[str, Any], **options: Any
+) -> int:
+    saver = ModelCheckpoint(tmp_path / "all", filename="{epoch}-{step}", save_top_k=-1, **every)
+    whole = fit(tmp_path, schedule(), setup, checkpoint=saver, **options)
+    stops = sorted((tmp_path / "all").iterdir())
+    if not saver._save_on_train_epoch_end:
+        # Lightning, with or without us, skips an epoch if it resumes from the end of an epoch's last batch.
+        stops = [stop for stop in stops if int(stop.stem.split("step=")[1]) % STEPS]
+    for stop in stops:
+        resumed = fit(tmp_path, schedule(), setup, resume=stop, **options)
+        left = len(resumed["rates"])
+        assert same(resumed["rates"], whole["rates"][len(whole["rates"]) - left :]), stop.name
+        for key in ("weights", "optimizer", "schedulers", "callback", "progress"):
+            assert same(resumed[key], whole[key]), (stop.name, key)
+    return len(stops)
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("phases", SCHEDULES)
+def test_after_every_epoch(tmp_path: Path, phases: str, setup: str) -> None:
+    def schedule() -> FreezeSchedule:
+        return FreezeSchedule(SCHEDULES[phases](), verbose=False)
+
+    every = {"save_on_train_epoch_end": True}
+    assert check_every_stop(tmp_path, schedule, SETUPS[setup], every, max_epochs=4) == 4
+
+
+# The mean of a training metric over an epoch is not here: Lightning forgets on resume what it had summed up.
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("phases", ["epochs", "steps", "plateau of validation"])
+def test_in_mid_epoch(tmp_path: Path, phases: str, setup: str) -> None:
+    def schedule() -> FreezeSchedule:
+        return FreezeSchedule(SCHEDULES[phases](), verbose=False)
+
+    every = {"every_n_train_steps": 1, "save_on_train_epoch_end": False}
+    assert check_every_stop(tmp_path, schedule, SETUPS[setup], every, max_epochs=3) >= 15
+
+
+@pytest.mark.parametrize("policy", ["drop", "offload"])
+def test_with_state_that_is_not_kept(tmp_path: Path, policy: Any) -> None:
+    def schedule() -> FreezeSchedule:
+        return FreezeSchedule(SCHEDULES["steps"](), optimizer_state=policy, verbose=False)
+
+    every = {"every_n_train_steps": 1, "save_on_train_epoch_end": False}
+    assert check_every_stop(tmp_path, schedule, SETUPS["adamw"], every, max_epochs=3) >= 15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("mode", ["batchnorm", "eval", "train"])
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("phases", SCHEDULES)
+def test_sweep(tmp_path: Path, phases: str, setup: str, mode: Any, accumulate: int) -> None:
+    def schedule() -> FreezeSchedule:
+        return FreezeSchedule(SCHEDULES[phases](), frozen_mode=mode, verbose=False)
+
+    every = {"save_on_train_epoch_end": True}
+    options = {"max_epochs": 4, "accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
+    assert check_every_stop(tmp_path, schedule, SETUPS[setup], every, **options) == 4
+
+
+def test_batchnorm_beside_it(tmp_path: Path) -> None:
+    """FreezeBatchNorm has nothing to save; a resumed run has it frozen again."""
+
+    def run(resume: Path | None, epochs: int) -> tuple[Any, Path]:
+        torch.manual_seed(0)
+        net = SeededNet()
+        callbacks = [FreezeBatchNorm(), FreezeSchedule(SCHEDULES["steps"](), verbose=False)]
+        fitting = trainer(tmp_path, callbacks=callbacks, max_epochs=epochs)
+        fitting.fit(net, loader(), loader(), ckpt_path=resume, weights_only=True)
+        fitting.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+        return net.state_dict(), tmp_path / f"{epochs}.ckpt"
+
+    whole, _ = run(None, 4)
+    _, half = run(None, 2)
+    assert same(run(half, 4)[0], whole)
+
+
+def test_the_same_trainer_goes_on(tmp_path: Path) -> None:
+    """Raising max_epochs and fitting again continues the schedule; a new Trainer begins it anew."""
+    schedule = FreezeSchedule([Phase("head", epochs=2), Phase("*", epochs=2), Phase("neck")])
+    net, run = Net(), trainer(callbacks=[schedule], max_epochs=3)
+    run.fit(net, loader(), loader())
+    run.fit_loop.max_epochs = 5
+    run.fit(net, loader(), loader())
+    assert schedule.history == [(0, 0, 0), (2, 2 * STEPS, 1), (4, 4 * STEPS, 2)]
+    trainer(callbacks=[schedule], max_epochs=1).fit(net, loader(), loader())
+    assert schedule.history == [(0, 0, 0)]

@@ -1,0 +1,140 @@
+"""The small real networks, data and probes that the tests share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
+SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
+
+
+def adamw(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(params, lr=1e-2, weight_decay=0.1)
+
+
+def sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=1e-2, momentum=0.9, weight_decay=0.1)
+
+
+class Backbone(nn.Sequential):
+    """Convolution, BatchNorm and dropout, twice."""
+
+    def __init__(self) -> None:
+        layers = []
+        for channels in (2, 4):
+            layers += [nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.1)]
+        super().__init__(*layers)
+
+
+class Net(LightningModule):
+    """A classifier with a backbone, a neck and a head; says nothing about freezing."""
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory = adamw,
+        scheduler: SchedulerFactory | None = None,
+        *,
+        interval: str = "epoch",
+        log_train: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = Backbone()
+        self.neck = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.interval, self.log_train = interval, log_train
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.neck(self.backbone(x).mean((2, 3)))))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+        if self.log_train:
+            self.log(self.log_train, loss, on_epoch=True, on_step=False)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        config = {"scheduler": self.make_scheduler(optimizer), "interval": self.interval, "monitor": "val_loss"}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+def data(samples: int = 24, seed: int = 1) -> TensorDataset:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(samples, 2, 5, 5, generator=generator)
+    return TensorDataset(images, torch.randint(3, (samples,), generator=generator))
+
+
+def loader(samples: int = 24, batch_size: int = 4, *, stateful: bool = False) -> DataLoader[Any]:
+    return (StatefulDataLoader if stateful else DataLoader)(data(samples), batch_size=batch_size)
+
+
+def trainer(tmp_path: Any = None, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "max_epochs": 4,
+        "default_root_dir": tmp_path,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**{**defaults, **options})
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
+def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
+    """The names of tensors that are not bit-identical."""
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def members(optimizer: torch.optim.Optimizer) -> list[int]:
+    return [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class Probe(Callback):
+    """Calls a function at each batch start and end, after all other callbacks' hooks."""
+
+    def __init__(self, start: Callable[..., None] | None = None, end: Callable[..., None] | None = None) -> None:
+        self.start, self.end = start, end
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.start:
+            self.start(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.end:
+            self.end(trainer, pl_module)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nests of data are equal, tensors to the bit."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def fresh(net: LightningModule) -> LightningModule:
+    return copy.deepcopy(net)
