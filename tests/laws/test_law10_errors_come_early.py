@@ -1,0 +1,154 @@
+"""Law 10: what cannot work is said at construction or before the first batch, with what would be right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import BackboneFinetuning
+from torch import nn
+
+from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau
+from tests.nets import Net, loader, trainer
+
+
+class NoBatch(Net):
+    """Fails the test if a batch is trained."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        pytest.fail("a batch was trained before the error came")
+
+
+def refused(error: type[Exception], match: str, *callbacks: Any, net: Net | None = None) -> None:
+    with pytest.raises(error, match=match):
+        trainer(callbacks=list(callbacks)).fit(net or NoBatch(), loader(), loader())
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "match"),
+    [
+        (lambda: FreezeSchedule([]), ValueError, "has no phases"),
+        (lambda: FreezeSchedule(Phase("*")), TypeError, "list of phases"),
+        (lambda: FreezeSchedule([Phase("head"), Phase("*")]), ValueError, "Phase 1 of 2 .'head'. has no end"),
+        (lambda: FreezeSchedule(["head"]), TypeError, "Phase 1 is 'head'"),
+        (lambda: FreezeSchedule([{"trian": "head"}]), ValueError, "no option 'trian'. Did you mean 'train'"),
+        (lambda: FreezeSchedule([{"epochs": 2}]), ValueError, "does not say what trains"),
+        (
+            lambda: FreezeSchedule([{"train": "*", "until": {"monitr": "x"}}]),
+            ValueError,
+            "no option 'monitr'. Did you mean 'monitor'",
+        ),
+        (lambda: Phase("head", epochs=0), ValueError, "epochs is at least 1"),
+        (lambda: Phase("head", epochs=2, steps=-1), ValueError, "steps is at least 1"),
+        (lambda: Phase("head", epochs=1.5), TypeError, "epochs is a whole number"),
+        (lambda: Phase("head", epochs=True), TypeError, "epochs is a whole number"),
+        (lambda: Phase("head", until="val_loss"), TypeError, "until is a Plateau"),
+        (lambda: Phase(""), ValueError, "say what trains"),
+        (lambda: Phase([]), ValueError, "say what trains"),
+        (lambda: Phase("*", lr_scale=0.0), ValueError, "above 0 and finite"),
+        (lambda: Phase("*", lr_scale={"head": float("nan")}), ValueError, "above 0 and finite"),
+        (lambda: Phase("*", lr_scale={"head": "0.1"}), TypeError, "a factor is a number"),
+        (lambda: Plateau(""), ValueError, "name a logged metric"),
+        (lambda: Plateau("x", patience=0), ValueError, "patience is at least 1"),
+        (lambda: Plateau("x", mode="up"), ValueError, "mode is 'min' or 'max'"),
+        (lambda: Plateau("x", min_delta=-1.0), ValueError, "0 or more"),
+        (lambda: FreezeSchedule([Phase("*")], frozen_mode="evil"), ValueError, "Did you mean 'eval'"),
+        (lambda: FreezeSchedule([Phase("*")], optimizer_state="load"), ValueError, "one of 'keep', 'drop', 'offload'"),
+    ],
+)
+def test_at_construction(build: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("phases", "match"),
+    [
+        (
+            [Phase("head", epochs=1), Phase("backbon.*")],
+            r'Phase\(train="backbon\.\*"\) matches no parameter\. Did you mean "backbone\.\*"\?',
+        ),
+        ([Phase("head", epochs=1), Phase(["*", "!*"])], "selects nothing"),
+        ([Phase("*", lr_scale={"bckbone": 0.1})], r'Phase\(lr_scale=\{"bckbone": …\}\) .* Did you mean "backbone"'),
+        ([Phase("*", lr_scale={"backbone": 0.1, "*": 0.5})], "later one holds"),
+    ],
+)
+def test_names_at_fit_start(phases: list[Phase], match: str) -> None:
+    refused(ValueError, match, FreezeSchedule(phases))
+
+
+def test_two_schedules() -> None:
+    """Lightning itself refuses two of one class when the Trainer is built; we do wherever else they meet."""
+    with pytest.raises(RuntimeError, match="more than one stateful callback of type `FreezeSchedule`"):
+        trainer(callbacks=[FreezeSchedule([Phase("*")]), FreezeSchedule([Phase("head")])])
+
+    class Special(FreezeSchedule):
+        pass
+
+    refused(MisconfigurationException, "two FreezeSchedule", FreezeSchedule([Phase("*")]), Special([Phase("*")]))
+
+
+def test_beside_a_rival() -> None:
+    rival = BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+    refused(MisconfigurationException, "BackboneFinetuning", FreezeSchedule([Phase("*")]), rival)
+
+
+def test_lbfgs() -> None:
+    refused(ValueError, "LBFGS", FreezeSchedule([Phase("*")]), net=NoBatch(torch.optim.LBFGS))
+
+
+def test_adoption_by_several_optimizers_is_ambiguous() -> None:
+    class Two(NoBatch):
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def configure_optimizers(self) -> Any:
+            return [torch.optim.SGD(module.parameters(), lr=0.1) for module in (self.neck, self.head)]
+
+    refused(
+        MisconfigurationException,
+        "none of the 2 optimizers holds: backbone.0.weight",
+        FreezeSchedule([Phase("*")]),
+        net=Two(),
+    )
+
+
+def test_only_frozen_batchnorm_left_to_train() -> None:
+    refused(ValueError, "train_affine=True", FreezeSchedule([Phase("type:BatchNorm2d")]), FreezeBatchNorm())
+
+
+def test_batchnorm_that_is_not_there() -> None:
+    refused(ValueError, "no layer with running statistics", FreezeBatchNorm("head"))
+
+
+def test_a_module_that_is_only_there_after_configure_model() -> None:
+    class Late(Net):
+        def configure_model(self) -> None:
+            if not hasattr(self, "late"):
+                self.late = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.late(torch.relu(self.neck(self.backbone(x).mean((2, 3))))))
+
+    net = Late()
+    schedule = FreezeSchedule([Phase("late", epochs=1), Phase("*")])
+    trainer(callbacks=[schedule], max_epochs=2).fit(net, loader(), loader())
+    assert schedule.phase_index == 1
+
+
+def test_a_plateau_of_a_metric_that_nobody_logs() -> None:
+    """Known as soon as every loop that could log it has run: before the second epoch."""
+    epochs = []
+
+    class Counting(Net):
+        def on_train_epoch_start(self) -> None:
+            epochs.append(self.current_epoch)
+
+    schedule = FreezeSchedule([Phase("head", epochs=5), Phase("*", until=Plateau("val_los")), Phase("neck")])
+    refused(MisconfigurationException, "Did you mean 'val_loss'", schedule, net=Counting())
+    assert epochs == [0]
