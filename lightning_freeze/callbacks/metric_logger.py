@@ -1,0 +1,404 @@
+"""Metrics of training, validation and test that stay out of the model."""
+
+from __future__ import annotations
+
+import difflib
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from lightning_freeze.logs import get_logger
+
+_log = get_logger(__name__)
+
+#: A part of a Trainer's work that has metrics of its own.
+Stage: TypeAlias = Literal["train", "val", "test"]
+
+#: From what the step returned and its batch to what ``Metric.update`` takes: positional arguments, or named ones.
+Inputs: TypeAlias = Callable[[Any, Any], Sequence[Any] | Mapping[str, Any]]
+
+_STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
+_ALIASES = {"training": "train", "fit": "train", "validation": "val", "validate": "val", "testing": "test"}
+
+
+class MetricLogger(Callback):
+    """Compute torchmetrics over each epoch and log them, outside of the model and its graph.
+
+    Each stage, and each dataloader of a stage, has a clone of the metrics of its own. It is reset when an epoch starts,
+    updated after every step and logged when the epoch ends, joined over all processes. As with ``self.log``, values are
+    in ``trainer.callback_metrics``, where ModelCheckpoint, EarlyStopping and LR schedulers can monitor them, in the
+    Trainer's loggers and in what ``trainer.validate`` and ``trainer.test`` return. Names are the prefix and the
+    metric's name: ``val/accuracy``, and with several dataloaders ``val/accuracy/dataloader_idx_0``.
+
+    A checkpoint from the middle of a training epoch holds what the metrics have seen so far, from every process.
+    Resuming with as many processes goes on exactly there. (Validation that is cut off starts anew.) The model holds
+    nothing of it: neither its modules nor its ``state_dict`` change.
+
+    A metric that draws random numbers, such as torchmetrics' ``BootStrapper``, draws them from the global generator, as
+    it would anywhere else.
+
+    Args:
+        metrics: A torchmetrics ``Metric``, a ``MetricCollection`` or a dict of name to metric. It is cloned, and itself
+            never updated. It has to compute scalars.
+        stages: Which of ``"train"``, ``"val"`` and ``"test"`` to log.
+        inputs: What to update the metrics with: called with what the step returned and its batch, it gives a tuple
+            ``(preds, target)``, or a dict of named arguments. By default, the step returns a dict with both.
+        prefix: What names start with; ``{stage}`` becomes the stage.
+
+    Raises:
+        ValueError: If an argument has a value that it cannot have; after an epoch, if a metric's value is no scalar.
+        TypeError: If an argument is of another type.
+        MisconfigurationException: After the first step, if it returned nothing to update the metrics with.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> from torchmetrics.classification import MulticlassAccuracy
+        >>> class Net(LightningModule):
+        ...     def validation_step(self, batch, batch_idx):
+        ...         inputs, target = batch
+        ...         return {"preds": inputs, "target": target}
+        >>> trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        ...     callbacks=[MetricLogger({"accuracy": MulticlassAccuracy(3)})])
+        >>> data = DataLoader([(torch.eye(3)[i], i) for i in range(3)], batch_size=2)
+        >>> trainer.validate(Net(), data, verbose=False)
+        [{'val/accuracy': 1.0}]
+    """
+
+    def __init__(
+        self,
+        metrics: Metric | MetricCollection | Mapping[str, Metric | MetricCollection],
+        *,
+        stages: Sequence[Stage] = ("train", "val", "test"),
+        inputs: Inputs | None = None,
+        prefix: str = "{stage}/",
+    ) -> None:
+        self.metrics = _as_collection(metrics)
+        self.stages = _as_stages(stages)
+        if inputs is not None and not callable(inputs):
+            raise TypeError(
+                f"MetricLogger(inputs={inputs!r}): it is a function, such as "
+                "lambda outputs, batch: (outputs['logits'], batch[1])."
+            )
+        self.inputs = inputs
+        self.prefix = _as_prefix(prefix, self.stages)
+        self._clones: dict[str, list[MetricCollection]] = {}
+
+    @property
+    def state_key(self) -> str:
+        """Several of these in one Trainer are told apart by the names that they log."""
+        return self._generate_state_key(prefix=self.prefix, metrics=list(self.metrics.keys()))
+
+    # When
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget what an earlier fit has seen, before a checkpoint may be loaded."""
+        self._clones = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the metrics ready; those from a checkpoint go on."""
+        self._prepare("train", 1, pl_module.device)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start anew. An epoch that is resumed in its middle does not come here."""
+        self._reset("train")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the metrics."""
+        # What Lightning makes of a training step that returned None to be skipped.
+        skipped = pl_module.automatic_optimization and outputs == {}
+        if not skipped:
+            self._update("train", 0, outputs, batch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the epoch's values, before ModelCheckpoint and EarlyStopping look at them."""
+        # Not reset here: a fit that resumes after the last validation of an epoch comes here again.
+        self._log_values("train", pl_module)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start anew."""
+        self._prepare("val", _dataloaders(trainer), pl_module.device)
+        self._reset("val")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Update the metrics."""
+        self._update("val", dataloader_idx, outputs, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the values and let go of what the metrics have gathered."""
+        self._log_values("val", pl_module)
+        self._reset("val")
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start anew."""
+        self._prepare("test", _dataloaders(trainer), pl_module.device)
+        self._reset("test")
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Update the metrics."""
+        self._update("test", dataloader_idx, outputs, batch)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the values and let go of what the metrics have gathered."""
+        self._log_values("test", pl_module)
+        self._reset("test")
+
+    # Checkpoints
+    # Not in state_dict, which is not told of the other processes: only rank zero writes, and each has seen other data.
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save what the metrics of training have seen in this epoch, for every process."""
+        if "train" not in self._clones:
+            return
+        states = _from_every_process(_states(self._clones["train"][0]), trainer)
+        checkpoint["callbacks"][self.state_key] = {"train": states}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take over what this process has seen."""
+        states = checkpoint["callbacks"].get(self.state_key, {}).get("train")
+        if states is None or "train" not in self.stages or trainer.state.fn != "fit":
+            return
+        if len(states) != trainer.world_size:
+            if trainer.is_global_zero:
+                _log.warning(
+                    "the checkpoint is from %d processes, there are %d now: if it is from the middle of an epoch, the "
+                    "metrics of that epoch cover only the rest of it",
+                    len(states),
+                    trainer.world_size,
+                )
+            return
+        self._prepare("train", 1, pl_module.device)
+        _load_states(self._clones["train"][0], states[trainer.global_rank])
+
+    # What
+
+    def _prepare(self, stage: Stage, dataloaders: int, device: torch.device) -> None:
+        if stage not in self.stages:
+            return
+        clones = self._clones.setdefault(stage, [])
+        if len(clones) != dataloaders:
+            clones[:] = [self.metrics.clone() for _ in range(dataloaders)]
+        for clone in clones:
+            clone.to(device)
+
+    def _reset(self, stage: Stage) -> None:
+        for clone in self._clones.get(stage, []):
+            clone.reset()
+
+    @torch.no_grad()
+    def _update(self, stage: Stage, dataloader_idx: int, outputs: Any, batch: Any) -> None:
+        if stage not in self.stages:
+            return
+        clone = self._clones[stage][dataloader_idx]
+        given = self.inputs(outputs, batch) if self.inputs is not None else _preds_and_target(outputs, _STEPS[stage])
+        given = apply_to_collection(given, Tensor, Tensor.detach)
+        if isinstance(given, Mapping):
+            clone.update(**given)
+        elif isinstance(given, tuple | list):
+            clone.update(*given)
+        else:
+            raise MisconfigurationException(
+                f"MetricLogger(inputs=…) gave {_describe(given)}; it has to give a tuple (preds, target), or a dict of "
+                "named arguments."
+            )
+
+    @torch.no_grad()
+    def _log_values(self, stage: Stage, pl_module: LightningModule) -> None:
+        clones = self._clones.get(stage, [])
+        prefix = self.prefix.format(stage=stage)
+        for index, clone in enumerate(clones):
+            suffix = f"/dataloader_idx_{index}" if len(clones) > 1 else ""
+            for name, value in clone.compute().items():
+                # Every process has the joined value; of equal ones the largest is exactly that, unlike their mean.
+                scalar = _scalar(name, value).to(pl_module.device)
+                pl_module.log(
+                    f"{prefix}{name}{suffix}", scalar, sync_dist=True, reduce_fx="max", add_dataloader_idx=False
+                )
+
+
+def _scalar(name: str, result: Tensor | float) -> Tensor:
+    value = torch.as_tensor(result)
+    if value.numel() != 1:
+        raise ValueError(
+            f"The metric {name!r} computes a tensor of shape {tuple(value.shape)}, and only scalars can be logged. Let "
+            "it average, or wrap it in torchmetrics.ClasswiseWrapper, which gives each class a name."
+        )
+    scalar = value.reshape(())
+    return scalar if scalar.is_floating_point() else scalar.float()
+
+
+def _dataloaders(trainer: Trainer) -> int:
+    """Give how many dataloaders Lightning tells apart; a CombinedLoader that mixes them counts as one."""
+    loop = trainer._evaluation_loop
+    return loop.num_dataloaders if loop._is_sequential else 1
+
+
+def _preds_and_target(outputs: Any, step: str) -> tuple[Any, Any]:
+    if isinstance(outputs, Mapping) and "preds" in outputs and "target" in outputs:
+        return outputs["preds"], outputs["target"]
+    wanted = (
+        '{"loss": loss, "preds": preds, "target": target}'
+        if step == "training_step"
+        else ('{"preds": preds, "target": target}')
+    )
+    raise MisconfigurationException(
+        f'MetricLogger looks for "preds" and "target" in what {step} returns, and it returned {_describe(outputs)}. '
+        f"Let it return {wanted}, or say where they are: MetricLogger(..., inputs=lambda outputs, batch: "
+        '(outputs["logits"], batch[1])).'
+    )
+
+
+def _describe(value: Any) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return f"a dict with {', '.join(map(repr, value)) or 'nothing in it'}"
+    return f"a {type(value).__name__}"
+
+
+# State
+
+
+def _metrics_in(collection: MetricCollection) -> dict[str, Metric]:
+    return {path: module for path, module in collection.named_modules() if isinstance(module, Metric)}
+
+
+def _states(collection: MetricCollection) -> dict[str, dict[str, Any]]:
+    """Give what each metric has gathered, on the CPU, in types that ``torch.load(weights_only=True)`` accepts."""
+    return {
+        path: {
+            "updates": metric.update_count,
+            "state": apply_to_collection(metric.metric_state, Tensor, Tensor.to, "cpu", copy=True),
+        }
+        for path, metric in _metrics_in(collection).items()
+    }
+
+
+def _load_states(collection: MetricCollection, states: dict[str, dict[str, Any]]) -> None:
+    for path, metric in _metrics_in(collection).items():
+        saved = states.get(path, {"state": {}, "updates": 0})
+        _check_fits(path, metric, saved["state"])
+        for name, value in saved["state"].items():
+            # Copies, because metrics add in place and those of a compute group were saved as one.
+            setattr(metric, name, apply_to_collection(value, Tensor, Tensor.to, metric.device, copy=True))
+        metric._update_count = saved["updates"]
+        metric._computed = None
+
+
+def _check_fits(path: str, metric: Metric, saved: dict[str, Any]) -> None:
+    fresh = metric.metric_state
+    if saved.keys() != fresh.keys() or not all(_fits(fresh[name], saved[name]) for name in fresh):
+        raise MisconfigurationException(
+            f"The checkpoint holds a state of the metric {path!r} that does not fit {metric} as MetricLogger has it "
+            "now. Give MetricLogger the metrics with which the checkpoint was written."
+        )
+
+
+def _fits(fresh: Any, saved: Any) -> bool:
+    if not isinstance(fresh, Tensor) or not isinstance(saved, Tensor):
+        return isinstance(fresh, list) and isinstance(saved, list)
+    return fresh.ndim == 0 or fresh.shape == saved.shape  # a scalar may have been broadcast
+
+
+def _from_every_process(state: dict[str, dict[str, Any]], trainer: Trainer) -> list[dict[str, dict[str, Any]]]:
+    if trainer.world_size == 1:
+        return [state]
+    states: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
+# Arguments
+
+
+def _as_collection(metrics: Any) -> MetricCollection:
+    if isinstance(metrics, MetricCollection):
+        collection = metrics.clone()
+    elif isinstance(metrics, Mapping):
+        for name, metric in metrics.items():
+            _check_metric(f"metrics[{name!r}]", metric)
+        collection = MetricCollection({name: metric.clone() for name, metric in metrics.items()})
+    else:
+        _check_metric("metrics", metrics)
+        collection = MetricCollection([metrics.clone()])
+    if not len(collection):
+        raise ValueError("MetricLogger(metrics=…) is empty: there is nothing to log.")
+    return collection
+
+
+def _check_metric(given: str, metric: Any) -> None:
+    if isinstance(metric, Metric | MetricCollection):
+        return
+    shown = getattr(metric, "__name__", repr(metric))
+    if isinstance(metric, type):
+        mend = f"This is the class; give an object of it: {shown}(...)."
+    elif callable(metric):
+        mend = "This is a function, which knows one batch only; torchmetrics has a class for each."
+    elif isinstance(metric, list | tuple):
+        mend = f"Write {given}=MetricCollection([...])."
+    else:
+        mend = "For example torchmetrics.classification.MulticlassAccuracy(num_classes=10)."
+    raise TypeError(
+        f"MetricLogger({given}={shown}): it is a torchmetrics Metric, a MetricCollection or a dict of name to metric. "
+        f"{mend}"
+    )
+
+
+def _as_stages(stages: Any) -> tuple[Stage, ...]:
+    if isinstance(stages, str):
+        raise TypeError(f"MetricLogger(stages={stages!r}): it is a tuple. Write stages=({stages!r},).")
+    known = get_args(Stage)
+    for stage in stages:
+        if stage not in known:
+            close = difflib.get_close_matches(str(stage), [*known, *_ALIASES], n=1)
+            hint = f" Did you mean {_ALIASES.get(close[0], close[0])!r}?" if close else ""
+            raise ValueError(
+                f"MetricLogger(stages=…) has {stage!r}; a stage is one of {', '.join(map(repr, known))}.{hint}"
+            )
+    if not stages:
+        raise ValueError(f"MetricLogger(stages=()) logs nothing: give one of {', '.join(map(repr, known))}.")
+    return tuple(stages)
+
+
+def _as_prefix(prefix: Any, stages: Sequence[Stage]) -> str:
+    if not isinstance(prefix, str):
+        raise TypeError(f'MetricLogger(prefix={prefix!r}): it is a string, such as "{{stage}}/".')
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(prefix) if field is not None}
+    except ValueError as error:
+        raise ValueError(f'MetricLogger(prefix="{prefix}"): {error}. An example is "{{stage}}/".') from error
+    for field in fields - {"stage"}:
+        raise ValueError(
+            f'MetricLogger(prefix="{prefix}") has the field {{{field}}}, and {{stage}} is the only one there is. '
+            f'Did you mean "{prefix.replace(f"{{{field}}}", "{stage}")}"?'
+        )
+    if "stage" not in fields and len(stages) > 1:
+        raise ValueError(
+            f'MetricLogger(prefix="{prefix}") gives the metrics of {", ".join(stages)} the same names. '
+            f'Did you mean "{{stage}}/{prefix}"?'
+        )
+    return prefix

@@ -1,0 +1,540 @@
+"""MetricLogger in real fits: values, names, monitoring, checkpoints, two processes, and a model that knows nothing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchmetrics.classification as tm
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchmetrics import ClasswiseWrapper, MeanMetric, Metric, MetricCollection, SumMetric
+from torchmetrics.functional import accuracy
+
+from lightning_freeze.callbacks.metric_logger import MetricLogger
+from tests.nets import Net, data, loader, snapshot, trainer
+from tests.replicas import on_two_processes
+
+
+class Steps(Net):
+    """Returns what MetricLogger reads by default, and keeps it with the number of the dataloader."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, list[tuple[int, Tensor, Tensor]]] = {"train": [], "val": [], "test": []}
+
+    def step(self, stage: str, batch: Any, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        preds = self(batch[0])
+        self.seen[stage].append((dataloader_idx, preds.detach().clone(), batch[1]))
+        return {"loss": nn.functional.cross_entropy(preds, batch[1]), "preds": preds, "target": batch[1]}
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        torch.manual_seed(self.trainer.fit_loop.total_batch_idx)  # for dropout, also after resuming
+        return self.step("train", batch)
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        return self.step("val", batch, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        return self.step("test", batch, dataloader_idx)
+
+    def expected(self, metric: Metric, stage: str, last: int, dataloader_idx: int | None = None) -> Tensor:
+        """The metric of the last batches of a stage, computed at once."""
+        batches = [seen for seen in self.seen[stage] if dataloader_idx in (None, seen[0])][-last:]
+        metric = metric.clone()
+        for _, preds, target in batches:
+            metric.update(preds, target)
+        return metric.compute()
+
+
+class Epochs(Callback):
+    """Keeps the callback metrics of each epoch, as callbacks that monitor see them."""
+
+    def __init__(self) -> None:
+        self.train: dict[int, dict[str, float]] = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.train[trainer.current_epoch] = {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+def acc() -> Metric:
+    return tm.MulticlassAccuracy(3, average="micro")
+
+
+METRICS = {
+    "metric": (lambda: acc(), ["MulticlassAccuracy"]),
+    "dict": (lambda: {"acc": acc(), "f1": tm.MulticlassF1Score(3)}, ["acc", "f1"]),
+    "collection": (lambda: MetricCollection([acc()], prefix="my_", postfix="_x"), ["my_MulticlassAccuracy_x"]),
+    "dict of a collection": (lambda: {"one": MetricCollection({"acc": acc()})}, ["one_acc"]),
+    "classwise": (
+        lambda: ClasswiseWrapper(tm.MulticlassAccuracy(3, average=None), ["a", "b", "c"]),
+        ["multiclassaccuracy_a", "multiclassaccuracy_b", "multiclassaccuracy_c"],
+    ),
+    "composition": (lambda: {"sum": acc() + acc()}, ["sum"]),
+}
+
+
+class TestValues:
+    @pytest.mark.parametrize("kind", METRICS)
+    def test_every_form_of_metrics_has_its_names(self, kind: str) -> None:
+        make, names = METRICS[kind]
+        run = trainer(callbacks=[MetricLogger(make())], max_epochs=1)
+        run.fit(Steps(), loader(), loader(8))
+        expected = {f"{stage}/{name}" for stage in ("train", "val") for name in names}
+        assert run.callback_metrics.keys() - {"val_loss"} == expected
+
+    @pytest.mark.filterwarnings("ignore:No positive samples in targets")
+    def test_are_those_of_the_epoch_and_each_stage_has_its_own(self) -> None:
+        net, epochs = Steps(), Epochs()
+        metrics = {"acc": acc(), "auroc": tm.MulticlassAUROC(3)}
+        run = trainer(callbacks=[MetricLogger(metrics), epochs], max_epochs=3, num_sanity_val_steps=1)
+        run.fit(net, loader(), loader(12))
+        for name, metric in metrics.items():
+            assert metric.update_count == 0
+            for epoch in range(3):
+                seen = Steps()
+                seen.seen = {
+                    "train": net.seen["train"][: 6 * (epoch + 1)],
+                    "val": net.seen["val"][: 1 + 3 * (epoch + 1)],
+                }
+                assert epochs.train[epoch][f"train/{name}"] == float(seen.expected(metric, "train", 6))
+                assert epochs.train[epoch][f"val/{name}"] == float(seen.expected(metric, "val", 3))
+        (tested,) = run.test(net, loader(16), verbose=False)
+        assert tested == {f"test/{name}": float(net.expected(metric, "test", 4)) for name, metric in metrics.items()}
+        (validated,) = run.validate(net, loader(8), verbose=False)
+        assert validated == {f"val/{name}": float(net.expected(metric, "val", 2)) for name, metric in metrics.items()}
+
+    def test_validation_inside_an_epoch_leaves_training_alone(self) -> None:
+        net = Steps()
+        run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1, val_check_interval=2)
+        run.fit(net, loader(), loader(12))
+        assert run.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
+        assert run.callback_metrics["val/acc"] == net.expected(acc(), "val", 3)
+        assert len(net.seen["val"]) == 9
+
+    def test_go_to_the_loggers_at_the_end_of_the_epoch(self, tmp_path: Path) -> None:
+        from lightning.pytorch.loggers import CSVLogger
+
+        net = Steps()
+        run = trainer(
+            callbacks=[MetricLogger({"acc": acc()})], max_epochs=2, logger=CSVLogger(tmp_path), log_every_n_steps=1
+        )
+        run.fit(net, loader(), loader(8))
+        lines = (Path(run.logger.log_dir) / "metrics.csv").read_text().splitlines()
+        header = lines[0].split(",")
+        for name in ("train/acc", "val/acc"):
+            assert sum(bool(line.split(",")[header.index(name)]) for line in lines[1:]) == 2
+
+    def test_only_of_the_stages_asked_for(self) -> None:
+        run = trainer(callbacks=[MetricLogger({"acc": acc()}, stages=["val"])], max_epochs=1)
+        run.fit(OnlyValidation(), loader(), loader(8))
+        assert run.callback_metrics.keys() == {"val/acc"}
+
+    def test_prefix(self) -> None:
+        run = trainer(callbacks=[MetricLogger({"acc": acc()}, prefix="m_{stage}_")], max_epochs=1)
+        run.fit(Steps(), loader(), loader(8))
+        assert run.callback_metrics.keys() == {"m_train_acc", "m_val_acc"}
+
+    def test_two_loggers_keep_apart(self) -> None:
+        callbacks = [MetricLogger({"acc": acc()}), MetricLogger({"acc": acc()}, prefix="b/{stage}/")]
+        assert callbacks[0].state_key != callbacks[1].state_key
+        run = trainer(callbacks=callbacks, max_epochs=1)
+        run.fit(Steps(), loader(), loader(8))
+        assert run.callback_metrics["train/acc"] == run.callback_metrics["b/train/acc"]
+
+    def test_with_manual_optimization(self) -> None:
+        class Manual(Steps):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = False
+
+            def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+                outputs = self.step("train", batch)
+                self.manual_backward(outputs["loss"])
+                self.optimizers().step()
+                return outputs
+
+        net = Manual()
+        run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1)
+        run.fit(net, loader(), loader(8))
+        assert run.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
+
+    @pytest.mark.filterwarnings("ignore:.*training_step.* returned .None.")
+    def test_a_training_step_that_is_skipped_does_not_count(self) -> None:
+        class Skips(Steps):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                return super().training_step(batch, batch_idx) if batch_idx % 2 else None
+
+        net = Skips()
+        run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1)
+        run.fit(net, loader(), loader(8))
+        assert len(net.seen["train"]) == 3
+        assert run.callback_metrics["train/acc"] == net.expected(acc(), "train", 3)
+
+
+class OnlyValidation(Steps):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.step("train", batch)["loss"]
+
+
+class TestInputs:
+    def fit(self, net: LightningModule, **options: Any) -> Trainer:
+        run = trainer(callbacks=[MetricLogger(**{"metrics": {"acc": acc()}, **options})], max_epochs=1)
+        run.fit(net, loader(), loader(8))
+        return run
+
+    class Loss(Steps):
+        """Returns its loss only, as most do."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step(batch, batch_idx)["loss"]
+
+        def validation_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"logits": super().validation_step(batch, batch_idx)["preds"]}
+
+    def test_are_what_the_function_gives(self) -> None:
+        net = self.Loss()
+        run = self.fit(net, stages=["val"], inputs=lambda outputs, batch: (outputs["logits"], batch[1]))
+        assert run.callback_metrics["val/acc"] == net.expected(acc(), "val", 2)
+
+    def test_can_be_named(self) -> None:
+        net = self.Loss()
+        run = self.fit(
+            net, stages=["val"], inputs=lambda outputs, batch: {"target": batch[1], "preds": outputs["logits"]}
+        )
+        assert run.callback_metrics["val/acc"] == net.expected(acc(), "val", 2)
+
+    def test_can_be_one(self) -> None:
+        run = self.fit(Steps(), metrics={"n": SumMetric()}, inputs=lambda outputs, batch: (torch.ones_like(batch[1]),))
+        assert (run.callback_metrics["train/n"], run.callback_metrics["val/n"]) == (24, 8)
+
+    def test_that_are_missing_show_what_to_do(self) -> None:
+        with pytest.raises(MisconfigurationException) as caught:
+            self.fit(self.Loss(), stages=["train"])
+        assert str(caught.value) == (
+            'MetricLogger looks for "preds" and "target" in what training_step returns, and it returned a dict with '
+            '\'loss\'. Let it return {"loss": loss, "preds": preds, "target": target}, or say where they are: '
+            'MetricLogger(..., inputs=lambda outputs, batch: (outputs["logits"], batch[1])).'
+        )
+
+    def test_that_are_missing_in_validation_show_before_training(self) -> None:
+        net = self.Loss()
+        run = trainer(callbacks=[MetricLogger(acc())], num_sanity_val_steps=1)
+        with pytest.raises(
+            MisconfigurationException, match="validation_step returns, and it returned a dict with 'logits'"
+        ):
+            run.fit(net, loader(), loader(8))
+        assert net.seen["train"] == []
+
+    def test_nothing_returned_by_validation_is_an_error(self) -> None:
+        with pytest.raises(MisconfigurationException, match=r'returned nothing\. Let it return \{"preds"'):
+            self.fit(Net(), stages=["val"])
+
+    def test_nothing_returned_with_manual_optimization_is_an_error(self) -> None:
+        class Manual(Net):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = False
+
+            def training_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        with pytest.raises(MisconfigurationException, match="a dict with nothing in it"):
+            self.fit(Manual(), stages=["train"])
+
+    def test_of_another_type_are_an_error(self) -> None:
+        with pytest.raises(MisconfigurationException, match=r"inputs=…\) gave a Tensor; it has to give a tuple"):
+            self.fit(Steps(), inputs=lambda outputs, batch: outputs["preds"])
+
+
+class TestDataloaders:
+    @pytest.mark.filterwarnings("ignore:No positive samples in targets")
+    def test_several_have_lightnings_suffix_and_a_clone_each(self) -> None:
+        net, metrics = Steps(), {"acc": acc(), "auroc": tm.MulticlassAUROC(3)}
+        run = trainer(callbacks=[MetricLogger(metrics)], max_epochs=2, num_sanity_val_steps=1)
+        run.fit(net, loader(), [loader(8), loader(20)])
+        for name, metric in metrics.items():
+            for index, batches in enumerate((2, 5)):
+                value = run.callback_metrics[f"val/{name}/dataloader_idx_{index}"]
+                assert value == net.expected(metric, "val", batches, index)
+        assert "val/acc" not in run.callback_metrics
+        results = run.test(net, [loader(12), loader(4)])
+        for index, batches in enumerate((3, 1)):
+            name = f"test/acc/dataloader_idx_{index}"
+            assert results[index][name] == float(net.expected(acc(), "test", batches, index))
+
+    def test_names_are_those_of_self_log(self) -> None:
+        class Logs(Steps):
+            def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+                self.log("own/acc", 1.0)
+                return super().validation_step(batch, batch_idx, dataloader_idx)
+
+        run = trainer(callbacks=[MetricLogger({"acc": acc()}, prefix="{stage}/")], max_epochs=1)
+        run.fit(Logs(), loader(), [loader(8), loader(8)])
+        ours = {name.removeprefix("val/") for name in run.callback_metrics if name.startswith("val/")}
+        assert ours == {name.removeprefix("own/") for name in run.callback_metrics if name.startswith("own/")}
+
+    def test_those_that_are_mixed_count_as_one(self) -> None:
+        class Mixed(Steps):
+            def validation_step(self, batch: Any, batch_idx: int) -> Any:
+                return self.step("val", batch[0])
+
+        run = trainer(callbacks=[MetricLogger({"acc": acc()}, stages=["val"])], max_epochs=1)
+        run.fit(Mixed(), loader(), CombinedLoader([loader(8), loader(8)], "min_size"))
+        assert run.callback_metrics.keys() == {"val/acc"}
+
+
+class TestMonitoring:
+    @pytest.mark.parametrize("monitor", ["train/acc", "val/acc"])
+    def test_model_checkpoint_and_early_stopping_see_the_epochs_value(self, tmp_path: Path, monitor: str) -> None:
+        epochs = Epochs()
+        checkpoint = ModelCheckpoint(tmp_path, monitor=monitor, mode="max", save_top_k=-1)
+        stopping = EarlyStopping(monitor, mode="max", patience=100)
+        callbacks = [checkpoint, stopping, MetricLogger({"acc": acc()}), epochs]  # wherever it stands in the list
+        trainer(callbacks=callbacks, enable_checkpointing=True).fit(Steps(), loader(), loader(12))
+        values = [metrics[monitor] for metrics in epochs.train.values()]
+        assert [float(v) for v in checkpoint.best_k_models.values()] == values
+        assert float(stopping.best_score) == max(values)
+        assert float(checkpoint.best_model_score) == max(values)
+
+    def test_a_scheduler_sees_it(self) -> None:
+        class Plateau(Steps):
+            def configure_optimizers(self) -> Any:
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+                scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max")
+                return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/acc"}}
+
+        net = Plateau()
+        run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1)
+        run.fit(net, loader(), loader(12))
+        assert run.lr_scheduler_configs[0].scheduler.best == float(net.expected(acc(), "val", 3))
+
+
+# Resume
+
+
+RESUMED = {
+    "accuracy": lambda: {"acc": acc()},
+    "a compute group, which shares tensors": lambda: MetricCollection(
+        {"f1": tm.MulticlassF1Score(3), "recall": tm.MulticlassRecall(3), "auroc": tm.MulticlassAUROC(3)}
+    ),
+    "lists, classwise and sums": lambda: {
+        "auroc": tm.MulticlassAUROC(3),
+        "each": ClasswiseWrapper(tm.MulticlassRecall(3, average=None)),
+        "sum": acc() + tm.MulticlassRecall(3),
+    },
+    "added in place": lambda: {"a": InPlace(), "b": InPlace()},
+}
+
+
+class InPlace(Metric):
+    """Its state is changed in place, as that of some metrics is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        self.total += preds.float().abs().sum()
+
+    def compute(self) -> Tensor:
+        return self.total
+
+
+def fit_epochs(
+    make: Any, *, resume: Path | None = None, checkpoint: ModelCheckpoint | None = None, **options: Any
+) -> dict[int, dict[str, float]]:
+    torch.manual_seed(0)
+    epochs = Epochs()
+    callbacks = [MetricLogger(make()), epochs, *([checkpoint] if checkpoint else [])]
+    run = trainer(callbacks=callbacks, max_epochs=2, enable_checkpointing=checkpoint is not None, **options)
+    loaders = StatefulDataLoader(data(), batch_size=4), DataLoader(data(8), batch_size=4)
+    run.fit(Steps(), *loaders, ckpt_path=resume, weights_only=True if resume else None)
+    return epochs.train
+
+
+class TestResume:
+    @pytest.mark.parametrize("make", RESUMED.values(), ids=RESUMED)
+    def test_from_any_step_gives_the_same_values(self, tmp_path: Path, make: Any) -> None:
+        every = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        expected = fit_epochs(make, checkpoint=every)
+        # Lightning itself loses an epoch on resuming from the step that ends one.
+        for step in (1, 2, 3, 5, 7, 8, 11):
+            resumed = fit_epochs(make, resume=tmp_path / f"step={step}.ckpt")
+            assert resumed == {epoch: values for epoch, values in expected.items() if epoch >= step // 6}
+
+    def test_after_the_last_validation_of_an_epoch_gives_the_same_values(self, tmp_path: Path) -> None:
+        last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, save_top_k=-1, filename="{epoch}")
+        expected = fit_epochs(RESUMED["accuracy"], checkpoint=last)
+        resumed = fit_epochs(RESUMED["accuracy"], resume=tmp_path / "epoch=0.ckpt")
+        assert resumed[0]["train/acc"] == expected[0]["train/acc"]
+        assert resumed[1] == expected[1]
+
+    def test_between_epochs_starts_anew(self, tmp_path: Path) -> None:
+        last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=True, save_top_k=-1, filename="{epoch}")
+        expected = fit_epochs(RESUMED["accuracy"], checkpoint=last)
+        assert fit_epochs(RESUMED["accuracy"], resume=tmp_path / "epoch=0.ckpt") == {1: expected[1]}
+
+    def test_a_metric_that_does_not_fit_is_refused(self, tmp_path: Path) -> None:
+        every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        fit_epochs(lambda: {"acc": tm.MulticlassRecall(3)}, checkpoint=every)
+        with pytest.raises(MisconfigurationException, match="'acc' that does not fit"):
+            fit_epochs(lambda: {"acc": tm.MulticlassAUROC(3)}, resume=tmp_path / "step=2.ckpt")
+        with pytest.raises(MisconfigurationException, match="'acc' that does not fit"):
+            fit_epochs(lambda: {"acc": tm.MulticlassRecall(5)}, resume=tmp_path / "step=2.ckpt")
+
+    def test_testing_a_checkpoint_from_mid_epoch_starts_empty(self, tmp_path: Path) -> None:
+        every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        fit_epochs(RESUMED["accuracy"], checkpoint=every)
+        net = Steps()
+        run = trainer(callbacks=[MetricLogger({"acc": acc()})])
+        (values,) = run.test(net, loader(8), ckpt_path=tmp_path / "step=2.ckpt", verbose=False)
+        assert values == {"test/acc": float(net.expected(acc(), "test", 2))}
+
+    def test_the_same_callback_in_a_second_fit_starts_empty(self) -> None:
+        callback = MetricLogger({"acc": acc()})
+        for _ in range(2):
+            net = Steps()
+            run = trainer(callbacks=[callback], max_epochs=1, limit_train_batches=2)
+            run.fit(net, loader(), loader(8))
+            assert run.callback_metrics["train/acc"] == net.expected(acc(), "train", 2)
+
+    def test_a_checkpoint_loads_without_the_callback(self, tmp_path: Path) -> None:
+        every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        fit_epochs(RESUMED["accuracy"], checkpoint=every)
+        run = trainer(max_epochs=1)
+        with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
+            run.fit(Steps(), StatefulDataLoader(data(), batch_size=4), ckpt_path=tmp_path / "step=2.ckpt")
+
+
+class TestTheModelKnowsNothing:
+    def test_no_module_attribute_or_entry_is_left(self) -> None:
+        plain, observed = Steps(), Steps()
+        trainer(max_epochs=1).fit(plain, loader(), loader(8))
+        before = snapshot(observed).keys()
+        trainer(max_epochs=1, callbacks=[MetricLogger({"acc": acc()})]).fit(observed, loader(), loader(8))
+        assert snapshot(observed).keys() == before
+        assert [name for name, _ in observed.named_modules()] == [name for name, _ in plain.named_modules()]
+        assert vars(observed).keys() == vars(plain).keys()
+        pickle.loads(pickle.dumps(observed))
+        copy.deepcopy(observed)
+
+    def test_the_callback_pickles(self) -> None:
+        callback = MetricLogger({"acc": acc()})
+        trainer(max_epochs=1, callbacks=[callback]).fit(Steps(), loader(), loader(8))
+        pickle.loads(pickle.dumps(callback))
+
+    def test_what_was_given_is_never_updated(self) -> None:
+        metric = acc()
+        callback = MetricLogger({"acc": metric})
+        trainer(max_epochs=1, callbacks=[callback]).fit(Steps(), loader(), loader(8))
+        assert metric.update_count == 0
+        assert all(m.update_count == 0 for m in callback.metrics.values())
+
+    def test_no_graph_is_kept(self) -> None:
+        callback = MetricLogger({"auroc": tm.MulticlassAUROC(3), "mean": MeanMetric()}, inputs=inputs_with_graph)
+        trainer(max_epochs=1, callbacks=[callback]).fit(Steps(), loader(), loader(8))
+        states = [
+            tensor
+            for metric in callback._clones["train"][0].values()
+            for state in metric.metric_state.values()
+            for tensor in (state if isinstance(state, list) else [state])
+        ]
+        assert len(states) > 6
+        assert not any(state.requires_grad for state in states)
+
+
+def inputs_with_graph(outputs: Any, batch: Any) -> dict[str, Tensor]:
+    return {"preds": outputs["preds"], "target": batch[1], "value": outputs["preds"]}
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"metrics": tm.MulticlassAccuracy}, TypeError, r"the class; give an object of it: MulticlassAccuracy\("),
+            ({"metrics": accuracy}, TypeError, r"metrics=accuracy\).* a function"),
+            ({"metrics": [acc()]}, TypeError, r"Write metrics=MetricCollection\(\[\.\.\.\]\)"),
+            ({"metrics": {"acc": "accuracy"}}, TypeError, r"metrics\['acc'\]='accuracy'"),
+            ({"metrics": {}}, ValueError, "is empty"),
+            ({"stages": ("validation",)}, ValueError, r"has 'validation'; .*Did you mean 'val'\?"),
+            ({"stages": ("tran",)}, ValueError, r"Did you mean 'train'\?"),
+            ({"stages": "val"}, TypeError, r"stages=\('val',\)"),
+            ({"stages": ()}, ValueError, "logs nothing"),
+            ({"prefix": "{stge}/"}, ValueError, r'Did you mean "\{stage\}/"\?'),
+            ({"prefix": "{}/"}, ValueError, r'Did you mean "\{stage\}/"\?'),
+            ({"prefix": "{stage/"}, ValueError, r'An example is "\{stage\}/"'),
+            ({"prefix": "m/"}, ValueError, r'same names\. Did you mean "\{stage\}/m/"\?'),
+            ({"prefix": None}, TypeError, "it is a string"),
+            ({"inputs": "preds"}, TypeError, "it is a function"),
+        ],
+    )
+    def test_come_at_construction(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            MetricLogger(**{"metrics": acc(), **arguments})
+
+    def test_one_stage_needs_no_field_in_the_prefix(self) -> None:
+        assert MetricLogger(acc(), stages=["val"], prefix="").prefix == ""
+
+    def test_a_metric_that_is_no_scalar(self) -> None:
+        run = trainer(callbacks=[MetricLogger({"matrix": tm.MulticlassConfusionMatrix(3)})], num_sanity_val_steps=1)
+        with pytest.raises(ValueError, match=r"'matrix' computes a tensor of shape \(3, 3\).*ClasswiseWrapper"):
+            run.fit(Steps(), loader(), loader(8))
+
+    def test_a_metric_that_counts_becomes_a_float(self) -> None:
+        class Count(InPlace):
+            def compute(self) -> Tensor:
+                return torch.tensor([self.update_count])
+
+        run = trainer(callbacks=[MetricLogger({"n": Count()})], max_epochs=1)
+        run.fit(Steps(), loader(), loader(8))
+        assert run.callback_metrics["train/n"] == 6.0
+
+
+# Two processes
+
+
+def distributed(path: str) -> dict[str, Any]:
+    """Fit whole, keep a checkpoint from the middle of the second epoch, and resume from it, on every process."""
+    results: dict[str, Any] = {}
+    share = Subset(data(), range(dist.get_rank(), 24, 2))
+    for label in ("whole", "resumed"):
+        net, epochs = Steps(), Epochs()
+        callbacks: list[Callback] = [MetricLogger({"acc": acc(), "auroc": tm.MulticlassAUROC(3)}), epochs]
+        if label == "whole":
+            callbacks.append(ModelCheckpoint(path, every_n_train_steps=5, save_top_k=-1, filename="{step}"))
+        run = trainer(
+            strategy="ddp",
+            devices=2,
+            callbacks=callbacks,
+            max_epochs=2,
+            enable_checkpointing=label == "whole",
+            use_distributed_sampler=False,
+        )
+        torch.manual_seed(0)
+        resume = f"{path}/step=5.ckpt" if label == "resumed" else None
+        run.fit(net, StatefulDataLoader(share, batch_size=4), DataLoader(share, batch_size=4), ckpt_path=resume)
+        results[label] = epochs.train
+        results[f"{label} preds"] = torch.cat([preds for _, preds, _ in net.seen["train"][-3:]])
+        results[f"{label} target"] = torch.cat([target for _, _, target in net.seen["train"][-3:]])
+    return results
+
+
+def test_two_processes_agree_on_the_metrics_of_all_data_and_resume(tmp_path: Path) -> None:
+    first, second = on_two_processes(distributed, tmp_path, str(tmp_path))
+    assert first["whole"] == second["whole"]
+    assert first["whole"].keys() == {0, 1}
+    preds, target = (torch.cat([rank[f"whole {name}"] for rank in (first, second)]) for name in ("preds", "target"))
+    assert first["whole"][1]["train/acc"] == float(acc()(preds, target))
+    assert first["whole"][1]["train/auroc"] == pytest.approx(float(tm.MulticlassAUROC(3)(preds, target)), abs=1e-7)
+    for rank in (first, second):
+        assert rank["resumed"] == {1: rank["whole"][1]}

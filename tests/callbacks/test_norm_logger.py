@@ -1,0 +1,505 @@
+"""NormLogger in real fits: what it logs is what a training loop written by hand measures."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_freeze.callbacks.norm_logger import NormLogger
+from tests.nets import Net, adamw, loader, same, snapshot, trainer
+from tests.replicas import on_two_processes
+
+
+class Recorder(Logger):
+    """Keeps what NormLogger logs: a list of (step, metrics)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self.others: list[int] = []
+
+    name = version = "recorder"
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        norms = {name: value for name, value in metrics.items() if name.startswith("norm/")}
+        if norms:
+            self.rows.append((step, norms))
+        else:
+            self.others.append(step)
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+class Plain(Net):
+    """Without dropout, so that every forward is the same."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+
+def half_sgd(params: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.5)
+
+
+def fit(
+    net: LightningModule, callback: NormLogger | None, samples: int = 24, data: Any = None, **options: Any
+) -> Recorder:
+    recorder = Recorder()
+    defaults = {"max_epochs": 1, "limit_val_batches": 0, "logger": recorder, "log_every_n_steps": 1}
+    others = options.pop("callbacks", [])
+    run = trainer(callbacks=[callback, *others] if callback else others, **{**defaults, **options})
+    run.fit(net, data or loader(samples))
+    recorder.trainer = run
+    return recorder
+
+
+def norm(tensors: Any) -> float:
+    return math.hypot(*(float(tensor.double().norm()) for tensor in tensors))
+
+
+def by_hand(net: Plain, *, accumulate: int = 1, clip: float | None = None) -> list[dict[str, float]]:
+    """The same fit as a loop that everybody can read."""
+    optimizer, rows = net.make_optimizer(net.parameters()), []
+    for index, (images, targets) in enumerate(loader()):
+        (nn.functional.cross_entropy(net(images), targets) / accumulate).backward()
+        if (index + 1) % accumulate:
+            continue
+        parameters = list(net.parameters())
+        row = {"norm/grad": norm(p.grad for p in parameters), "norm/weight": norm(p.detach() for p in parameters)}
+        if clip is not None:
+            nn.utils.clip_grad_norm_(parameters, clip)
+        row["norm/grad_clipped"] = norm(p.grad for p in parameters)
+        before = [p.detach().clone() for p in parameters]
+        optimizer.step()
+        row["norm/update"] = norm(p.detach() - b for p, b in zip(parameters, before, strict=True))
+        row["norm/update_ratio"] = row["norm/update"] / row["norm/weight"]
+        row["norm/nonfinite_grads"] = 0.0
+        optimizer.zero_grad()
+        rows.append(row)
+    return rows
+
+
+class TestValues:
+    @pytest.mark.parametrize("optimizer", [half_sgd, adamw])
+    @pytest.mark.parametrize("accumulate", [1, 3])
+    @pytest.mark.parametrize("clip", [None, 0.05])
+    def test_are_those_of_a_loop_by_hand(self, optimizer: Any, accumulate: int, clip: float | None) -> None:
+        net = Plain(optimizer=optimizer)
+        expected = by_hand(copy.deepcopy(net), accumulate=accumulate, clip=clip)
+        recorder = fit(net, NormLogger(), accumulate_grad_batches=accumulate, gradient_clip_val=clip)
+        assert [row for _, row in recorder.rows] == [pytest.approx(row, rel=1e-5) for row in expected]
+        assert len(expected) == 6 // accumulate
+
+    def test_clipping_by_value_shows_too(self) -> None:
+        recorder = fit(Plain(), NormLogger(), gradient_clip_val=1e-4, gradient_clip_algorithm="value")
+        count = sum(p.numel() for p in Plain().parameters())
+        assert all(0 < row["norm/grad_clipped"] <= 1e-4 * math.sqrt(count) for _, row in recorder.rows)
+        assert all(row["norm/grad"] > row["norm/grad_clipped"] for _, row in recorder.rows)
+
+    def test_go_to_callback_metrics_and_logged_metrics_as_well(self) -> None:
+        recorder = fit(Plain(), NormLogger())
+        for metrics in (recorder.trainer.callback_metrics, recorder.trainer.logged_metrics):
+            last = {name: float(value) for name, value in metrics.items() if name.startswith("norm/")}
+            assert last == pytest.approx(recorder.rows[-1][1], rel=1e-6)
+
+    def test_an_optimizer_that_evaluates_several_times_shows_its_first_gradient(self) -> None:
+        net = Plain(optimizer=lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=3))
+        first = by_hand(copy.deepcopy(Plain(optimizer=half_sgd)), accumulate=1)  # only its shape
+        recorder = fit(net, NormLogger())
+        assert [step for step, _ in recorder.rows] == list(range(6))
+        assert all(row.keys() == first[0].keys() and row["norm/update"] > 0 for _, row in recorder.rows)
+
+
+class TestNames:
+    def names(self, net: LightningModule | None = None, **options: Any) -> set[str]:
+        recorder = fit(net or Plain(), NormLogger(**options), limit_train_batches=1)
+        return set(recorder.rows[0][1])
+
+    ALL = {"grad", "grad_clipped", "nonfinite_grads", "weight", "update", "update_ratio"}  # noqa: RUF012
+
+    def test_total(self) -> None:
+        assert self.names() == {f"norm/{name}" for name in self.ALL}
+
+    def test_per_module(self) -> None:
+        more = {f"norm/{name}/{m}" for name in self.ALL - {"nonfinite_grads"} for m in ("backbone", "neck", "head")}
+        assert self.names(per="module") == {f"norm/{name}" for name in self.ALL} | more
+
+    def test_per_parameter(self) -> None:
+        names = [name for name, _ in Plain().named_parameters()]
+        more = {f"norm/{quantity}/{name}" for quantity in self.ALL - {"nonfinite_grads"} for name in names}
+        assert self.names(per="parameter") == {f"norm/{name}" for name in self.ALL} | more
+
+    def test_what(self) -> None:
+        assert self.names(what=("grad",)) == {"norm/grad", "norm/grad_clipped", "norm/nonfinite_grads"}
+        assert self.names(what=["weight"]) == {"norm/weight"}
+        assert self.names(what=("update",)) == {"norm/update", "norm/update_ratio"}
+
+
+class TestWhen:
+    @pytest.mark.parametrize(("every", "log_every", "steps"), [(None, 4, [3, 7, 11]), (5, 4, [4, 9]), (None, 0, [])])
+    def test_every_so_many_steps(self, every: int | None, log_every: int, steps: list[int]) -> None:
+        recorder = fit(Plain(), NormLogger(every_n_steps=every), log_every_n_steps=log_every, max_epochs=2)
+        assert [step for step, _ in recorder.rows] == steps
+
+    def test_at_the_steps_at_which_the_trainer_logs(self) -> None:
+        class Logs(Plain):
+            def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+                loss = super().training_step(batch, batch_idx)
+                self.log("loss", loss)
+                return loss
+
+        recorder = fit(Logs(), NormLogger(), log_every_n_steps=2, accumulate_grad_batches=2, max_epochs=2)
+        assert [step for step, _ in recorder.rows] == recorder.others == [1, 3, 5]
+
+    @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6, 7])
+    @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+    def test_resuming_keeps_the_rhythm(self, tmp_path: Path, stop: int) -> None:
+        fit(
+            Plain(),
+            NormLogger(every_n_steps=3),
+            max_steps=stop,
+            max_epochs=None,
+            enable_checkpointing=True,
+            callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1, filename="stop")],
+        )
+        recorder = Recorder()
+        run = trainer(
+            callbacks=[NormLogger(every_n_steps=3)],
+            logger=recorder,
+            limit_val_batches=0,
+            log_every_n_steps=1,
+            max_epochs=2,
+        )
+        run.fit(Plain(), loader(stateful=False), ckpt_path=tmp_path / "stop.ckpt")
+        assert all(step % 3 == 2 for step, _ in recorder.rows)
+        assert recorder.rows[0][0] >= stop
+
+    def test_waits_for_the_device_once_a_logged_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        waits = []
+        original = Tensor.tolist
+        monkeypatch.setattr(Tensor, "tolist", lambda t: waits.append(t.shape) or original(t))
+        recorder = fit(TwoOptimizers(), NormLogger(every_n_steps=2))
+        assert len(waits) == len(recorder.rows) == 3
+
+
+class TestMixedPrecision:
+    def rows(self, scale: float, make: Callable[[], Plain] = Plain, **options: Any) -> list[dict[str, float]]:
+        torch.manual_seed(0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        plugin = MixedPrecision("16-mixed", "cpu", scaler)
+        net = make()
+        return [row for _, row in fit(net, NormLogger(per="module"), plugins=plugin, **options).rows]
+
+    @pytest.mark.parametrize("clip", [None, 0.05])
+    def test_the_loss_scale_does_not_show(self, clip: float | None) -> None:
+        expected = self.rows(1.0, gradient_clip_val=clip)
+        assert self.rows(256.0, gradient_clip_val=clip) == [pytest.approx(row, rel=0.05) for row in expected]
+        assert len(expected) == 6
+
+    def test_nor_with_an_optimizer_that_divides_by_it_itself(self) -> None:
+        def sgd(fused: bool) -> Plain:
+            return Plain(optimizer=lambda params: torch.optim.SGD(params, lr=0.01, fused=fused))
+
+        expected = self.rows(256.0, lambda: sgd(fused=False))
+        assert self.rows(256.0, lambda: sgd(fused=True)) == [pytest.approx(row, rel=0.01) for row in expected]
+
+    def test_nor_with_manual_optimization(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(TwoOptimizers, "clip", None)  # by hand one would clip what is still scaled
+        expected = self.rows(1.0, TwoOptimizers)
+        assert self.rows(256.0, TwoOptimizers) == [pytest.approx(row, rel=0.05) for row in expected]
+
+    @pytest.mark.parametrize("fused", [False, True])
+    def test_a_skipped_step_has_no_update_and_names_why(self, fused: bool, caplog: pytest.LogCaptureFixture) -> None:
+        callback = NormLogger()
+        net = Plain(optimizer=lambda params: torch.optim.SGD(params, lr=0.1, fused=fused))
+        net.head.bias.register_hook(lambda grad: grad * math.inf)
+        before = snapshot(net.head)
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))
+        with caplog.at_level(logging.WARNING, "lightning_freeze"):
+            recorder = fit(net, callback, plugins=plugin, limit_train_batches=1)
+        (row,) = (row for _, row in recorder.rows)
+        assert same(before, snapshot(net.head))
+        assert row["norm/update"] == row["norm/update_ratio"] == 0.0
+        assert row["norm/nonfinite_grads"] == 1.0
+        assert callback.nonfinite == ("head.bias",)
+        assert "1 gradient is not finite: head.bias" in caplog.text
+
+
+class TestNonFinite:
+    def test_are_counted_and_the_first_named(self, caplog: pytest.LogCaptureFixture) -> None:
+        net = Plain()
+        for parameter in net.parameters():
+            parameter.register_hook(lambda grad: grad * math.nan)
+        with caplog.at_level(logging.WARNING, "lightning_freeze"):
+            recorder = fit(net, NormLogger(), limit_train_batches=1)
+        assert recorder.rows[0][1]["norm/nonfinite_grads"] == 12.0
+        assert (
+            "step 0: 12 gradients are not finite: backbone.0.weight, backbone.0.bias, backbone.1.weight" in caplog.text
+        )
+        assert caplog.text.rstrip().endswith("and 7 more")
+
+    def test_are_forgotten_when_gradients_are_finite_again(self) -> None:
+        callback, net = NormLogger(), Plain()
+        net.head.bias.register_hook(lambda grad: grad * (math.nan if net.global_step == 0 else 1.0))
+        plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))  # skips the first step
+        recorder = fit(net, callback, limit_train_batches=2, plugins=plugin)
+        assert [row["norm/nonfinite_grads"] for _, row in recorder.rows] == [1.0, 0.0]
+        assert callback.nonfinite == ()
+
+
+class TestWhichParameters:
+    def test_frozen_ones_do_not_count(self) -> None:
+        class Frozen(Plain):
+            def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+                self.neck.requires_grad_(batch_idx >= 2)
+
+        recorder = fit(Frozen(), NormLogger(per="parameter"), limit_train_batches=4)
+        has_neck = [any("neck" in name for name in row) for _, row in recorder.rows]
+        assert has_neck == [False, False, True, True]
+
+    def test_nor_do_those_of_no_optimizer(self) -> None:
+        net = Plain(optimizer=lambda params: half_sgd(list(params)[-2:]))
+        (_, row), *_ = fit(net, NormLogger(per="module")).rows
+        assert {name.split("/")[2] for name in row if name.count("/") == 2} == {"head"}
+
+    def test_one_without_a_gradient_has_a_weight_and_no_update(self) -> None:
+        class Unused(Plain):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.head(self.backbone(x).mean((2, 3)))
+
+        (_, row), *_ = fit(Unused(optimizer=half_sgd), NormLogger(per="parameter")).rows
+        assert "norm/grad/neck.weight" not in row
+        assert row["norm/weight/neck.weight"] > 0
+        assert row["norm/update/neck.weight"] == row["norm/update_ratio/neck.weight"] == 0.0
+
+    def test_sparse_gradients(self) -> None:
+        class Words(LightningModule):
+            def __init__(self, sparse: bool) -> None:
+                super().__init__()
+                self.table = nn.Embedding(5, 3, sparse=sparse)
+                nn.init.ones_(self.table.weight)
+
+            def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+                return self.table(batch[0]).pow(2).sum()
+
+            def configure_optimizers(self) -> torch.optim.Optimizer:
+                return torch.optim.SGD(self.parameters(), lr=0.1)
+
+        words = DataLoader(TensorDataset(torch.tensor([1, 1, 4, 2, 2, 2])), batch_size=3)
+        dense, sparse = (fit(Words(sparse), NormLogger(per="parameter"), data=words).rows for sparse in (False, True))
+        assert sparse == [(step, pytest.approx(row, rel=1e-6)) for step, row in dense]
+        assert dense[0][1]["norm/grad"] == pytest.approx(norm([torch.tensor([4.0] * 3 + [2.0] * 3)]))
+
+
+class TwoOptimizers(Plain):
+    """Manual optimization: the backbone and the rest step apart, the second one after clipping by hand."""
+
+    clip = 0.01
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.seen: list[dict[str, float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer, parameters in zip(self.optimizers(), self.parts(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+            row = {"before": norm(p.grad for p in parameters)}
+            if parameters[0] is self.neck.weight and self.clip:
+                nn.utils.clip_grad_norm_(parameters, self.clip)
+            row["after"] = norm(p.grad for p in parameters)
+            self.seen.append(row)
+            optimizer.step()
+
+    def parts(self) -> list[list[nn.Parameter]]:
+        return [list(self.backbone.parameters()), [*self.neck.parameters(), *self.head.parameters()]]
+
+    def configure_optimizers(self) -> Any:
+        return [half_sgd(part) for part in self.parts()]
+
+
+class TestManualOptimization:
+    def test_each_optimizer_has_its_metrics_before_and_after_clipping_by_hand(self) -> None:
+        net = TwoOptimizers()
+        rows = [row for _, row in fit(net, NormLogger(per="module")).rows]
+        assert len(rows) == 6
+        for index, row in enumerate(rows):
+            for which in (0, 1):
+                seen = net.seen[2 * index + which]
+                assert row[f"norm/optimizer_{which}/grad"] == pytest.approx(seen["before"], rel=1e-5)
+                assert row[f"norm/optimizer_{which}/grad_clipped"] == pytest.approx(seen["after"], rel=1e-5)
+                assert row[f"norm/optimizer_{which}/update"] == pytest.approx(0.5 * seen["after"], rel=1e-3)
+            assert row["norm/optimizer_1/grad_clipped"] == pytest.approx(TwoOptimizers.clip, rel=1e-2)
+            assert "norm/optimizer_0/grad/backbone" in row
+            assert "norm/optimizer_1/grad/backbone" not in row
+
+    def test_one_that_steps_seldom_is_logged_when_it_does(self) -> None:
+        class Seldom(TwoOptimizers):
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                first, second = self.optimizers()
+                self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+                first.step()
+                if batch_idx % 4 == 2:
+                    second.step()
+
+        rows = fit(Seldom(), NormLogger(every_n_steps=2), samples=48).rows
+        assert [step for step, row in rows if "norm/optimizer_0/grad" in row] == [1, 3, 5, 7, 9, 11]
+        assert [step for step, row in rows if "norm/optimizer_1/grad" in row] == [2, 6, 10]
+
+    def test_of_several_steps_in_a_batch_the_first_is_shown(self) -> None:
+        class Often(TwoOptimizers):
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                first, _ = self.optimizers()
+                for _ in range(3):
+                    first.zero_grad()
+                    self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+                    self.seen.append({"before": norm(p.grad for p in self.backbone.parameters())})
+                    first.step()
+
+        net = Often()
+        rows = fit(net, NormLogger()).rows
+        firsts = [seen["before"] for seen in net.seen[::3]]
+        assert [row["norm/optimizer_0/grad"] for _, row in rows] == pytest.approx(firsts, rel=1e-5)
+        assert [row["norm/optimizer_0/update"] for _, row in rows] == pytest.approx([0.5 * f for f in firsts], rel=1e-3)
+
+
+class TestNothingStaysBehind:
+    def leftovers(self, run: Trainer) -> int:
+        return sum(len(optimizer._optimizer_step_post_hooks) for optimizer in run.optimizers)
+
+    def test_after_a_fit(self) -> None:
+        net, plain, callback = Plain(), Plain(), NormLogger()
+        fit(plain, None)
+        recorder = fit(net, callback)
+        assert self.leftovers(recorder.trainer) == 0
+        assert vars(net).keys() == vars(plain).keys()
+        assert not callback._steps
+        pickle.loads(pickle.dumps(callback))
+        copy.deepcopy(callback)
+
+    def test_between_logged_steps(self) -> None:
+        class Counts(Callback):
+            counts: list[int] = []  # noqa: RUF012
+
+            def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+                self.counts.append(TestNothingStaysBehind().leftovers(trainer))
+
+        fit(Plain(), NormLogger(), callbacks=[Counts()])
+        assert Counts.counts == [0] * 6
+
+    def test_after_an_exception_in_the_step(self) -> None:
+        class Breaks(Plain):
+            def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+                super().optimizer_step(epoch, batch_idx, optimizer, closure)
+                raise RuntimeError("broken")
+
+        callback = NormLogger()
+        run = trainer(callbacks=[callback], limit_val_batches=0, log_every_n_steps=1)
+        with pytest.raises(RuntimeError, match="broken"):
+            run.fit(Breaks(), loader())
+        assert self.leftovers(run) == 0
+        assert not callback._steps
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"per": "modules"}, ValueError, r"per is one of 'total', 'module', 'parameter'\. Did you mean 'module'\?"),
+            ({"what": ("gradient",)}, ValueError, r"what is one of 'grad', 'weight', 'update'\. Did you mean 'grad'\?"),
+            ({"what": "grad"}, TypeError, r"Write what=\('grad',\)"),
+            ({"what": ()}, ValueError, "logs nothing"),
+            ({"every_n_steps": 0}, ValueError, "at least 1"),
+            ({"every_n_steps": 2.0}, TypeError, "whole number"),
+            ({"every_n_steps": True}, TypeError, "whole number"),
+        ],
+    )
+    def test_come_at_construction(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            NormLogger(**arguments)
+
+    def test_a_strategy_that_hides_parameters_is_refused(self) -> None:
+        run = trainer()
+        run.strategy.__class__ = FSDPStrategy
+        with pytest.raises(MisconfigurationException, match="ModelParallelStrategy"):
+            NormLogger().on_fit_start(run, Plain())
+
+    def test_something_like_an_optimizer_is_refused(self) -> None:
+        class Steps:
+            param_groups: list[Any] = []  # noqa: RUF012
+            defaults: dict[str, Any] = {}  # noqa: RUF012
+            state: dict[str, Any] = {}  # noqa: RUF012
+
+            def state_dict(self) -> dict[str, Any]:
+                return {}
+
+            def load_state_dict(self, state: Any) -> None: ...
+
+            def step(self, closure: Any = None) -> None: ...
+
+        with pytest.raises(MisconfigurationException, match="Steps is not a"):
+            fit(Plain(optimizer=lambda params: Steps()), NormLogger())
+
+
+class Sharded(Plain):
+    """FSDP2 with a frozen unit."""
+
+    def __init__(self) -> None:
+        super().__init__(optimizer=half_sgd)
+        self.backbone.requires_grad_(False)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            mesh = self.device_mesh["data_parallel"]
+            for part in (self.backbone, self.neck, self.head, self):
+                fully_shard(part, mesh=mesh)
+
+
+def sharded_rows(sharded: bool) -> list[dict[str, float]]:
+    torch.manual_seed(0)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if sharded else "auto"
+    net, callback, rows = Sharded(), NormLogger(per="parameter"), []
+
+    class Rows(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            rows.append({k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("norm/")})
+
+    run = trainer(
+        strategy=strategy,
+        devices=2 if sharded else 1,
+        callbacks=[callback, Rows()],
+        max_epochs=1,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+        use_distributed_sampler=False,
+    )
+    run.fit(net, loader())
+    return rows
+
+
+def test_dtensors_give_the_norms_of_the_whole(tmp_path: Path) -> None:
+    expected = sharded_rows(False)
+    for rows in on_two_processes(sharded_rows, tmp_path, True):
+        assert rows == [pytest.approx(row, rel=1e-5) for row in expected]
+    assert len(expected) == 6
