@@ -159,6 +159,12 @@ def release_batchnorm(
     return {name: layer for name, layer in layers.items() if _let_go(layer, holder, root=module)}
 
 
+def release_layers(module: nn.Module, layers: Iterable[nn.Module], *, holder: str) -> None:
+    """Undo :func:`hold_batchnorm` for one holder and the layers it gave, also for those no longer in ``module``."""
+    for layer in layers:
+        _let_go(layer, holder, root=module)
+
+
 def _batchnorm_layers(module: nn.Module, select: Selector, given: str) -> dict[str, nn.Module]:
     layers = select_layers(module, select, has_running_statistics, given=given)
     if not layers and select != "*":

@@ -1,14 +1,36 @@
-"""What a strategy needs when the set of trainable parameters changes."""
+"""What a strategy needs when the set of trainable parameters changes, and how its ranks come to one decision.
+
+Everything here is for all ranks at the same step, or does nothing on one device.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy, Strategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    ParallelStrategy,
+    SingleDeviceStrategy,
+    Strategy,
+)
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+from torch.distributed.algorithms.model_averaging.utils import average_parameters
 from torch.nn.parallel import DistributedDataParallel
 
-_SUPPORTED = (SingleDeviceStrategy, DDPStrategy)
+_SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 _UNSUPPORTED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
 
 
@@ -16,21 +38,143 @@ def check_strategy(strategy: Strategy) -> None:
     """Refuse a strategy under which the trainable set cannot change exactly.
 
     Raises:
-        MisconfigurationException: If the strategy is neither for one device nor DDP, nor a subclass of those.
+        MisconfigurationException: If the strategy is not for one device, DDP, FSDP or FSDP2, nor a subclass of those;
+            or if it is FSDP with ``use_orig_params=False``.
     """
+    name = type(strategy).__name__
     if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, _UNSUPPORTED):
         raise MisconfigurationException(
-            f"FreezeSchedule does not work with {type(strategy).__name__}: it cannot change there what trains and stay "
-            "exact. Use one device or strategy='ddp'."
+            f"Parameters cannot freeze during a fit with {name} and stay exact. Use one device, strategy='ddp', "
+            "ModelParallelStrategy (FSDP2) or FSDPStrategy; a strategy of your own that is a subclass of one of them "
+            "works too."
+        )
+    if isinstance(strategy, FSDPStrategy) and not strategy.kwargs.get("use_orig_params", True):
+        raise MisconfigurationException(
+            f"{name}(use_orig_params=False) makes one flat parameter of all in a unit, which cannot freeze in part. "
+            f"Use {name}(use_orig_params=True)."
         )
 
 
-def follow_trainable_set(strategy: Strategy) -> None:
+def follow_trainable_set(strategy: Strategy, froze: Iterable[nn.Parameter] = ()) -> None:
     """Make the wrapper know what trains now. Under DDP every rank must call it at the same step.
 
     DDP's reducer only knows parameters that required grad when it was built; one that is unfrozen later would never be
-    reduced and replicas would drift apart in silence. So the wrapper is built anew.
+    reduced and replicas would drift apart in silence. So the wrapper is built anew, without the broadcast of
+    parameters: they are equal on all ranks, or are meant not to be between two steps of a model averager.
+
+    Args:
+        strategy: Any strategy that :func:`check_strategy` accepts.
+        froze: What has just frozen. Between two steps of a model averager replicas differ; these are averaged now, as
+            they will not be later.
     """
-    if isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel):
-        strategy.model = strategy.model.module
+    if not (isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel)):
+        return
+    if not any(parameter.requires_grad for parameter in strategy.model.parameters()):
+        return  # DDP cannot be built so; another callback unfreezes some, or backward says that nothing requires grad
+    averager, frozen = strategy._model_averager, list(froze)
+    if isinstance(averager, PeriodicModelAverager) and averager.step > averager.warmup_steps and frozen:
+        average_parameters(iter(frozen), averager.process_group)
+    _rebuild_ddp(strategy, strategy.model)
+
+
+def _rebuild_ddp(strategy: DDPStrategy, old: DistributedDataParallel) -> None:
+    # Whoever still refers to the old wrapper must not make its reducer take part in the next backward.
+    old._remove_autograd_hooks()  # type: ignore[no-untyped-call]
+    for parameter in old.module.parameters():
+        if old.gradient_as_bucket_view and parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()  # it is a view into the old reducer's buckets
+    _forget_buckets(strategy._ddp_comm_state)
+    strategy.model = old.module
+    if strategy.root_device.type == "cuda":
+        torch.cuda.synchronize(strategy.root_device)  # Lightning builds the wrapper in a stream of its own
+    with _without_initial_broadcast(strategy):
         strategy.configure_ddp()
+    new = strategy.model
+    assert isinstance(new, DistributedDataParallel)
+    if not new._comm_hooks:  # those registered on the wrapper by hand; the strategy's own are there again
+        for hook, state in old._comm_hooks:
+            _forget_buckets(state)
+            new.register_comm_hook(state, hook)
+    if new.will_sync_module_buffers():  # type: ignore[no-untyped-call]
+        # Statistics that freeze now were local since the last forward; from here on they are those of rank 0.
+        new._sync_buffers()  # type: ignore[no-untyped-call]
+    # Manual optimization with static_graph: Lightning flushes a reducer's first reduction by hand, once.
+    if hasattr(strategy, "_pl_static_graph_delay_done"):
+        strategy._pl_static_graph_delay_done = False
+
+
+@contextmanager
+def _without_initial_broadcast(strategy: DDPStrategy) -> Iterator[None]:
+    kwargs = strategy._ddp_kwargs
+    if "init_sync" in inspect.signature(DistributedDataParallel).parameters:
+        strategy._ddp_kwargs = {**kwargs, "init_sync": False}
+    try:
+        yield
+    finally:
+        strategy._ddp_kwargs = kwargs
+
+
+def _forget_buckets(state: Any) -> None:
+    """Make PowerSGD begin anew: what it keeps is by bucket, and a new reducer has other buckets, twice.
+
+    A reducer orders its buckets anew after its first step, so two steps are sent whole, as at the beginning.
+    """
+    if isinstance(state, PowerSGDState):
+        for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+            memory.clear()
+        state.iter = min(state.iter, max(state.start_powerSGD_iter - 2, 0))
+
+
+def check_agreement(strategy: Strategy, **facts: Any) -> None:
+    """Compare what the ranks are about to do. Every rank must call it.
+
+    Args:
+        strategy: Any strategy.
+        facts: What must be the same everywhere, by what to call it; anything whose ``repr`` tells it.
+
+    Raises:
+        RuntimeError: On every rank, if one differs in a fact; it names the fact and what the ranks have.
+    """
+    if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
+        return
+    mine = torch.tensor([_digest(repr(fact)) for fact in facts.values()], device=strategy.root_device)
+    everyone = strategy.all_gather(mine).reshape(-1, len(facts))
+    if bool((everyone == everyone[0]).all()):
+        return
+    differ = [name for name, same in zip(facts, (everyone == everyone[0]).all(0).tolist(), strict=True) if not same]
+    shown = "; ".join(f"{name} = {facts[name]!r}"[:500] for name in differ)
+    raise RuntimeError(
+        f"The ranks do not agree on the schedule's next phase: they differ in {' and '.join(differ)}. Here, on rank "
+        f"{strategy.global_rank} of {strategy.world_size}: {shown}. Every rank needs the same module, the same "
+        "schedule and the same number of training batches."
+    )
+
+
+def mean_over_ranks(strategy: Strategy, value: float | None) -> float | None:
+    """Give the mean of a value over the ranks that have one, the same on every rank. Every rank must call it.
+
+    Args:
+        strategy: Any strategy.
+        value: This rank's value, None if it has none.
+
+    Returns:
+        The mean; None if no rank has a value.
+
+    Example:
+        >>> mean_over_ranks(SingleDeviceStrategy(device="cpu"), 0.5)
+        0.5
+    """
+    if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
+        return value
+    pair = torch.tensor([0.0 if value is None else value, value is not None], dtype=torch.float64)
+    total, count = strategy.reduce(pair.to(strategy.root_device), reduce_op="sum").tolist()
+    return total / count if count else None
+
+
+def only_true(strategy: Strategy, fact: bool) -> bool:
+    """Give whether a fact holds on every rank, the same on every rank. Every rank must call it."""
+    return strategy.reduce_boolean_decision(fact, all=True)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)

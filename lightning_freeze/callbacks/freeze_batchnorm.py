@@ -7,9 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_freeze.batchnorm import hold_batchnorm, release_batchnorm
+from lightning_freeze.batchnorm import hold_batchnorm, release_layers
 from lightning_freeze.selectors import Selector
-from lightning_freeze.strategies import follow_trainable_set
+from lightning_freeze.strategies import check_strategy, follow_trainable_set
 
 
 class FreezeBatchNorm(Callback):
@@ -24,6 +24,7 @@ class FreezeBatchNorm(Callback):
 
     Raises:
         ValueError: At fit start, if ``select`` matches nothing, or no layer with running statistics.
+        MisconfigurationException: At fit start, if affine parameters cannot freeze with the Trainer's strategy.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -40,8 +41,14 @@ class FreezeBatchNorm(Callback):
         """Several of these in one Trainer are told apart by what they select."""
         return self._generate_state_key(select=str(self.select), train_affine=self.train_affine)
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a strategy under which parameters cannot freeze."""
+        if stage == "fit" and not self.train_affine:
+            check_strategy(trainer.strategy)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze the layers before the first batch."""
+        trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         modes = {layer: layer.training for layer in pl_module.modules()}
         self._layers = hold_batchnorm(
             pl_module,
@@ -53,8 +60,9 @@ class FreezeBatchNorm(Callback):
         # Lightning warns of modules in eval mode between here and on_train_start, where it no longer does.
         for layer in self._layers.values():
             layer.training = modes[layer]
-        if self._layers and not self.train_affine:
-            follow_trainable_set(trainer.strategy)
+        froze = [parameter for parameter in trained if not parameter.requires_grad]
+        if froze:
+            follow_trainable_set(trainer.strategy, froze)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the layers in eval mode."""
@@ -71,7 +79,8 @@ class FreezeBatchNorm(Callback):
 
     def _release(self, pl_module: LightningModule) -> None:
         if self._layers:
-            release_batchnorm(pl_module, self.select, holder=self.state_key)
+            # By object: Lightning has put other layers in the place of each SyncBatchNorm before this.
+            release_layers(pl_module, self._layers.values(), holder=self.state_key)
             self._layers = {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -26,7 +26,13 @@ from lightning_freeze.plan import FrozenMode, held_modules, phase_scales, phase_
 from lightning_freeze.preview import plot_schedule, preview_table
 from lightning_freeze.schedulers import own_state
 from lightning_freeze.selectors import named_unique_parameters
-from lightning_freeze.strategies import check_strategy, follow_trainable_set
+from lightning_freeze.strategies import (
+    check_agreement,
+    check_strategy,
+    follow_trainable_set,
+    mean_over_ranks,
+    only_true,
+)
 from lightning_freeze.tables import Table
 
 if TYPE_CHECKING:
@@ -203,6 +209,7 @@ class FreezeSchedule(Callback):
         """Apply the phase again, now that progress, optimizers and schedulers are restored."""
         self._take_up(trainer, restored=True)
         self._loaded, self._looked, self._validated, self._epochs = None, False, False, 0
+        self._check_batches(trainer)
         self._apply(trainer, pl_module)
         self._announce(trainer, pl_module)
         self._warn_of_unreached(trainer)
@@ -301,6 +308,13 @@ class FreezeSchedule(Callback):
     def _apply(self, trainer: Trainer, pl_module: LightningModule, *, modes: bool = True) -> None:
         """Bring flags, modes, optimizers and wrapper in line with the phase; doing it twice changes nothing."""
         assert self._fit is not None
+        check_agreement(
+            trainer.strategy,
+            schedule=describe(self.phases),
+            epoch=trainer.current_epoch,
+            phase=self.phase_index,
+            trains=[(name, tuple(p.shape)) for name, p in self._fit.trains[self.phase_index].items()],
+        )
         held = held_affine(pl_module)
         trains = {id(p) for p in self._fit.trains[self.phase_index].values() if id(p) not in held}
         if not trains:
@@ -318,7 +332,7 @@ class FreezeSchedule(Callback):
         for homes in self._fit.homes:
             homes.apply(self.phase_index, trains)
         if changed:
-            follow_trainable_set(trainer.strategy)
+            follow_trainable_set(trainer.strategy, froze=[p for p in changed if not p.requires_grad])
 
     def _release(self, pl_module: LightningModule) -> None:
         fit, self._fit = self._fit, None
@@ -333,14 +347,21 @@ class FreezeSchedule(Callback):
     # Plateaus
 
     def _look(self, trainer: Trainer) -> bool:
-        """Take in the monitored metric if its value is a new one; give whether it was."""
+        """Take in the monitored metric if a rank has a new value of it; give whether one had. For all ranks at once.
+
+        The value is the mean over the ranks that logged one: without ``sync_dist`` each has another.
+        """
         until = self.phase.until
-        value = trainer.callback_metrics.get(until.monitor) if until is not None else None
-        if until is None or value is None or value is self._seen:
+        if until is None:
             return False
-        self._watch.look(until, float(value))
-        self._seen = value
-        return True
+        value = trainer.callback_metrics.get(until.monitor)
+        if value is self._seen:
+            value = None
+        mean = mean_over_ranks(trainer.strategy, None if value is None else float(value))
+        self._seen = self._seen if value is None else value
+        if mean is not None:
+            self._watch.look(until, mean)
+        return mean is not None
 
     def _look_once(self, trainer: Trainer) -> None:
         """Look, unless this epoch's value has been taken in: training metrics are new objects at every look."""
@@ -351,7 +372,9 @@ class FreezeSchedule(Callback):
         if not self._validated and trainer.enable_validation:
             return
         for phase in self.phases:
-            if phase.until is not None and phase.until.monitor not in trainer.callback_metrics:
+            if phase.until is None:
+                continue
+            if only_true(trainer.strategy, phase.until.monitor not in trainer.callback_metrics):
                 logged = sorted(map(str, trainer.callback_metrics))
                 close = difflib.get_close_matches(phase.until.monitor, logged, n=1)
                 raise MisconfigurationException(
@@ -359,6 +382,19 @@ class FreezeSchedule(Callback):
                     f"name was logged.{f' Did you mean {close[0]!r}?' if close else ''} "
                     f"Logged are: {', '.join(logged) or 'none'}."
                 )
+
+    def _check_batches(self, trainer: Trainer) -> None:
+        """Refuse what needs ranks in step if they are not: ranks with more batches than others."""
+        if all(phase.steps is None and phase.until is None for phase in self.phases):
+            return  # an epoch's start is one for all ranks, also of those that wait there in torch's Join
+        try:
+            check_agreement(trainer.strategy, batches=trainer.num_training_batches)
+        except RuntimeError as error:
+            raise MisconfigurationException(
+                "Ranks have different numbers of training batches, so optimizer steps and metrics are not the same "
+                "everywhere, and a phase that ends by steps=… or until=… has no end in common. End phases by "
+                f"epochs=…, or give every rank as many batches, for example by limit_train_batches=…. {error}"
+            ) from None
 
     # Words
 
