@@ -138,10 +138,10 @@ def check_agreement(strategy: Strategy, **facts: Any) -> None:
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return
     mine = torch.tensor([_digest(repr(fact)) for fact in facts.values()], device=strategy.root_device)
-    everyone = strategy.all_gather(mine).reshape(-1, len(facts))
-    if bool((everyone == everyone[0]).all()):
+    greatest, least = strategy.reduce(torch.stack([mine, -mine]), reduce_op="max")
+    differ = [name for name, same in zip(facts, (greatest == -least).tolist(), strict=True) if not same]
+    if not differ:
         return
-    differ = [name for name, same in zip(facts, (everyone == everyone[0]).all(0).tolist(), strict=True) if not same]
     shown = "; ".join(f"{name} = {facts[name]!r}"[:500] for name in differ)
     raise RuntimeError(
         f"The ranks do not agree on the schedule's next phase: they differ in {' and '.join(differ)}. Here, on rank "
@@ -177,4 +177,4 @@ def only_true(strategy: Strategy, fact: bool) -> bool:
 
 
 def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), signed=True)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
