@@ -16,8 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_freeze.callbacks.metric_logger import MetricLogger
-from lightning_freeze.callbacks.norm_logger import NormLogger
+from lightning_freeze import MetricLogger, NormLogger
 from tests.nets import Net, Probe, adamw, data, loader, same, sgd, snapshot, trainer
 from tests.replicas import on_two_processes
 
