@@ -213,6 +213,7 @@ class FreezeSchedule(Callback):
         if self._epochs > 0:
             self._check_monitors(trainer)
         self._looked = False
+        self._note_old_value(trainer)
         self._epochs += 1
         self._advance(trainer, pl_module)
         self._log_metrics(trainer)
@@ -235,8 +236,8 @@ class FreezeSchedule(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which value of the monitored metric is an old one."""
-        if self.phase.until is not None and not trainer.sanity_checking:
-            self._seen = trainer.callback_metrics.get(self.phase.until.monitor)
+        if not trainer.sanity_checking:
+            self._note_old_value(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the monitored metric if validation has logged it."""
@@ -290,8 +291,7 @@ class FreezeSchedule(Callback):
                 break
             self.history.append((trainer.current_epoch, trainer.global_step, self.phase_index + 1))
             self._watch, self._seen = PlateauWatch(), None
-            if self.phase.until is not None:
-                self._seen = trainer.callback_metrics.get(self.phase.until.monitor)
+            self._note_old_value(trainer)
         if self.phase_index == before:
             return False
         self._apply(trainer, pl_module)
@@ -341,6 +341,11 @@ class FreezeSchedule(Callback):
         self._watch.look(until, float(value))
         self._seen = value
         return True
+
+    def _note_old_value(self, trainer: Trainer) -> None:
+        """Note the value that is there: whoever reads validation metrics after our look leaves it as a new object."""
+        if self.phase.until is not None:
+            self._seen = trainer.callback_metrics.get(self.phase.until.monitor)
 
     def _look_once(self, trainer: Trainer) -> None:
         """Look, unless this epoch's value has been taken in: training metrics are new objects at every look."""
