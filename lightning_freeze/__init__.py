@@ -4,6 +4,9 @@ from lightning_freeze.arrays import to_numpy
 from lightning_freeze.batchnorm import freeze_batchnorm, unfreeze_batchnorm
 from lightning_freeze.callbacks.freeze_batchnorm import FreezeBatchNorm
 from lightning_freeze.callbacks.freeze_schedule import FreezeSchedule
+from lightning_freeze.callbacks.metric_logger import MetricLogger
+from lightning_freeze.callbacks.norm_logger import NormLogger
+from lightning_freeze.callbacks.target_network import TargetNetwork
 from lightning_freeze.gradients import freeze, frozen, trainable_summary, unfreeze
 from lightning_freeze.optimizers import parameter_groups
 from lightning_freeze.phases import Phase, Plateau
@@ -13,8 +16,11 @@ from lightning_freeze.selectors import select_parameters
 __all__ = [
     "FreezeBatchNorm",
     "FreezeSchedule",
+    "MetricLogger",
+    "NormLogger",
     "Phase",
     "Plateau",
+    "TargetNetwork",
     "chain_thaw",
     "freeze",
     "freeze_batchnorm",

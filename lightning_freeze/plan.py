@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Literal, TypeAlias
+from collections.abc import Collection, Mapping
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import nn
 
@@ -11,22 +11,38 @@ from lightning_freeze.batchnorm import frozen_running_statistics, wholly_frozen
 from lightning_freeze.gradients import can_train
 from lightning_freeze.optimizers import overlay
 from lightning_freeze.phases import Phase
-from lightning_freeze.selectors import named_unique_parameters, resolve
+from lightning_freeze.selectors import named_unique_parameters, resolve, selector_text
 
 FrozenMode: TypeAlias = Literal["batchnorm", "eval", "train"]
 
 
-def phase_trains(module: nn.Module, phase: Phase) -> dict[str, nn.Parameter]:
+@runtime_checkable
+class KeepsFrozen(Protocol):
+    """A callback with modules that never train, whatever a phase selects: a target network."""
+
+    def kept_frozen(self, module: nn.Module) -> list[nn.Module]:
+        """Give these modules."""
+
+
+def phase_trains(module: nn.Module, phase: Phase, kept: Mapping[int, str] | None = None) -> dict[str, nn.Parameter]:
     """Give what a phase trains, by name.
 
+    Args:
+        module: The module to look in.
+        phase: The phase. That ``"*"`` selects what never trains too is fine; to name only such parameters is not.
+        kept: The parameters that never train, by identity, and who keeps them frozen.
+
     Raises:
-        ValueError: If the phase's selector matches nothing, or nothing that can train.
+        ValueError: If the phase's selector matches nothing, nothing that can train, or names what never trains.
 
     Example:
         >>> list(phase_trains(nn.Linear(2, 1), Phase("weight")))
         ['weight']
     """
     selected = resolve(module, phase.train, given="Phase(train={})")
+    if kept:
+        _check_kept(module, phase, kept)
+        selected = {name: parameter for name, parameter in selected.items() if id(parameter) not in kept}
     trains = {name: parameter for name, parameter in selected.items() if can_train(parameter)}
     if not trains:
         raise ValueError(f"Phase {phase.label!r} trains nothing: all it selects has a dtype without gradients.")
@@ -60,3 +76,17 @@ def held_modules(module: nn.Module, trains: Collection[int], mode: FrozenMode) -
     if mode == "batchnorm":
         return frozen_running_statistics(module, trains)
     return wholly_frozen(module, trains) if mode == "eval" else []
+
+
+def _check_kept(module: nn.Module, phase: Phase, kept: Mapping[int, str]) -> None:
+    patterns = [phase.train] if isinstance(phase.train, str) or callable(phase.train) else phase.train
+    for pattern in patterns:
+        if isinstance(pattern, str) and pattern.startswith("!"):
+            continue
+        named = resolve(module, pattern)
+        if all(id(parameter) in kept for parameter in named.values()):
+            keeper = kept[id(next(iter(named.values())))]
+            raise ValueError(
+                f"Phase {phase.label!r} would train what {keeper} keeps frozen: {selector_text(pattern)!r} selects "
+                "nothing else. Leave it out of `train`."
+            )

@@ -22,7 +22,7 @@ from lightning_freeze.gradients import percent, set_trainable
 from lightning_freeze.logs import get_logger
 from lightning_freeze.optimizers import HomeGroups, OptimizerState, check_optimizer, homeless
 from lightning_freeze.phases import Phase, PlateauWatch, as_phases, describe, walk
-from lightning_freeze.plan import FrozenMode, held_modules, phase_scales, phase_trains
+from lightning_freeze.plan import FrozenMode, KeepsFrozen, held_modules, phase_scales, phase_trains
 from lightning_freeze.preview import plot_schedule, preview_table
 from lightning_freeze.schedulers import own_state
 from lightning_freeze.selectors import named_unique_parameters
@@ -48,7 +48,8 @@ class FreezeSchedule(Callback):
     Before the first batch, and whenever a phase ends, the flags of all parameters, the mode of frozen BatchNorm layers,
     the optimizer's groups with the learning rates in them, and the DDP wrapper are brought in line with the phase. The
     phase changes at an epoch's start or between optimizer steps, never inside an accumulation window. The last phase
-    holds until the fit ends. After the fit, also after one that was interrupted, everything is given back as it was;
+    holds until the fit ends. The target of a :class:`TargetNetwork` never trains, also where a phase selects it with
+    other parameters. After the fit, also after one that was interrupted, everything is given back as it was;
     what was learned stays.
 
     Args:
@@ -220,6 +221,7 @@ class FreezeSchedule(Callback):
         if self._epochs > 0:
             self._check_monitors(trainer)
         self._looked = False
+        self._note_old_value(trainer)
         self._epochs += 1
         self._advance(trainer, pl_module)
         self._log_metrics(trainer)
@@ -242,8 +244,8 @@ class FreezeSchedule(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note which value of the monitored metric is an old one."""
-        if self.phase.until is not None and not trainer.sanity_checking:
-            self._seen = trainer.callback_metrics.get(self.phase.until.monitor)
+        if not trainer.sanity_checking:
+            self._note_old_value(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the monitored metric if validation has logged it."""
@@ -297,8 +299,7 @@ class FreezeSchedule(Callback):
                 break
             self.history.append((trainer.current_epoch, trainer.global_step, self.phase_index + 1))
             self._watch, self._seen = PlateauWatch(), None
-            if self.phase.until is not None:
-                self._seen = trainer.callback_metrics.get(self.phase.until.monitor)
+            self._note_old_value(trainer)
         if self.phase_index == before:
             return False
         self._apply(trainer, pl_module)
@@ -322,11 +323,12 @@ class FreezeSchedule(Callback):
                 f"Phase {self.phase_index + 1} ({self.phase.label!r}) trains nothing: all it selects is the affine "
                 "part of frozen BatchNorm layers. Give FreezeBatchNorm train_affine=True or select more."
             )
-        changed = [p for p in self._fit.parameters.values() if p.requires_grad != (id(p) in trains)]
+        ours = [p for p in self._fit.parameters.values() if id(p) not in self._fit.kept]
+        changed = [p for p in ours if p.requires_grad != (id(p) in trains)]
         for parameter in changed:
             set_trainable(parameter, id(parameter) in trains)
         if modes:
-            stay = held_modules(pl_module, trains, self.frozen_mode)
+            stay = [m for m in held_modules(pl_module, trains, self.frozen_mode) if m not in self._fit.kept_modules]
             release_eval(pl_module, _HOLDER, keep=set(stay))
             hold_eval(stay, _HOLDER)
         for homes in self._fit.homes:
@@ -362,6 +364,11 @@ class FreezeSchedule(Callback):
         if mean is not None:
             self._watch.look(until, mean)
         return mean is not None
+
+    def _note_old_value(self, trainer: Trainer) -> None:
+        """Note the value that is there: whoever reads validation metrics after our look leaves it as a new object."""
+        if self.phase.until is not None:
+            self._seen = trainer.callback_metrics.get(self.phase.until.monitor)
 
     def _look_once(self, trainer: Trainer) -> None:
         """Look, unless this epoch's value has been taken in: training metrics are new objects at every look."""
@@ -445,6 +452,8 @@ class _Fit:
     trains: list[dict[str, nn.Parameter]]
     flags: list[tuple[nn.Parameter, bool]]
     homes: list[HomeGroups]
+    kept: dict[int, str]
+    kept_modules: set[nn.Module]
 
     @property
     def total(self) -> int:
@@ -454,7 +463,12 @@ class _Fit:
 def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningModule) -> _Fit:
     """Resolve every phase, so that each error comes now, then take over the optimizers."""
     parameters = named_unique_parameters(pl_module)
-    trains = [phase_trains(pl_module, phase) for phase in schedule.phases]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    keepers = [callback for callback in callbacks if isinstance(callback, KeepsFrozen)]
+    keeper_of = {module: type(keeper).__name__ for keeper in keepers for module in keeper.kept_frozen(pl_module)}
+    kept = {id(p): keeper for module, keeper in keeper_of.items() for p in module.parameters()}
+    kept_modules = {child for module in keeper_of for child in module.modules()}
+    trains = [phase_trains(pl_module, phase, kept) for phase in schedule.phases]
     scales = [phase_scales(pl_module, phase) for phase in schedule.phases]
     optimizers = [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
     for optimizer in optimizers:
@@ -483,8 +497,8 @@ def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningM
         for optimizer in optimizers
     ]
     held = held_affine(pl_module)
-    flags = [(p, p.requires_grad) for p in parameters.values() if id(p) not in held]
-    return _Fit(parameters, trains, flags, homes)
+    flags = [(p, p.requires_grad) for p in parameters.values() if id(p) not in held and id(p) not in kept]
+    return _Fit(parameters, trains, flags, homes, kept, kept_modules)
 
 
 def _steps_per_epoch(trainer: Trainer) -> float | None:

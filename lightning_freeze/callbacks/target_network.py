@@ -26,8 +26,6 @@ from lightning_freeze.averaging import (
 from lightning_freeze.batchnorm import hold_eval, release_eval
 from lightning_freeze.gradients import set_trainable
 from lightning_freeze.logs import get_logger
-from lightning_freeze.phases import Phase
-from lightning_freeze.plan import phase_trains
 from lightning_freeze.selectors import clean_name
 from lightning_freeze.strategies import follow_trainable_set
 from lightning_freeze.withheld import Withheld
@@ -48,7 +46,11 @@ class TargetNetwork(Callback):
     accumulation only the batches that step count, with manual optimization every call of ``optimizer.step()``, and a
     step that AMP skips does not. An optimizer of other parameters, such as an actor's beside a critic's, does not
     count; where two optimizers share the source, each one's step does. The target has followed when
-    ``on_train_batch_end`` comes. While the source is wholly frozen by a :class:`FreezeSchedule`, its target rests.
+    ``on_train_batch_end`` comes.
+
+    Beside a :class:`FreezeSchedule`, in whichever order the two are given, the target is left out of what a phase such
+    as ``"*"`` selects, and its mode is none of the schedule's business. While a phase freezes the source wholly, no
+    optimizer holds it, so the target rests.
 
     Under DDP the target does not have to be reduced: every process averages the same source, and no
     ``find_unused_parameters`` is needed. Running statistics of a plain BatchNorm differ between processes in the target
@@ -133,6 +135,12 @@ class TargetNetwork(Callback):
         self._restored = True
         self.steps = 0
 
+    # For others
+
+    def kept_frozen(self, module: nn.Module) -> list[nn.Module]:
+        """Give what never trains, whatever a schedule selects: the target."""
+        return [_module(module, self.target, "target")]
+
     # When
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -146,7 +154,6 @@ class TargetNetwork(Callback):
         pairs = self._pairs(pl_module)
         target = _module(pl_module, self.target, "target")
         self._check_others(trainer)
-        self._check_phases(trainer, pl_module, target)
         frozen = [parameter for parameter in target.parameters() if parameter.requires_grad]
         self._fit = _Fit(pairs, target, frozen)
         for parameter in frozen:
@@ -222,17 +229,6 @@ class TargetNetwork(Callback):
                 "steps it. Let both follow the same source."
             )
 
-    def _check_phases(self, trainer: Trainer, pl_module: LightningModule, target: nn.Module) -> None:
-        """Refuse a schedule that would train the target."""
-        inside = {id(parameter) for parameter in target.parameters()}
-        for phase in _phases(trainer):
-            trains = [name for name, parameter in phase_trains(pl_module, phase).items() if id(parameter) in inside]
-            if trains:
-                raise MisconfigurationException(
-                    f"Phase {phase.label!r} would train the target {self.target!r}, which never trains: "
-                    f"{listed(trains)}. Add '!{self.target}' to what its train= lists."
-                )
-
     def _release(self) -> None:
         fit, self._fit = self._fit, None
         if fit is None:
@@ -261,13 +257,6 @@ class _Fit:
     hooks: list[RemovableHandle] = field(default_factory=list)
 
 
-def _phases(trainer: Trainer) -> list[Phase]:
-    """Give the phases of every schedule the Trainer has."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    schedules = [phases for callback in callbacks if isinstance(phases := getattr(callback, "phases", None), list)]
-    return [phase for phases in schedules for phase in phases if isinstance(phase, Phase)]
-
-
 def _holds(optimizer: Optimizer, parameters: set[int]) -> bool:
     return any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"])
 
@@ -288,7 +277,7 @@ def _check_names(source: str, target: str) -> None:
             )
 
 
-def _module(pl_module: LightningModule, name: str, role: str) -> nn.Module:
+def _module(pl_module: nn.Module, name: str, role: str) -> nn.Module:
     """Give the module of that name, without regard to the segments that ``torch.compile`` puts into names."""
     modules: dict[str, nn.Module] = {}
     for path, module in pl_module.named_modules(remove_duplicate=False):

@@ -21,7 +21,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import ClasswiseWrapper, MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.functional import accuracy
 
-from lightning_freeze.callbacks.metric_logger import MetricLogger
+from lightning_freeze import FreezeSchedule, MetricLogger, Phase, Plateau
 from tests.nets import Net, data, loader, snapshot, trainer
 from tests.replicas import on_two_processes
 
@@ -317,6 +317,45 @@ class TestMonitoring:
         run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1)
         run.fit(net, loader(), loader(12))
         assert run.lr_scheduler_configs[0].scheduler.best == float(net.expected(acc(), "val", 3))
+
+    @pytest.mark.parametrize(
+        ("monitor", "options", "step"),
+        [
+            ("train/v", {}, 36),
+            ("train/v", {"val_check_interval": 3}, 36),
+            ("val/v", {}, 30),
+            ("val/v", {"val_check_interval": 3}, 24),
+            ("val/v", {"check_val_every_n_epoch": 2}, 48),
+        ],
+    )
+    @pytest.mark.parametrize("first", ["schedule", "metrics"])
+    def test_a_plateau_takes_in_each_value_once(
+        self, tmp_path: Path, monitor: str, options: dict[str, Any], step: int, first: str
+    ) -> None:
+        """Wherever the two stand in the list, and whether or not the fit was resumed, the phase ends at one step."""
+
+        def history(resume: Path | None = None) -> list[tuple[int, int, int]]:
+            schedule = FreezeSchedule([Phase("head", until=Plateau(monitor, 2, "max")), Phase("*")])
+            metrics = MetricLogger({"v": MeanMetric()}, inputs=lambda outputs, batch: (outputs["value"],))
+            callbacks = [schedule, metrics] if first == "schedule" else [metrics, schedule]
+            if resume is None:
+                callbacks.append(ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}"))
+            run = trainer(callbacks=callbacks, max_epochs=9, enable_checkpointing=resume is None, **options)
+            run.fit(Saturating(), loader(), loader(8), ckpt_path=resume, weights_only=True if resume else None)
+            return schedule.history
+
+        whole = history()
+        assert whole == [(0, 0, 0), (step // 6, step, 1)]
+        for epoch in (1, 3, 5):
+            assert history(tmp_path / f"epoch={epoch}.ckpt") == whole
+
+
+class Saturating(Steps):
+    """Its value grows with the steps taken (in training: before the epoch) and is the same from step 18 on."""
+
+    def step(self, stage: str, batch: Any, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        steps = 6 * self.current_epoch if stage == "train" else self.global_step
+        return {**super().step(stage, batch, dataloader_idx), "value": torch.tensor(min(steps, 18.0))}
 
 
 # Resume

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_freeze.callbacks.norm_logger import NormLogger
+from lightning_freeze import NormLogger
 from tests.nets import Net, adamw, loader, same, snapshot, trainer
 from tests.replicas import on_two_processes
 

@@ -16,8 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_freeze.callbacks.metric_logger import MetricLogger
-from lightning_freeze.callbacks.norm_logger import NormLogger
+from lightning_freeze import MetricLogger, NormLogger
 from tests.nets import Net, Probe, adamw, data, loader, same, sgd, snapshot, trainer
 from tests.replicas import on_two_processes
 
@@ -134,17 +133,22 @@ def test_weights_are_the_same_on_two_processes(tmp_path: Path) -> None:
     assert {"norm/grad", "norm/update_ratio/head.bias", "train/acc", "val/auroc"} <= first["observed metrics"].keys()
 
 
+def living_tensors() -> list[Tensor]:
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+
+
 class LivingTensors(Probe):
-    """Counts, at each batch start, the tensors there are and those that have a graph."""
+    """Counts, at each batch start, the tensors made since it was made itself, and those of them that have a graph."""
 
     def __init__(self) -> None:
         super().__init__(start=self.count)
         self.counts: list[tuple[int, int]] = []
+        self.older = {id(tensor): tensor for tensor in living_tensors()}  # held, so that no identity is used again
 
     def count(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        gc.collect()
-        tensors = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
-        self.counts.append((len(tensors), sum(tensor.grad_fn is not None for tensor in tensors)))
+        newer = [tensor for tensor in living_tensors() if id(tensor) not in self.older]
+        self.counts.append((len(newer), sum(tensor.grad_fn is not None for tensor in newer)))
 
 
 def living(callbacks: list[Callback], make: Callable[[], LightningModule] = Observed) -> list[tuple[int, int]]:
