@@ -4,6 +4,7 @@ from lightning_freeze.arrays import to_numpy
 from lightning_freeze.batchnorm import freeze_batchnorm, unfreeze_batchnorm
 from lightning_freeze.callbacks.freeze_batchnorm import FreezeBatchNorm
 from lightning_freeze.callbacks.freeze_schedule import FreezeSchedule
+from lightning_freeze.callbacks.gradient_audit import GradientAudit
 from lightning_freeze.gradients import freeze, frozen, trainable_summary, unfreeze
 from lightning_freeze.optimizers import parameter_groups
 from lightning_freeze.phases import Phase, Plateau
@@ -13,6 +14,7 @@ from lightning_freeze.selectors import select_parameters
 __all__ = [
     "FreezeBatchNorm",
     "FreezeSchedule",
+    "GradientAudit",
     "Phase",
     "Plateau",
     "chain_thaw",

@@ -75,4 +75,6 @@ def state_marks(
 
 
 def _marks(state: Mapping[str, object]) -> list[object]:
-    return [(key, value._version if isinstance(value, Tensor) else repr(value)) for key, value in state.items()]
+    return [
+        (key, (id(value), value._version) if isinstance(value, Tensor) else repr(value)) for key, value in state.items()
+    ]

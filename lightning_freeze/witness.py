@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 import xxhash
@@ -27,13 +27,13 @@ def digest(tensor: Tensor) -> bytes:
     """
     hasher = xxhash.xxh3_128(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     for plain in _plain(tensor.detach()):
-        hasher.update(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        hasher.update(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return hasher.digest()
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there is something to hash: neither on the meta device nor a lazy module's, not yet made."""
-    return not is_lazy(tensor) and not tensor.is_meta
+    """Whether there is something to hash: not empty, not on the meta device, not yet to be made by a lazy module."""
+    return not is_lazy(tensor) and not tensor.is_meta and tensor.numel() > 0
 
 
 def _plain(tensor: Tensor) -> list[Tensor]:
@@ -85,6 +85,10 @@ class Witness:
             if known is not None and known[0] is parameter and known[1] != self._seen[name][1]:
                 moved.append(name)
         return moved
+
+    def keep(self, names: Container[str]) -> None:
+        """Forget all but these."""
+        self._seen = {name: seen for name, seen in self._seen.items() if name in names}
 
     def forget(self) -> None:
         """Know nothing any longer."""
