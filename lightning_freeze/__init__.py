@@ -4,6 +4,7 @@ from lightning_freeze.arrays import to_numpy
 from lightning_freeze.batchnorm import freeze_batchnorm, unfreeze_batchnorm
 from lightning_freeze.callbacks.freeze_batchnorm import FreezeBatchNorm
 from lightning_freeze.callbacks.freeze_schedule import FreezeSchedule
+from lightning_freeze.callbacks.gradient_audit import GradientAudit
 from lightning_freeze.callbacks.metric_logger import MetricLogger
 from lightning_freeze.callbacks.norm_logger import NormLogger
 from lightning_freeze.callbacks.target_network import TargetNetwork
@@ -16,6 +17,7 @@ from lightning_freeze.selectors import select_parameters
 __all__ = [
     "FreezeBatchNorm",
     "FreezeSchedule",
+    "GradientAudit",
     "MetricLogger",
     "NormLogger",
     "Phase",

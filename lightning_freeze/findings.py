@@ -1,0 +1,127 @@
+"""What an audit finds: each finding with the name it is about, the likely cause and the mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal[
+    "frozen_value_moved",
+    "frozen_statistics_moved",
+    "frozen_in_step",
+    "no_gradient",
+    "in_no_optimizer",
+    "in_two_optimizers",
+    "graph_kept",
+    "replicas_differ",
+]
+
+_TITLES: dict[Kind, str] = {
+    "frozen_value_moved": "frozen, but its value moved",
+    "frozen_statistics_moved": "running statistics of a frozen BatchNorm that moved",
+    "frozen_in_step": "frozen, but an optimizer moves it",
+    "no_gradient": "trainable, but it gets no gradient",
+    "in_no_optimizer": "trainable, but in no optimizer",
+    "in_two_optimizers": "trainable, but held by optimizers twice",
+    "graph_kept": "keeps a graph alive between steps",
+    "replicas_differ": "differs between processes",
+}
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is not as it should be.
+
+    Args:
+        kind: What is wrong, one of :data:`Kind`.
+        name: The parameter's or buffer's dotted name; for ``"graph_kept"`` the way to it, such as ``self.losses[3]``.
+        cause: Why it most likely is so.
+        mend: What to do about it.
+        step: How many batches the fit had trained when it was found.
+
+    Example:
+        >>> print(Finding("in_no_optimizer", "head.bias", "It was forgotten.", "Add it.", step=0))
+        head.bias: trainable, but in no optimizer
+          cause: It was forgotten.
+          mend:  Add it.
+    """
+
+    kind: Kind
+    name: str
+    cause: str
+    mend: str
+    step: int
+
+    @property
+    def title(self) -> str:
+        """What is wrong, in words."""
+        return _TITLES[self.kind]
+
+    def __str__(self) -> str:
+        return described([self])
+
+
+class Report(list[Finding]):
+    """The findings of an audit in the order in which they were made; ``str`` gives a readable text.
+
+    Attributes:
+        checks: At how many points something was checked.
+        parameters: How many parameters the module has.
+
+    Example:
+        >>> report = Report()
+        >>> report.checks, report.parameters = 4, 62
+        >>> print(report)
+        audit: no finding in 4 checks over 62 parameters
+        >>> report.append(Finding("in_no_optimizer", "head.bias", "It was forgotten.", "Add it.", step=0))
+        >>> print(report.summary)
+        audit: 1 finding in 4 checks over 62 parameters
+        >>> report.of("in_no_optimizer"), report.of("no_gradient")
+        (['head.bias'], [])
+    """
+
+    def __init__(self, findings: Iterable[Finding] = (), *, checks: int = 0, parameters: int = 0) -> None:
+        super().__init__(findings)
+        self.checks = checks
+        self.parameters = parameters
+
+    def of(self, kind: Kind) -> list[str]:
+        """Give the names that the findings of one kind are about."""
+        return [finding.name for finding in self if finding.kind == kind]
+
+    @property
+    def summary(self) -> str:
+        """One line: how much was found, and how much was looked at."""
+        found = counted(len(self), "finding") if self else "no finding"
+        return f"audit: {found} in {counted(self.checks, 'check')} over {counted(self.parameters, 'parameter')}"
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *map(described, alike(self))])
+
+
+def counted(number: int, noun: str) -> str:
+    """Give a number with its noun.
+
+    Example:
+        >>> counted(1, "check"), counted(1200, "check")
+        ('1 check', '1,200 checks')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def alike(findings: Iterable[Finding]) -> list[list[Finding]]:
+    """Put findings together that have one kind, cause and mend, so that a text says it once for all of them."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.kind, finding.cause, finding.mend), []).append(finding)
+    return list(groups.values())
+
+
+def described(findings: Sequence[Finding]) -> str:
+    """Give findings that are alike as one text."""
+    first, names = findings[0], [finding.name for finding in findings]
+    rest = len(names) - _SHOWN
+    shown = ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    return f"{shown}: {first.title}\n  cause: {first.cause}\n  mend:  {first.mend}"
