@@ -1,4 +1,4 @@
-"""Fine-tune EfficientNet-Lite0 on handwritten digits as in ``finetune_vision.py``, on several processes.
+r"""Fine-tune EfficientNet-Lite0 on handwritten digits as in ``finetune_vision.py``, on several processes.
 
 The network, the schedule and the LightningModule are those of ``finetune_vision.py``: nothing changes for DDP, and no
 ``find_unused_parameters`` is needed. On GPUs the processes talk through NCCL, on a CPU through gloo. The example ends
@@ -10,7 +10,7 @@ Two processes on one machine::
 
 Two nodes with one process each; run the line on both, with ``--node-rank=0`` and ``--node-rank=1``::
 
-    torchrun --nnodes=2 --nproc-per-node=1 --node-rank=0 --master-addr=127.0.0.1 --master-port=29501 \\
+    torchrun --nnodes=2 --nproc-per-node=1 --node-rank=0 --master-addr=127.0.0.1 --master-port=29501 \
         examples/finetune_vision_ddp.py
 """
 
