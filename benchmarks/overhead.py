@@ -1,10 +1,10 @@
-"""What the callback costs: the time spent in it in each training step and at each transition, beside BackboneFinetuning.
+"""What the callback costs: time in it in a training step and at a transition, beside BackboneFinetuning.
 
 The hooks are timed as the Trainer calls them in a real fit. A recorder stands around every hook of the callback (and
 around what the callback does inside ``optimizer.step()``). A bare ``Callback`` in the same Trainer is recorded in the
-same way: what it takes is the recorder's own cost, and is subtracted, step by step; another one leads, so that neither of
-the two pays for waking up the interpreter after the step. Fits alternate, so that whatever
-else the machine does hits all of them. Printed is minimum / median / maximum over the fits, of each fit's median.
+same way: what it takes is the recorder's own cost, and is subtracted, step by step. Another one leads, so that neither
+of the two pays for waking up the interpreter after the step. Fits alternate, so that whatever else the machine does
+hits all of them. Printed is minimum / median / maximum over the fits, of each fit's median.
 
 Run it with ``python benchmarks/overhead.py``; ``--quick`` leaves out the largest network.
 """
@@ -161,17 +161,10 @@ def scaled() -> Callback:
     return FreezeSchedule([Phase("*", lr_scale={"backbone": 0.1})])
 
 
-def back_and_forth() -> Callback:
-    return FreezeSchedule([Phase("head" if number % 2 == 0 else "*", epochs=1) for number in range(9)])
-
-
-def back_and_forth_scaled() -> Callback:
-    scales = {"backbone": 0.1}
-    phases = [
-        Phase(*("head",) if number % 2 == 0 else ("*",), epochs=1, lr_scale=None if number % 2 == 0 else scales)
-        for number in range(9)
-    ]
-    return FreezeSchedule(phases)
+def back_and_forth(scale: float | None = None) -> Callback:
+    head = Phase("head", epochs=1)
+    everything = Phase("*", epochs=1, lr_scale={"backbone": scale} if scale else None)
+    return FreezeSchedule([head, everything] * 4 + [head])
 
 
 def spread(values: list[float], unit: float) -> str:
@@ -202,11 +195,8 @@ def main() -> None:
         for size in sizes:
             for name, make in step_cases.items():
                 steps.setdefault((name, size), []).append(a_step(make(), size))
-            for name, make in {
-                "FreezeSchedule": back_and_forth,
-                "FreezeSchedule, lr_scale": back_and_forth_scaled,
-            }.items():
-                transitions.setdefault((name, size), []).append(a_transition(make(), size, transitions=8))
+            for name, scale in {"FreezeSchedule": None, "FreezeSchedule, lr_scale": 0.1}.items():
+                transitions.setdefault((name, size), []).append(a_transition(back_and_forth(scale), size, 8))
             if size <= 1_000:  # it compares every parameter with every other one: minutes at 10,000
                 transitions.setdefault(("BackboneFinetuning", size), []).append(
                     a_transition(BackboneFinetuning(unfreeze_backbone_at_epoch=1), size, transitions=1)
