@@ -23,7 +23,25 @@ def has_running_statistics(module: nn.Module) -> bool:
         >>> has_running_statistics(nn.BatchNorm2d(3)), has_running_statistics(nn.LayerNorm(3))
         (True, False)
     """
-    return isinstance(getattr(module, "running_mean", None), Tensor)
+    # Looked up where buffers lie: asking a module for what it has not is slow, and this is asked of every module.
+    return "running_mean" in module._buffers and isinstance(module._buffers["running_mean"], Tensor)
+
+
+def every_module(module: nn.Module) -> list[nn.Module]:
+    """Give a module and all below it, each once, as ``modules()`` does, but in time that does not grow with depth.
+
+    Example:
+        >>> [type(child).__name__ for child in every_module(nn.Sequential(nn.ReLU(), nn.Sequential(nn.Tanh())))]
+        ['Sequential', 'ReLU', 'Sequential', 'Tanh']
+    """
+    found: dict[nn.Module, None] = {}
+    ahead: list[nn.Module | None] = [module]
+    while ahead:
+        child = ahead.pop()
+        if child is not None and child not in found:
+            found[child] = None
+            ahead.extend(reversed(list(child._modules.values())))
+    return list(found)
 
 
 @dataclass
@@ -63,7 +81,7 @@ def release_eval(module: nn.Module, holder: str, *, keep: Container[nn.Module] =
 
     A module that nobody holds any longer is in training mode again if ``module`` is and it would have been.
     """
-    for child in module.modules():
+    for child in every_module(module):
         if child not in keep:
             _let_go(child, holder, root=module)
 
@@ -77,7 +95,7 @@ def held_affine(module: nn.Module) -> set[int]:
     """Give the identities of the affine parameters that stay frozen because their layer is."""
     return {
         id(parameter)
-        for child in module.modules()
+        for child in every_module(module)
         if (stay := _held(child)) is not None and any(names is not None for names in stay.holders.values())
         for parameter in child.parameters(recurse=False)
     }
@@ -217,19 +235,24 @@ def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
     Returns:
         Each module once. A module without parameters counts when one above it is wholly frozen.
     """
-    found: dict[nn.Module, None] = {}
+    below: dict[nn.Module, tuple[bool, bool]] = {}
 
-    def visit(child: nn.Module, inside: bool) -> tuple[bool, bool]:
+    def survey(child: nn.Module) -> tuple[bool, bool]:
         """Give whether there are parameters at or below, and whether one of them trains."""
-        own = list(child.parameters(recurse=False))
-        below = [visit(grandchild, inside) for grandchild in child.children()]
-        has = bool(own) or any(has for has, _ in below)
-        active = any(id(parameter) in trains for parameter in own) or any(active for _, active in below)
-        if has and not active:
-            found.update(dict.fromkeys(child.modules()))
-        return has, active
+        if child not in below:
+            own = [parameter for parameter in child._parameters.values() if parameter is not None]
+            has, active = bool(own), any(id(parameter) in trains for parameter in own)
+            for grandchild in child.children():
+                has_too, active_too = survey(grandchild)
+                has, active = has or has_too, active or active_too
+            below[child] = has, active
+        return below[child]
 
-    visit(module, False)
+    survey(module)
+    found: dict[nn.Module, None] = {}
+    for child, (has, active) in reversed(below.items()):  # from the top down, so that each is walked once
+        if has and not active and child not in found:
+            found.update(dict.fromkeys(every_module(child)))
     return list(found)
 
 

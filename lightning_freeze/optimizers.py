@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_freeze.schedulers import Scheduler, follow_groups, scaled_rates
+from lightning_freeze.schedulers import MEMBERS, Scheduler, follow_groups, is_rate, scaled, scaled_rates
 from lightning_freeze.selectors import Selector, named_unique_parameters, resolve, select_parameters, selector_text
 
 OptimizerState = Literal["keep", "drop", "offload"]
@@ -152,16 +152,24 @@ class HomeGroups:
         for scheduler in self._schedulers:
             follow_groups(scheduler, self._own, self._followers)
 
-    @torch.no_grad()
     def follow(self) -> None:
         """Give each appended group the options of the group it follows, learning rates times its scale."""
+        groups = self.optimizer.param_groups
         for follower in self._followers:
-            for key, value in scaled_rates(self.optimizer.param_groups[follower.source], follower.scale).items():
-                mine = follower.group.get(key)
-                if isinstance(mine, Tensor) and isinstance(value, Tensor):
-                    mine.copy_(value)
+            mine, scale = follower.group, follower.scale
+            known = mine.get
+            for key, value in groups[follower.source].items():
+                # This runs twice in a step: what both groups already share is passed over.
+                if known(key, mine) is value and (scale == 1.0 or not is_rate(key)):
+                    continue
+                if key in MEMBERS:
+                    continue
+                wanted = scaled(value, scale) if is_rate(key) else value
+                if isinstance(wanted, Tensor) and isinstance(known(key), Tensor):
+                    with torch.no_grad():
+                        mine[key].copy_(wanted)
                 else:
-                    follower.group[key] = value
+                    mine[key] = wanted
 
     def release(self) -> None:
         """Give the optimizer back whole: the user's groups, and that of the adopted parameters."""

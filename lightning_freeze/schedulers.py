@@ -6,6 +6,7 @@ own groups have them. Which attributes are such lists is known by their names; t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -14,6 +15,9 @@ from torch import Tensor
 # base_lrs, max_lrs, min_lrs, _last_lr: learning rates. lr_lambdas, base_momentums, max_momentums: not.
 _RATES = ("_lrs", "_last_lr")
 _OTHERS = ("_lambdas", "_momentums")
+
+#: What of a parameter group belongs to its members.
+MEMBERS = frozenset({"params", "param_names", "name", "adopted"})
 
 
 class Scheduler(Protocol):
@@ -47,7 +51,7 @@ def follow_groups(scheduler: Scheduler, own: int, followers: Sequence[Follower])
     for node in _nodes(scheduler):
         for name, values in list(node.items()):
             if _is_per_group(name, values) and len(values) >= own:
-                tail = [_scaled(values[f.source], f.scale if _is_rate(name) else 1.0) for f in followers]
+                tail = [scaled(values[f.source], f.scale if _is_rate_list(name) else 1.0) for f in followers]
                 node[name] = [*values[:own], *tail]
 
 
@@ -63,11 +67,20 @@ def own_state(state: dict[str, Any], own: int) -> dict[str, Any]:
 
 def scaled_rates(group: dict[str, Any], scale: float) -> dict[str, Any]:
     """Give a parameter group's options, its learning rates times ``scale``, without what belongs to its members."""
-    return {
-        key: _scaled(value, scale) if key == "lr" or key.endswith("_lr") else value
-        for key, value in group.items()
-        if key not in ("params", "param_names", "name", "adopted")
-    }
+    return {key: scaled(value, scale) if is_rate(key) else value for key, value in group.items() if key not in MEMBERS}
+
+
+@functools.cache
+def is_rate(option: str) -> bool:
+    """Whether an option of a parameter group is a learning rate."""
+    return option == "lr" or option.endswith("_lr")
+
+
+def scaled(value: Any, scale: float) -> Any:
+    """Give a number or tensor times ``scale``; a tensor is always a new one."""
+    if isinstance(value, Tensor):
+        return value * scale
+    return value if scale == 1.0 else value * scale
 
 
 def _nodes(scheduler: Scheduler) -> Iterator[dict[str, Any]]:
@@ -91,11 +104,5 @@ def _is_per_group(name: str, values: object) -> bool:
     return isinstance(values, list) and name.endswith(_RATES + _OTHERS)
 
 
-def _is_rate(name: str) -> bool:
+def _is_rate_list(name: str) -> bool:
     return name.endswith(_RATES)
-
-
-def _scaled(value: Any, scale: float) -> Any:
-    if isinstance(value, Tensor):
-        return value * scale
-    return value if scale == 1.0 else value * scale

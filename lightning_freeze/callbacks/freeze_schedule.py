@@ -17,7 +17,14 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from torch import nn
 
-from lightning_freeze.batchnorm import has_running_statistics, held_affine, hold_eval, is_held, release_eval
+from lightning_freeze.batchnorm import (
+    every_module,
+    has_running_statistics,
+    held_affine,
+    hold_eval,
+    is_held,
+    release_eval,
+)
 from lightning_freeze.gradients import percent, set_trainable
 from lightning_freeze.logs import get_logger
 from lightning_freeze.optimizers import HomeGroups, OptimizerState, check_optimizer, homeless
@@ -228,10 +235,11 @@ class FreezeSchedule(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over."""
-        phase = self.phases[self.history[-1][2]]
-        if (phase.steps is None and not self._watch.ended) or batch_idx % trainer.accumulate_grad_batches:
-            return
-        if self._advance(trainer, pl_module):
+        begin = self.history[-1]
+        steps = self.phases[begin[2]].steps
+        if not self._watch.ended and (steps is None or trainer.global_step - begin[1] < steps):
+            return  # every step comes here: the cheap question first
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self._advance(trainer, pl_module):
             self._log_metrics(trainer)
 
     def on_train_batch_end(
@@ -414,7 +422,7 @@ class FreezeSchedule(Callback):
             f"phase {index + 1}/{len(self.phases)} {self.phase.label!r} from epoch {epoch}, step {step}: "
             f"trains {trainable:,} of {total:,} parameters ({percent(trainable, total)})"
         )
-        layers = [layer for layer in pl_module.modules() if has_running_statistics(layer)]
+        layers = [layer for layer in every_module(pl_module) if has_running_statistics(layer)]
         if layers:
             line += f", {sum(map(is_held, layers))} of {len(layers)} BatchNorm frozen"
         _log.info(line)

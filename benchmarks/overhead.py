@@ -1,0 +1,213 @@
+"""What the callback costs: time in it in a training step and at a transition, beside BackboneFinetuning.
+
+The hooks are timed as the Trainer calls them in a real fit. A recorder stands around every hook of the callback (and
+around what the callback does inside ``optimizer.step()``). A bare ``Callback`` in the same Trainer is recorded in the
+same way: what it takes is the recorder's own cost, and is subtracted, step by step. Another one leads, so that neither
+of the two pays for waking up the interpreter after the step. Fits alternate, so that whatever else the machine does
+hits all of them. Printed is minimum / median / maximum over the fits, of each fit's median.
+
+Run it with ``python benchmarks/overhead.py``; ``--quick`` leaves out the largest network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_freeze import FreezeSchedule, Phase
+from lightning_freeze.optimizers import HomeGroups
+
+STEPS = 100  # in an epoch
+WARM_UP = 10  # first steps of an epoch that do not count
+
+
+class Many(LightningModule):
+    """A backbone of as many parameter tensors as wanted, half of them BatchNorm's, and a head that does the work.
+
+    The head alone makes the loss: the backbone is there to be frozen, grouped and looked through, and a step takes a
+    few milliseconds whatever its size.
+    """
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__()
+        blocks = [nn.Sequential(nn.Linear(1, 1), nn.BatchNorm1d(1)) for _ in range(tensors // 4)]
+        self.backbone = nn.Sequential(*blocks)
+        self.head = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10))
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.head(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        # BackboneFinetuning's documentation asks for the filter; ours sees every parameter through it.
+        optimizer = torch.optim.SGD(filter(lambda p: p.requires_grad, self.parameters()), lr=0.01, momentum=0.9)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+@dataclass
+class Recorder:
+    """Adds up the time inside the outermost of the functions that it stands around."""
+
+    seconds: float = 0.0
+    inside: bool = False
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            if self.inside:
+                return function(*args, **options)
+            self.inside = True
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                self.seconds += time.perf_counter() - start
+                self.inside = False
+
+        return timed
+
+    def watch(self, callback: Callback) -> None:
+        for name in dir(Callback):
+            if name.startswith("on_") or name in ("setup", "teardown"):
+                setattr(callback, name, self.around(getattr(callback, name)))
+
+    def take(self) -> float:
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+
+@dataclass
+class Lap(Callback):
+    """Last in the Trainer: reads the recorders after each step and after each start of an epoch."""
+
+    watched: Recorder
+    bare: Recorder
+    steps: list[float] = field(default_factory=list)
+    epoch_starts: list[float] = field(default_factory=list)
+
+    def lap(self) -> float:
+        return self.watched.take() - self.bare.take()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epoch_starts.append(self.lap())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        seconds = self.lap()
+        if batch_idx >= WARM_UP:
+            self.steps.append(seconds)
+
+    __hash__ = object.__hash__
+
+
+def fit(callback: Callback, tensors: int, epochs: int, steps: int = STEPS) -> Lap:
+    torch.manual_seed(0)
+    watched, bare = Recorder(), Recorder()
+    lead, nothing = Callback(), Callback()
+    Recorder().watch(lead)
+    watched.watch(callback)
+    bare.watch(nothing)
+    follow = HomeGroups.follow
+    HomeGroups.follow = watched.around(follow)  # type: ignore[method-assign]
+    lap = Lap(watched, bare)
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        callbacks=[lead, callback, nothing, lap],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    try:
+        trainer.fit(
+            Many(tensors), DataLoader(TensorDataset(torch.randn(64 * steps, 256), torch.arange(64 * steps) % 10), 64)
+        )
+    finally:
+        HomeGroups.follow = follow  # type: ignore[method-assign]
+    return lap
+
+
+def a_step(callback: Callback, tensors: int) -> float:
+    return statistics.median(fit(callback, tensors, epochs=2).steps)
+
+
+def a_transition(callback: Callback, tensors: int, transitions: int) -> float:
+    return statistics.median(fit(callback, tensors, epochs=transitions + 1, steps=2).epoch_starts[1:])
+
+
+def by_epoch() -> Callback:
+    return FreezeSchedule([Phase("head", epochs=100), Phase("*")])
+
+
+def by_step() -> Callback:
+    return FreezeSchedule([Phase("head", steps=10**6), Phase("*")])
+
+
+def scaled() -> Callback:
+    return FreezeSchedule([Phase("*", lr_scale={"backbone": 0.1})])
+
+
+def back_and_forth(scale: float | None = None) -> Callback:
+    head = Phase("head", epochs=1)
+    everything = Phase("*", epochs=1, lr_scale={"backbone": scale} if scale else None)
+    return FreezeSchedule([head, everything] * 4 + [head])
+
+
+def spread(values: list[float], unit: float) -> str:
+    return " / ".join(f"{value / unit:9,.2f}" for value in (min(values), statistics.median(values), max(values)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="leave out 10,000 tensors")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    log = logging.getLogger("lightning_freeze")
+    log.handlers = [logging.NullHandler()]  # the transition lines are composed as ever, but not shown
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; minimum / median / maximum of fits\n")
+    sizes = [100, 1_000] if options.quick else [100, 1_000, 10_000]
+
+    step_cases: dict[str, Callable[[], Callback]] = {
+        "FreezeSchedule, phases of epochs": by_epoch,
+        "FreezeSchedule, phases of steps": by_step,
+        "FreezeSchedule, lr_scale": scaled,
+        "BackboneFinetuning": lambda: BackboneFinetuning(unfreeze_backbone_at_epoch=100),
+    }
+    steps: dict[tuple[str, int], list[float]] = {}
+    transitions: dict[tuple[str, int], list[float]] = {}
+    for _ in range(options.repetitions):
+        for size in sizes:
+            for name, make in step_cases.items():
+                steps.setdefault((name, size), []).append(a_step(make(), size))
+            for name, scale in {"FreezeSchedule": None, "FreezeSchedule, lr_scale": 0.1}.items():
+                transitions.setdefault((name, size), []).append(a_transition(back_and_forth(scale), size, 8))
+            if size <= 1_000:  # it compares every parameter with every other one: minutes at 10,000
+                transitions.setdefault(("BackboneFinetuning", size), []).append(
+                    a_transition(BackboneFinetuning(unfreeze_backbone_at_epoch=1), size, transitions=1)
+                )
+    print("a step without a transition, µs")
+    for (name, size), values in sorted(steps.items(), key=lambda item: item[0][1]):
+        print(f"  {size:>6,} tensors  {name:<34}  {spread(values, 1e-6)}")
+    print("\na transition, ms")
+    for (name, size), values in sorted(transitions.items(), key=lambda item: item[0][1]):
+        print(f"  {size:>6,} tensors  {name:<34}  {spread(values, 1e-3)}")
+
+
+if __name__ == "__main__":
+    main()
