@@ -163,7 +163,7 @@ def hold_batchnorm(
             own = dict(layer.named_parameters(recurse=False))
             stay.holders[holder] = tuple(name for name, parameter in own.items() if parameter.requires_grad)
             for parameter in own.values():
-                parameter.requires_grad_(False)
+                parameter.requires_grad = False
                 parameter.grad = None
         changed[name] = layer
     return changed
@@ -221,7 +221,7 @@ def _let_go(module: nn.Module, holder: str, *, root: nn.Module) -> bool:
         return True
     for name in found_trainable:
         if (parameter := module._parameters[name]) is not None:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
     return True
 
 

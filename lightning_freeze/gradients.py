@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze.selectors import Selector, named_unique_parameters, select_parameters, unwrapped
 from lightning_freeze.tables import Table
@@ -84,11 +85,11 @@ def frozen(module: nn.Module, select: Selector = "*") -> Iterator[None]:
     flags = [(parameter, parameter.requires_grad) for parameter in select_parameters(module, select).values()]
     try:
         for parameter, _ in flags:
-            parameter.requires_grad_(False)
+            parameter.requires_grad = False
         yield
     finally:
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            parameter.requires_grad = flag
 
 
 def can_train(parameter: nn.Parameter) -> bool:
@@ -96,9 +97,14 @@ def can_train(parameter: nn.Parameter) -> bool:
     return parameter.is_floating_point() or parameter.is_complex()
 
 
+def scalars(parameter: nn.Parameter) -> int:
+    """Give the number of scalars, 0 for a parameter of a lazy module that has not seen its first batch."""
+    return 0 if is_lazy(parameter) else parameter.numel()
+
+
 def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:
     """Set the flag; a parameter that freezes loses its gradient, which would otherwise still be applied."""
-    parameter.requires_grad_(trainable)
+    parameter.requires_grad = trainable  # not by requires_grad_(), which lazy parameters refuse
     if not trainable:
         parameter.grad = None
 
@@ -185,8 +191,8 @@ def trainable_summary(module: nn.Module) -> TrainableSummary:
     for name, parameter in named_unique_parameters(module).items():
         top = name.split(".")[0]
         count = counts.setdefault(top, [0, 0])
-        count[0] += parameter.numel() if parameter.requires_grad else 0
-        count[1] += parameter.numel()
+        count[0] += scalars(parameter) if parameter.requires_grad else 0
+        count[1] += scalars(parameter)
     children = dict(module.named_children())
     kinds = {name: type(children[name]).__name__ if name in children else "Parameter" for name in counts}
     return TrainableSummary(tuple(SummaryRow(name, kinds[name], *count) for name, count in counts.items()))

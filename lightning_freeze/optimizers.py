@@ -41,6 +41,13 @@ def homeless(optimizers: Iterable[Optimizer], parameters: Mapping[str, nn.Parame
     return {name: parameter for name, parameter in parameters.items() if id(parameter) not in held}
 
 
+def strangers(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Give the parameters that optimizers hold and that are none of ``parameters``, compared by identity."""
+    known = {id(parameter) for parameter in parameters}
+    held = (p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
+    return [parameter for parameter in held if id(parameter) not in known]
+
+
 @dataclass
 class _Home:
     """The whole of one group: every member in the user's order, and their names if the user gave names."""

@@ -257,24 +257,36 @@ def _check_count(cls: str, name: str, value: object) -> None:
 
 @dataclass
 class PlateauWatch:
-    """How far a metric is from its plateau. Looks are counted here; when to look is the caller's matter."""
+    """How far a metric is from its plateau. Looks are counted here; when to look is the caller's matter.
+
+    Args:
+        best: The best value so far.
+        bad: Looks without improvement since then.
+        ended_at: The optimizer steps taken when the plateau was reached, None before.
+    """
 
     best: float | None = None
     bad: int = 0
-    ended: bool = False
+    ended_at: int | None = None
 
-    def look(self, until: Plateau, value: float) -> None:
-        """Take in one value of the metric.
+    @property
+    def ended(self) -> bool:
+        """Whether the plateau is reached."""
+        return self.ended_at is not None
+
+    def look(self, until: Plateau, value: float, step: int) -> None:
+        """Take in one value of the metric, at a number of optimizer steps taken.
 
         Example:
             >>> watch = PlateauWatch()
-            >>> for loss in (1.0, 0.5, 0.6, 0.7):
-            ...     watch.look(Plateau("loss", patience=2), loss)
+            >>> for step, loss in enumerate((1.0, 0.5, 0.6, 0.7)):
+            ...     watch.look(Plateau("loss", patience=2), loss, step)
             >>> watch
-            PlateauWatch(best=0.5, bad=2, ended=True)
+            PlateauWatch(best=0.5, bad=2, ended_at=3)
         """
         if until.better(value, self.best):
             self.best, self.bad = value, 0
         else:
             self.bad += 1
-        self.ended = self.ended or self.bad >= until.patience
+        if self.ended_at is None and self.bad >= until.patience:
+            self.ended_at = step

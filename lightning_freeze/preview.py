@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from lightning_freeze.batchnorm import has_running_statistics
-from lightning_freeze.gradients import percent
+from lightning_freeze.gradients import percent, scalars
 from lightning_freeze.phases import Phase
 from lightning_freeze.plan import FrozenMode, held_modules, phase_scales, phase_trains
 from lightning_freeze.selectors import named_unique_parameters, selector_text, unwrapped
@@ -62,14 +62,14 @@ def preview_table(
 ) -> Table:
     """Give a row for each phase: when, what trains, how much that is, how many BatchNorm are frozen, at which rate."""
     model = unwrapped(model)
-    total = sum(parameter.numel() for parameter in named_unique_parameters(model).values())
+    total = sum(scalars(parameter) for parameter in named_unique_parameters(model).values())
     layers = sum(has_running_statistics(layer) for layer in model.modules())
     rows = []
     for number, (phase, span) in enumerate(zip(phases, phase_spans(phases, max_epochs, steps_per_epoch)), 1):  # noqa: B905
         trains = phase_trains(model, phase)
         phase_scales(model, phase)
         held = held_modules(model, {id(parameter) for parameter in trains.values()}, frozen_mode)
-        count = sum(parameter.numel() for parameter in trains.values())
+        count = sum(scalars(parameter) for parameter in trains.values())
         rows.append(
             (
                 number,
@@ -111,7 +111,7 @@ def draw_schedule(
         for row, top in enumerate(tops):
             own = {name: p for name, p in parameters.items() if name.split(".")[0] == top}
             active = {name: p for name, p in own.items() if name in trains}
-            share = sum(p.numel() for p in active.values()) / max(1, sum(p.numel() for p in own.values()))
+            share = sum(scalars(p) for p in active.values()) / max(1, sum(scalars(p) for p in own.values()))
             axes.barh(row, end - begin, left=begin, color=_FROZEN, edgecolor="white", height=0.8)
             axes.barh(row, end - begin, left=begin, color=_TRAINS, alpha=share, edgecolor="white", height=0.8)
             factors = sorted({scales.get(id(p), 1.0) for p in active.values()} - {1.0})

@@ -7,8 +7,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
+from lightning_freeze.averagers import refuse_new_statistics
 from lightning_freeze.batchnorm import hold_batchnorm, release_layers
-from lightning_freeze.selectors import Selector
+from lightning_freeze.selectors import Selector, selector_text
 from lightning_freeze.strategies import check_strategy, follow_trainable_set
 
 
@@ -24,7 +25,8 @@ class FreezeBatchNorm(Callback):
 
     Raises:
         ValueError: At fit start, if ``select`` matches nothing, or no layer with running statistics.
-        MisconfigurationException: At fit start, if affine parameters cannot freeze with the Trainer's strategy.
+        MisconfigurationException: At fit start, if affine parameters cannot freeze with the Trainer's strategy, or if
+            the Trainer also has Lightning's StochasticWeightAveraging.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -39,7 +41,7 @@ class FreezeBatchNorm(Callback):
     @property
     def state_key(self) -> str:
         """Several of these in one Trainer are told apart by what they select."""
-        return self._generate_state_key(select=str(self.select), train_affine=self.train_affine)
+        return self._generate_state_key(select=selector_text(self.select), train_affine=self.train_affine)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a strategy under which parameters cannot freeze."""
@@ -48,6 +50,7 @@ class FreezeBatchNorm(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze the layers before the first batch."""
+        refuse_new_statistics(trainer, pl_module, type(self).__name__)
         trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         modes = {layer: layer.training for layer in pl_module.modules()}
         self._layers = hold_batchnorm(
@@ -84,4 +87,6 @@ class FreezeBatchNorm(Callback):
             self._layers = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_layers": {}}
+        """Leave out what belongs to one fit, and the model's log functions that Lightning lends."""
+        lent = {"log", "log_dict"}
+        return {**{name: value for name, value in self.__dict__.items() if name not in lent}, "_layers": {}}

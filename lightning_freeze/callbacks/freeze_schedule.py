@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from torch import nn
 
+from lightning_freeze.averagers import refuse_new_statistics
 from lightning_freeze.batchnorm import (
     every_module,
     has_running_statistics,
@@ -25,9 +26,9 @@ from lightning_freeze.batchnorm import (
     is_held,
     release_eval,
 )
-from lightning_freeze.gradients import percent, set_trainable
+from lightning_freeze.gradients import percent, scalars, set_trainable
 from lightning_freeze.logs import get_logger
-from lightning_freeze.optimizers import HomeGroups, OptimizerState, check_optimizer, homeless
+from lightning_freeze.optimizers import HomeGroups, OptimizerState, check_optimizer, homeless, strangers
 from lightning_freeze.phases import Phase, PlateauWatch, as_phases, describe, walk
 from lightning_freeze.plan import FrozenMode, KeepsFrozen, held_modules, phase_scales, phase_trains
 from lightning_freeze.preview import plot_schedule, preview_table
@@ -108,7 +109,8 @@ class FreezeSchedule(Callback):
         self._loaded: dict[str, Any] | None = None
         self._continues = False
         self._fit: _Fit | None = None
-        # The metric value taken in last, whether one was in this epoch, whether validation has run, epochs begun.
+        # The metric's value taken in last and that before validation, whether one was taken in this epoch, whether
+        # validation has run, epochs begun.
         self._seen: torch.Tensor | None = None
         self._looked = False
         self._validated = False
@@ -168,8 +170,8 @@ class FreezeSchedule(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the progress from a checkpoint, when the fit starts."""
-        self._loaded = state_dict
+        """Take over the progress from a checkpoint at the next hook; one written before a fit has none."""
+        self._loaded = state_dict if state_dict["history"] else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Leave the checkpoint as the user's own: LR schedulers without entries for the groups that only show here."""
@@ -208,6 +210,8 @@ class FreezeSchedule(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedule against the module and apply the phase, before anything is trained or restored."""
+        if self.frozen_mode != "train":
+            refuse_new_statistics(trainer, pl_module, type(self).__name__)
         self._take_up(trainer, restored=False)
         self._fit = _begin_fit(self, trainer, pl_module)
         # Modes wait for on_train_start: before it, Lightning warns of modules in eval mode.
@@ -215,31 +219,38 @@ class FreezeSchedule(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the phase again, now that progress, optimizers and schedulers are restored."""
-        self._take_up(trainer, restored=True)
-        self._loaded, self._looked, self._validated, self._epochs = None, False, False, 0
+        self._looked, self._validated, self._epochs = False, False, 0
         self._check_batches(trainer)
-        self._apply(trainer, pl_module)
+        self._restore(trainer, pl_module)
         self._announce(trainer, pl_module)
         self._warn_of_unreached(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the next phase if this one is over."""
+        if self._loaded is not None:
+            self._restore(trainer, pl_module)
         self._look_once(trainer)  # as in on_save_checkpoint
         if self._epochs > 0:
             self._check_monitors(trainer)
         self._looked = False
         self._note_old_value(trainer)
         self._epochs += 1
-        self._advance(trainer, pl_module)
+        self._advance(trainer, pl_module, plateau=self._watch.ended)
         self._log_metrics(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over."""
+        if self._loaded is not None:
+            self._restore(trainer, pl_module)
         begin = self.history[-1]
         steps = self.phases[begin[2]].steps
         if not self._watch.ended and (steps is None or trainer.global_step - begin[1] < steps):
             return  # every step comes here: the cheap question first
-        if batch_idx % trainer.accumulate_grad_batches == 0 and self._advance(trainer, pl_module):
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        # Where the user steps, only a step since then tells that no accumulation window is open.
+        closed = pl_module.automatic_optimization or trainer.global_step != self._watch.ended_at
+        if self._advance(trainer, pl_module, plateau=self._watch.ended and closed):
             self._log_metrics(trainer)
 
     def on_train_batch_end(
@@ -268,6 +279,7 @@ class FreezeSchedule(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give everything back."""
         self._release(pl_module)
+        self._loaded = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give everything back."""
@@ -298,16 +310,28 @@ class FreezeSchedule(Callback):
                 *(self.phase_index + 1, len(self.phases), self.phase.label, _line(then), _line(describe(self.phases))),
             )
 
-    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        """Begin the next phase, and the one after it, as long as one is over; give whether one began."""
+    def _restore(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on from what a checkpoint held; tuners restore one in the middle of a fit too."""
+        self._take_up(trainer, restored=True)
+        self._loaded = None
+        self._apply(trainer, pl_module)
+
+    def _advance(self, trainer: Trainer, pl_module: LightningModule, *, plateau: bool) -> bool:
+        """Begin the next phase, and the one after it, as long as one is over; give whether one began.
+
+        Args:
+            trainer: The Trainer.
+            pl_module: The module.
+            plateau: Whether its plateau ends the current phase.
+        """
         before = self.phase_index
         while self.phase_index + 1 < len(self.phases):
             begin = self.history[-1][:2]
-            if not (self._watch.ended or self.phase.is_over(begin, trainer.current_epoch, trainer.global_step)):
+            if not (plateau or self.phase.is_over(begin, trainer.current_epoch, trainer.global_step)):
                 break
             self.history.append((trainer.current_epoch, trainer.global_step, self.phase_index + 1))
-            self._watch, self._seen = PlateauWatch(), None
-            self._note_old_value(trainer)
+            self._watch, plateau = PlateauWatch(), False
+            self._seen = self._monitored(trainer)
         if self.phase_index == before:
             return False
         self._apply(trainer, pl_module)
@@ -352,31 +376,34 @@ class FreezeSchedule(Callback):
             homes.release()
         release_eval(pl_module, _HOLDER)
         for parameter, flag in fit.flags:
-            parameter.requires_grad_(flag)
+            parameter.requires_grad = flag
 
     # Plateaus
+
+    def _monitored(self, trainer: Trainer) -> torch.Tensor | None:
+        """Give the value of the metric that ends the phase, None if there is none."""
+        until = self.phase.until
+        return trainer.callback_metrics.get(until.monitor) if until is not None else None
 
     def _look(self, trainer: Trainer) -> bool:
         """Take in the monitored metric if a rank has a new value of it; give whether one had. For all ranks at once.
 
         The value is the mean over the ranks that logged one: without ``sync_dist`` each has another.
         """
-        until = self.phase.until
+        until, value = self.phase.until, self._monitored(trainer)
         if until is None:
             return False
-        value = trainer.callback_metrics.get(until.monitor)
         if value is self._seen:
             value = None
         mean = mean_over_ranks(trainer.strategy, None if value is None else float(value))
         self._seen = self._seen if value is None else value
         if mean is not None:
-            self._watch.look(until, mean)
+            self._watch.look(until, mean, trainer.global_step)
         return mean is not None
 
     def _note_old_value(self, trainer: Trainer) -> None:
         """Note the value that is there: whoever reads validation metrics after our look leaves it as a new object."""
-        if self.phase.until is not None:
-            self._seen = trainer.callback_metrics.get(self.phase.until.monitor)
+        self._seen = self._monitored(trainer)
 
     def _look_once(self, trainer: Trainer) -> None:
         """Look, unless this epoch's value has been taken in: training metrics are new objects at every look."""
@@ -434,22 +461,39 @@ class FreezeSchedule(Callback):
 
     def _trainable(self) -> int:
         assert self._fit is not None
-        return sum(p.numel() for p in self._fit.parameters.values() if p.requires_grad)
+        return sum(scalars(p) for p in self._fit.parameters.values() if p.requires_grad)
 
     def _warn_of_unreached(self, trainer: Trainer) -> None:
-        if not trainer.is_global_zero or trainer.max_epochs is None or trainer.max_epochs < 1:
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        steps = _steps_per_epoch(trainer)
-        last = walk(self.phases, trainer.max_epochs - 1, sys.maxsize, steps, passed=len(self.phases))[-1][2]
+        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
+        steps = trainer.max_steps if trainer.max_steps > 0 else None
+        last = walk(
+            self.phases,
+            sys.maxsize if epochs is None else epochs - 1,
+            sys.maxsize if steps is None else steps - 1,
+            _steps_per_epoch(trainer),
+            passed=len(self.phases),
+        )[-1][2]
+        limits = [f"max_{unit}={most}" for unit, most in (("epochs", epochs), ("steps", steps)) if most is not None]
         for number, phase in enumerate(self.phases[last + 1 :], last + 2):
             _log.warning(
-                "phase %d/%d %r never begins: the fit ends before, at max_epochs=%d.",
-                *(number, len(self.phases), phase.label, trainer.max_epochs),
+                "phase %d/%d %r never begins: the fit ends before, at %s.",
+                *(number, len(self.phases), phase.label, " or ".join(limits)),
             )
+        looks = max(1.0, trainer.num_training_batches / (trainer.val_check_batch or 1))
+        for number, phase in enumerate(self.phases[:-1], 1):
+            if phase.until is not None and phase.epochs is not None and phase.until.patience >= looks * phase.epochs:
+                _log.warning(
+                    "phase %d/%d %r cannot end by its plateau: epochs=%d ends it before patience=%d is over.",
+                    *(number, len(self.phases), phase.label, phase.epochs, phase.until.patience),
+                )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one fit in one process."""
-        return {**self.__dict__, "_fit": None, "_seen": None}
+        """Leave out what belongs to one fit in one process, and the model's log functions that Lightning lends."""
+        lent = {"log", "log_dict"}
+        own = {name: value for name, value in self.__dict__.items() if name not in lent}
+        return {**own, "_fit": None, "_seen": None}
 
 
 @dataclass
@@ -465,7 +509,7 @@ class _Fit:
 
     @property
     def total(self) -> int:
-        return sum(parameter.numel() for parameter in self.parameters.values())
+        return sum(map(scalars, self.parameters.values()))
 
 
 def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningModule) -> _Fit:
@@ -481,6 +525,12 @@ def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningM
     optimizers = [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
     for optimizer in optimizers:
         check_optimizer(optimizer)
+    if outside := strangers(optimizers, parameters.values()):
+        raise MisconfigurationException(
+            f"The optimizer holds {len(outside)} parameter(s) that are not the LightningModule's, of shape "
+            f"{', '.join(str(tuple(p.shape)) for p in outside[:5])}: they have no name, so no phase can say whether "
+            "they train, and no checkpoint would hold them. Make them part of the LightningModule."
+        )
     wanted = {name for phase in trains for name in phase}
     adopt = homeless(optimizers, {name: p for name, p in parameters.items() if name in wanted}) if optimizers else {}
     if adopt and len(optimizers) > 1:
