@@ -80,6 +80,15 @@ class _Lane:
     off: str | None = None
 
 
+@dataclass
+class Kept:
+    """What a chain leaves for another."""
+
+    budget: Budget
+    memories: dict[tuple[str, ...], FeatureMemory] = field(default_factory=dict)
+    counts: dict[str, Counts] = field(default_factory=dict)
+
+
 class FeatureChain:
     """Remembers what modules gave for each sample while they are frozen; see :class:`FeatureMemory`.
 
@@ -89,6 +98,7 @@ class FeatureChain:
         limit: The most bytes to keep.
         folder: Keep them there, not in memory.
         dtype: Keep wider floating numbers in this dtype.
+        kept: What another chain has left for this one; it has its own budget.
         stage: Gives what the calls are for now: whether samples come back is judged apart for training and validation.
         say: Is given each sentence about what is off and why, once.
 
@@ -111,20 +121,26 @@ class FeatureChain:
         limit: int,
         folder: Folder | None = None,
         dtype: torch.dtype | None = None,
+        kept: Kept | None = None,
         stage: Callable[[], str] = lambda: "",
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self._whole = whole
         self._links = dict(links)
         self._names = list(links)
-        self._budget = Budget(limit)
         self._folder = folder
         self._dtype = dtype
         self._stage = stage
         self._tell = say
         self._said: set[str] = set()
+        self._kept = kept or Kept(Budget(limit))
+        self._budget = self._kept.budget
         self._lanes: defaultdict[str, _Lane] = defaultdict(_Lane)
+        for stage_name, counts in self._kept.counts.items():
+            done = counts.hits + counts.misses
+            self._lanes[stage_name] = _Lane(counts, known=counts.known, samples=done)
         self._memories: dict[tuple[str, ...], FeatureMemory] = {}
+        self._last: _Look | None = None
         self._stand_ins: list[StandIn] = []
         self._inside = False
         # How many links are known to run one on the output of the other; what the next one should get.
@@ -153,9 +169,19 @@ class FeatureChain:
 
     def close(self) -> None:
         """Forget everything; what lies in a folder stays there."""
-        for memory in self._memories.values():
+        for memory in (*self._memories.values(), *self._kept.memories.values()):
             memory.close()
         self._memories.clear()
+        self._kept.memories.clear()
+
+    def leave(self) -> Kept:
+        """Give what another chain for the same modules can go on with. It knows the weights, and does not hold them."""
+        if self._folder is not None:
+            self.close()
+        for memory in self._memories.values():
+            memory.rest()
+        memories = {**self._kept.memories, **self._memories}
+        return Kept(self._budget, memories, {stage: lane.counts for stage, lane in self._lanes.items()})
 
     def refresh(self) -> None:
         """Read all weights, to see also what was written through ``tensor.data``; exchange rows with other ranks."""
@@ -182,7 +208,7 @@ class FeatureChain:
 
     def stats(self) -> FeatureStats:
         """Give what has been done, and whether outputs are remembered now."""
-        look = self._look()
+        look = self._last if self._last is not None and not self._stand_ins else self._look()
         covers = self._covers(look)
         lanes = self._lanes.values()
         memory = self._memories.get(covers)
@@ -226,7 +252,9 @@ class FeatureChain:
         """Look at the modules, and forget what is no longer true."""
         holds = self._conditions.hold()
         if not holds or self._conditions.trains() != self._trains:
-            self.close()
+            for memory in self._memories.values():
+                memory.close()
+            self._memories.clear()
             self._look_anew()
             for lane in self._lanes.values():
                 lane.epochs = 0
@@ -234,6 +262,7 @@ class FeatureChain:
         look = self._looks.get(self._modes)
         if look is None:
             look = self._looks[self._modes] = self._examine()
+        self._last = look
         return look
 
     def _examine(self) -> _Look:
@@ -264,15 +293,21 @@ class FeatureChain:
         memory = self._memories.get(covers)
         if memory is None:
             modules = list(modules)
-            memory = self._memories[covers] = FeatureMemory(
-                covers[-1],
-                Weights(modules),
-                structure=structure_text(modules),
-                budget=self._budget,
-                folder=self._folder,
-                dtype=self._dtype,
-                say=self._say,
-            )
+            weights, structure = Weights(modules), structure_text(modules)
+            memory = self._kept.memories.pop(covers, None)
+            if memory is None or not memory.wake(weights, structure, self._say):
+                if memory is not None:
+                    memory.close()
+                memory = FeatureMemory(
+                    covers[-1],
+                    weights,
+                    structure=structure,
+                    budget=self._budget,
+                    folder=self._folder,
+                    dtype=self._dtype,
+                    say=self._say,
+                )
+            self._memories[covers] = memory
         memory.counts = self._lanes[self._stage()].counts
         return memory
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import compress
@@ -70,13 +69,11 @@ class _Form:
         form: Of the outputs.
         shelf: Their bytes.
         equal: For two marks, how many numbers were seen to be equal in both; -1 after one that was not.
-        seen: Samples that came, by mark.
     """
 
     form: OutputForm
     shelf: Shelf
     equal: dict[tuple[int, int], int] = field(default_factory=dict)
-    seen: Counter[int] = field(default_factory=Counter)
 
     def alike(self, a: int, b: int) -> bool:
         """Whether the bits of two circumstances are the same."""
@@ -96,13 +93,27 @@ class _Form:
 
     def usable(self, slots: Slots, mark: int) -> NDArray[np.bool_]:
         """Give which of the slots may serve under ``mark``."""
-        marks = self.shelf.marks[slots] if len(self.shelf.marks) else np.zeros(len(slots), np.uint64)
-        found = slots >= 0
         usable = np.zeros(len(slots), bool)
+        found = slots >= 0
+        if not found.any():
+            return usable
+        marks = self.shelf.marks[slots]
         for other in {*marks.tolist()}:
             if self.alike(other, mark):
                 usable |= found & (marks == other)
         return usable
+
+    def look_apart(self, keys: list[bytes], slots: Slots, mark: int) -> bool:
+        """Where what is there is known to differ under ``mark``, look under a key of its own; give whether any is."""
+        if not (slots >= 0).any():
+            return False
+        marks = self.shelf.marks[slots].tolist()
+        apart = [i for i, slot in enumerate(slots.tolist()) if slot >= 0 and self.unlike(marks[i], mark)]
+        for i in apart:
+            keys[i] = xxhash.xxh3_128_digest(keys[i] + mark.to_bytes(8, "little"))
+        if apart:
+            slots[apart] = self.shelf.find([keys[i] for i in apart])
+        return bool(apart)
 
 
 class FeatureMemory:
@@ -150,6 +161,7 @@ class FeatureMemory:
         self._say = say
         self._forms: dict[str, _Form] = {}
         self._writes = 0
+        self._rests = b""
 
     @property
     def rows(self) -> int:
@@ -174,12 +186,23 @@ class FeatureMemory:
         for form in self._forms.values():
             form.shelf.refresh()
 
+    def rest(self) -> None:
+        """Let go of the weights, not of what was remembered with them."""
+        self._rests = self.weights.fingerprint()
+        self.weights = Weights([])
+
+    def wake(self, weights: Weights, structure: str, say: Callable[[str], None]) -> bool:
+        """Go on if weights and structure are the same; give whether they are."""
+        if structure != self._structure or weights.fingerprint() != self._rests:
+            return False
+        self.weights, self._say, self._writes = weights, say, 0
+        return True
+
     def close(self) -> None:
         """Forget everything; what lies in a folder stays there, under the weights it belongs to."""
         for form in self._forms.values():
             form.shelf.close()
         self._forms.clear()
-        self._budget.used = self._folder.size() if self._folder is not None else 0
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         """Give a call as :meth:`recall` takes it, None if its samples cannot be told apart or need a gradient."""
@@ -210,10 +233,12 @@ class FeatureMemory:
         if form is None:
             return self._begin(call, keys, run, mark, text)
         slots = form.shelf.find(keys)
-        form.seen[mark] += call.size
+        self.counts.known += int(np.count_nonzero(slots >= 0))
         usable = form.usable(slots, mark)
         missing = call.size - int(np.count_nonzero(usable))
-        self.counts.known += int(np.count_nonzero(slots >= 0))
+        if missing and form.look_apart(keys, slots, mark):
+            usable = form.usable(slots, mark)
+            missing = call.size - int(np.count_nonzero(usable))
         if missing == 0:
             self.counts.hits += call.size
             return form.form.decode(torch.from_numpy(form.shelf.read(slots)))
@@ -245,7 +270,6 @@ class FeatureMemory:
             self._break(f"the folder cannot be written to: {error}")
             return output
         form = self._forms[text] = _Form(outputs, shelf)
-        form.seen[mark] += call.size
         slots = shelf.find(keys)
         self.counts.known += int(np.count_nonzero(slots >= 0))
         self._compare(form, slots, rows, mark)
@@ -337,7 +361,7 @@ class FeatureMemory:
             self.counts.misses = before
             if encoded is not None and encoded[0] == form.form:
                 same = np.array_equal(encoded[1], rows[:size])
-                form.note(small, mark, size * _numbers(form.form) if same else -1)
+                form.note(small, mark, _numbers(encoded[1]) if same else -1)
             return
 
     def _compare(self, form: _Form, slots: Slots, rows: Bytes, mark: int) -> None:
@@ -355,7 +379,7 @@ class FeatureMemory:
                 equal = self._is_rounding(form, kept[here], rows[found][here])
                 if not equal:
                     return
-            form.note(other, mark, int(np.count_nonzero(here)) * _numbers(form.form) if equal else -1)
+            form.note(other, mark, _numbers(rows[found][here]) if equal else -1)
 
     def _is_rounding(self, form: _Form, a: Bytes, b: Bytes) -> bool:
         """Whether two computations of the same differ as kernels do; if not, nothing is remembered any more."""
@@ -374,12 +398,8 @@ class FeatureMemory:
         return False
 
     def _keep(self, form: _Form, keys: list[bytes], slots: Slots, rows: Bytes, mark: int) -> None:
-        """Keep rows of new samples, and of others if theirs come from rarer circumstances."""
+        """Keep the rows of new samples."""
         new = slots < 0
-        if not new.all():
-            for i in np.flatnonzero(~new).tolist():
-                other = int(form.shelf.marks[slots[i]])
-                new[i] = form.unlike(other, mark) and form.seen[mark] > form.seen[other]
         if new.all():
             kept = form.shelf.put(keys, mark, rows)
         elif new.any():
@@ -424,8 +444,9 @@ def _mark(size: int, circumstances: tuple[Any, ...]) -> int:
     return xxhash.xxh3_64_intdigest(repr((size, *circumstances[1:])).encode())
 
 
-def _numbers(form: OutputForm) -> int:
-    return sum(leaf.numel for leaf in form.leaves if isinstance(leaf, TensorForm))
+def _numbers(rows: Bytes) -> int:
+    """Give how many numbers that say something there are, about: zeros are equal everywhere."""
+    return int(np.count_nonzero(rows)) // 4
 
 
 def _context(call: Call) -> str:

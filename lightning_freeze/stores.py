@@ -98,15 +98,17 @@ class Shelf:
         self._blocks: list[Bytes] = []
         self._starts: list[int] = [0]
         self._unchecked: dict[int, bytes] = {}
-        # Slots that may be written: where the next row goes, where the block ends; where slot 0 would lie in the file.
-        self._next = self._end = self._offset = 0
+        # The block that is being filled: its first slot, the next one, its end, and slots less places in the file.
+        self._open_rows: Bytes = np.empty((0, row_bytes), np.uint8)
+        self._open_start = self._next = self._end = self._offset = 0
+        self._taken = 0
+        self._each = row_bytes + (_KEY_BYTES if journal is None else _ENTRY.size)
         if journal is not None:
             entries = journal.open(row_bytes)
             if entries:
-                budget.used += len(entries) * row_bytes  # these lie there already, whatever the limit
-                self._add_block(journal.map(0, len(entries), row_bytes), 0)
-                self._next = self._end
-                self._enter(self._starts[-2], entries)
+                self._add_block(journal.map(0, len(entries), row_bytes))
+                self._next = self._end = len(entries)
+                self._enter(0, entries)
             self.refresh()
 
     def __len__(self) -> int:
@@ -122,21 +124,16 @@ class Shelf:
         return slots
 
     def put(self, keys: Sequence[bytes], mark: int, rows: Bytes) -> int:
-        """Keep rows, instead of those under the same keys; give for how many there was room."""
+        """Keep rows under keys that are not there; give for how many there was room."""
         for count, (key, row) in enumerate(zip(keys, rows, strict=True)):
-            slot = self._slots.get(key, -1)
-            if slot < 0 or not self._blocks[self._block(slot)].flags.writeable:
-                if not self._has_room():
-                    return count
-                slot = self._slots[key] = self._next
-                self._next += 1
-            block = self._block(slot)
-            self._blocks[block][slot - self._starts[block]] = row
+            if not self._has_room():
+                return count
+            slot = self._slots[key] = self._next
+            self._next += 1
+            self._open_rows[slot - self._open_start] = row
             self.marks[slot] = mark
-            self._unchecked.pop(slot, None)
             if self._journal is not None:
-                at = slot - self._starts[block] + self._journal.starts[block]
-                self._journal.write(at, _ENTRY.pack(key, mark, _checksum(key, mark, row)))
+                self._journal.write(slot + self._offset, _ENTRY.pack(key, mark, _checksum(key, mark, row)))
         return len(keys)
 
     def read(self, slots: Slots, out: Bytes | None = None) -> Bytes:
@@ -156,28 +153,23 @@ class Shelf:
         if self._journal is None:
             return
         for entries, rows in self._journal.read_others(self.row_bytes):
-            self._add_block(rows, -1)
+            self._add_block(rows)
             self._enter(self._starts[-2], entries)
 
     def close(self) -> None:
         """Give the memory back; on disk, leave the rows."""
         self._blocks.clear()
         self._slots.clear()
+        self._open_rows = self._open_rows[:0]
         if self._journal is not None:
             self._journal.close((self._next + self._offset) * self.row_bytes)
+            self._taken = (self._end - self._next) * self._each  # what was reserved and not used
+        self._budget.used -= self._taken
 
-    def _block(self, slot: int) -> int:
-        return int(np.searchsorted(self._starts, slot, side="right")) - 1
-
-    def _add_block(self, rows: Bytes, file_start: int) -> None:
+    def _add_block(self, rows: Bytes) -> None:
         self._blocks.append(rows)
         self._starts.append(self._starts[-1] + len(rows))
         self.marks = np.concatenate([self.marks, np.zeros(len(rows), np.uint64)])
-        if self._journal is not None:
-            self._journal.starts.append(file_start)
-        if file_start >= 0:
-            self._next, self._end = self._starts[-2], self._starts[-1]
-            self._offset = file_start - self._starts[-2]
 
     def _enter(self, start: int, entries: Sequence[tuple[bytes, int, bytes]]) -> None:
         for slot, (key, mark, checksum) in enumerate(entries, start):
@@ -197,10 +189,9 @@ class Shelf:
         """Make room for one more row if there is none."""
         if self._next < self._end:
             return True
-        each = self.row_bytes + (_KEY_BYTES if self._journal is None else _ENTRY.size)
-        rows = min(_FIRST_BLOCK * _GROWTH ** min(len(self._blocks), 8), self._budget.left // each)
+        rows = min(_FIRST_BLOCK * _GROWTH ** min(len(self._blocks), 8), self._budget.left // self._each)
         if self._journal is None:
-            rows = min(rows, available_memory() // 2 // each)
+            rows = min(rows, available_memory() // 2 // self._each)
         if rows < 1:
             return False
         start = self._next + self._offset
@@ -212,8 +203,11 @@ class Shelf:
             )
         except (OSError, MemoryError):
             return False
-        self._budget.take(rows * each)
-        self._add_block(block, start)
+        self._budget.take(rows * self._each)
+        self._taken += rows * self._each
+        self._add_block(block)
+        self._open_rows, self._open_start, self._next, self._end = block, self._starts[-2], *self._starts[-2:]
+        self._offset = start - self._open_start
         return True
 
 
@@ -227,7 +221,6 @@ class Journal:
     """
 
     def __init__(self, folder: Path, name: str, rank: int) -> None:
-        self.starts: list[int] = []
         self._path = folder / f"{name}-{rank}"
         self._others = f"{name}-*.index"
         self._seen: dict[Path, int] = {}

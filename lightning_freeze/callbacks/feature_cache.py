@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
-from lightning_freeze.feature_chain import FeatureChain, FeatureStats, sequential_links
+from lightning_freeze.feature_chain import FeatureChain, FeatureStats, Kept, sequential_links
 from lightning_freeze.logs import get_logger
 from lightning_freeze.selectors import clean_name
 from lightning_freeze.stores import Folder, available_memory
@@ -41,7 +41,8 @@ class FeatureCache(Callback):
     are computed a second time and compared. A module that fails this is not cached. Should a kernel differ from itself
     by rounding, the cache says by how much, and ``stats.difference`` keeps the bound.
 
-    Training, validation, test and prediction share what is kept. If fewer than 2 % of the samples of an epoch come
+    Training, validation, test and prediction share what is kept, also in another call of the Trainer with the same
+    weights; :meth:`clear` gives the memory back. If fewer than 2 % of the samples of an epoch come
     back, as with random augmentation, the cache switches itself off for that stage, and says so. While the input
     requires grad, under FSDP, and while somebody traces or exports the model, it steps aside.
 
@@ -96,6 +97,7 @@ class FeatureCache(Callback):
         self.dtype = _check_dtype(dtype)
         self._chain: FeatureChain | None = None
         self._folder: Folder | None = None
+        self._kept: Kept | None = None
         self._stats = FeatureStats()
         self._logged = (0, 0)
 
@@ -110,6 +112,15 @@ class FeatureCache(Callback):
         if self._chain is not None:
             self._stats = self._chain.stats()
         return self._stats
+
+    def clear(self) -> None:
+        """Give the memory back that is kept for another fit, or for a test, with the same weights."""
+        if self._chain is not None:
+            self._chain.close()
+        elif self._kept is not None:
+            for memory in self._kept.memories.values():
+                memory.close()
+        self._kept = None
 
     # When
 
@@ -185,13 +196,13 @@ class FeatureCache(Callback):
         found = _modules(pl_module, self.module)
         whole = next(iter(found.items())) if isinstance(self.module, str) else None
         links = found if whole is None else sequential_links(*whole)
-        self._logged = (0, 0)
         self._chain = FeatureChain(
             whole,
             links,
             limit=self._limit(trainer),
             folder=self._folder,
             dtype=self.dtype,
+            kept=self._kept,
             stage=lambda: str(trainer.state.stage.value) if trainer.state.stage is not None else "",
             say=lambda sentence: self._say(trainer, sentence),
         )
@@ -214,9 +225,9 @@ class FeatureCache(Callback):
 
     def _end(self) -> None:
         if self._chain is not None:
-            self._stats = self._chain.stats()
             self._chain.__exit__()
-            self._chain.close()
+            self._stats = self._chain.stats()
+            self._kept = self._chain.leave()
             self._chain = None
         if self._folder is not None:
             self._folder.close()
@@ -224,7 +235,7 @@ class FeatureCache(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return {**self.__dict__, "_chain": None, "_folder": None}
+        return {**self.__dict__, "_chain": None, "_folder": None, "_kept": None}
 
 
 def _modules(pl_module: LightningModule, names: str | list[str]) -> dict[str, nn.Module]:
