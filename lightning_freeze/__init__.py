@@ -2,6 +2,7 @@
 
 from lightning_freeze.arrays import to_numpy
 from lightning_freeze.batchnorm import freeze_batchnorm, unfreeze_batchnorm
+from lightning_freeze.callbacks.feature_cache import FeatureCache
 from lightning_freeze.callbacks.freeze_batchnorm import FreezeBatchNorm
 from lightning_freeze.callbacks.freeze_schedule import FreezeSchedule
 from lightning_freeze.callbacks.gradient_audit import GradientAudit
@@ -15,6 +16,7 @@ from lightning_freeze.presets import chain_thaw, gradual_unfreezing, layerwise_s
 from lightning_freeze.selectors import select_parameters
 
 __all__ = [
+    "FeatureCache",
     "FreezeBatchNorm",
     "FreezeSchedule",
     "GradientAudit",

@@ -1,0 +1,185 @@
+"""What a FeatureCache gains and costs: a frozen backbone and a linear head at 64 pixels, on this machine.
+
+Side by side in one run, interleaved, so that whatever else the machine does hits all of them: training epochs without a
+cache, the first and the later epochs with one, epochs on features that were extracted by hand before (the limit: what
+people leave their training code for), and epochs with random augmentation, where nothing ever comes back, with the cache
+and without. Ratios are minimum / median / maximum over the rounds.
+
+Run it with `python -m benchmarks.feature_cache`; `--nets resnet18 --rounds 10` looks closer at one network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from efficientnet_lite_pytorch import EfficientNet
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_freeze import FeatureCache
+
+
+def resnet(name: str) -> nn.Module:
+    net = getattr(torchvision.models, name)()
+    net.fc = nn.Identity()
+    return net
+
+
+def efficientnet() -> nn.Module:
+    net = EfficientNet.from_name("efficientnet-lite0")
+    net._fc = nn.Identity()
+    return net
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet18": (lambda: resnet("resnet18"), 512),
+    "resnet50": (lambda: resnet("resnet50"), 2048),
+    "ViT-Ti/16": (lambda: timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=0), 192),
+    "EfficientNet-Lite0": (efficientnet, 1280),
+}
+
+
+class Classifier(LightningModule):
+    """A frozen backbone and a head that trains; without a backbone, on features."""
+
+    def __init__(self, backbone: nn.Module | None, width: int) -> None:
+        super().__init__()
+        self.backbone = None if backbone is None else backbone.eval().requires_grad_(False)
+        self.head = nn.Linear(width, 10)
+
+    def train(self, mode: bool = True) -> Classifier:
+        super().train(mode)
+        if self.backbone is not None:
+            self.backbone.eval()
+        return self
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        features = batch[0] if self.backbone is None else self.backbone(batch[0])
+        return nn.functional.cross_entropy(self.head(features), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.head.parameters(), lr=1e-3)
+
+
+class Augmented(Dataset[Any]):
+    """Every image is another one each time."""
+
+    def __init__(self, data: TensorDataset) -> None:
+        self.data = data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image, label = self.data[index]
+        shift = torch.randint(64, (2,)).tolist()
+        return (image.roll(shift, (1, 2)) * torch.rand(()).add(0.5), label)
+
+
+class EpochSeconds(Callback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+
+
+def epochs(net: LightningModule, data: Dataset[Any], count: int, batch: int, cache: bool) -> list[float]:
+    """Train, and give the seconds of each epoch."""
+    clock = EpochSeconds()
+    trainer = Trainer(
+        max_epochs=count,
+        accelerator="cpu",
+        callbacks=[FeatureCache("backbone"), clock] if cache else [clock],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(net, DataLoader(data, batch, shuffle=True, drop_last=True))
+    return clock.seconds
+
+
+def extracted(net: Classifier, data: TensorDataset, batch: int) -> TensorDataset:
+    """Do by hand what the cache does."""
+    assert net.backbone is not None
+    with torch.no_grad():
+        features = torch.cat([net.backbone(images) for images, _ in DataLoader(data, batch)])
+    return TensorDataset(features, data.tensors[1])
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{min(values):7.2f} /{statistics.median(values):7.2f} /{max(values):7.2f}"
+
+
+def measure(name: str, options: argparse.Namespace) -> None:
+    make, width = NETS[name]
+    net = Classifier(make(), width)
+    images, labels = torch.randn(options.samples, 3, 64, 64), torch.randint(10, (options.samples,))
+    data = TensorDataset(images, labels)
+    by_hand = extracted(net, data, options.batch)
+    ratios: dict[str, list[float]] = {}
+    times: dict[str, list[float]] = {}
+    epochs(net, data, 1, options.batch, cache=False)  # warm up
+    for _ in range(options.rounds):
+        uncached = epochs(net, data, 10, options.batch, cache=False)
+        first, second, *cached = epochs(net, data, 10, options.batch, cache=True)
+        limit = epochs(Classifier(None, width), by_hand, 10, options.batch, cache=False)[1:]
+        plain = epochs(net, Augmented(data), 3, options.batch, cache=False)
+        missed = epochs(net, Augmented(data), 3, options.batch, cache=True)
+        middle = {
+            "uncached": statistics.median(uncached),
+            "cached, 1st": first,
+            "cached, 2nd": second,
+            "cached, 3rd-10th": statistics.median(cached),
+            "by hand": statistics.median(limit),
+            "all-miss, on trial": statistics.mean(missed[:2]),
+            "all-miss, uncached": statistics.mean(plain),
+        }
+        for key, value in middle.items():
+            times.setdefault(key, []).append(value)
+        for key, value in {
+            "a cached epoch is faster by": middle["uncached"] / middle["cached, 3rd-10th"],
+            "ten epochs are faster by": sum(uncached) / (first + second + sum(cached)),
+            "speed of the limit reached": middle["by hand"] / middle["cached, 3rd-10th"],
+            "speed kept if nothing hits": statistics.mean(plain) / statistics.mean(missed),
+            "  in the two epochs of the trial": statistics.mean(plain[:2]) / middle["all-miss, on trial"],
+        }.items():
+            ratios.setdefault(key, []).append(value)
+    print(f"{name}")
+    print("  ms an epoch: " + ", ".join(f"{key} {1e3 * statistics.median(value):.0f}" for key, value in times.items()))
+    for key, values in ratios.items():
+        print(f"  {key:<34}{spread(values)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=32)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    for logger in ("lightning.pytorch", "lightning_freeze"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads, {options.samples} images in batches of {options.batch}")
+    for name in options.nets:
+        measure(name, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""Outputs of a frozen module, computed once for each sample."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+from lightning_freeze.feature_chain import FeatureChain, FeatureStats, Kept, sequential_links
+from lightning_freeze.logs import get_logger
+from lightning_freeze.selectors import clean_name
+from lightning_freeze.stores import Folder, available_memory
+
+_log = get_logger(__name__)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class FeatureCache(Callback):
+    """Compute the outputs of a frozen module once for each sample, then take them from memory.
+
+    While a module is wholly frozen and no layer in it is random or looks at the whole batch, its output for a sample
+    depends on that sample alone. Each sample is recognised by a 128-bit hash of all its bytes, so nothing about data
+    set, loader or shuffling has to change: samples that come back are answered from memory, others are computed. Losses
+    and weights are those without the cache, bit for bit.
+
+    Whether the conditions hold is looked up in every call, not assumed: a parameter that trains, a layer in train mode
+    whose output is then random or depends on the batch, or another module, weight or buffer turns the cache off or
+    empties it. So it works beside :class:`FreezeSchedule` and :class:`FreezeBatchNorm`, in any order, and beside
+    ``requires_grad_(False)`` by hand. Weights written to in place, or by ``load_state_dict``, are seen at the next
+    call; a write through ``tensor.data``, which PyTorch does not count, at the next start of an epoch or of validation.
+
+    The bits of an output can depend on the size of the batch, because kernels are chosen by shape. Features therefore
+    serve batches of another size only after both were seen to give the same bits, and the first samples that come back
+    are computed a second time and compared. A module that fails this is not cached. Should a kernel differ from itself
+    by rounding, the cache says by how much, and ``stats.difference`` keeps the bound.
+
+    Training, validation, test and prediction share what is kept, also in another call of the Trainer with the same
+    weights; :meth:`clear` gives the memory back. If fewer than 2 % of the samples of an epoch come
+    back, as with random augmentation, the cache switches itself off for that stage, and says so. While the input
+    requires grad, under FSDP, and while somebody traces or exports the model, it steps aside.
+
+    Args:
+        module: The dotted name of the module, such as ``"backbone"``. If it is an ``nn.Sequential``, or a list of names
+            of modules that run one on the output of the other, such as ``["backbone.layer1", "backbone.layer2"]``, the
+            cache reaches up to the deepest one that is still wholly frozen, and moves as phases do. That each gets just
+            what the one before gave is checked; where something else reads what is between, that is computed.
+        max_bytes: The most bytes to keep; what does not fit is computed. By default half of the memory that is
+            available when the fit starts, shared by the processes on this machine, or half of the disk space for a
+            folder.
+        storage: ``"memory"``, or a folder, which is mapped into memory and can be used by later runs. What lies there
+            belongs to these very weights, buffers and kinds of layers, and is checked before it is used; files that
+            are damaged are refused, as is a folder that holds something else or that another run uses. The ranks of a
+            run share it.
+        dtype: Keep wider floating numbers in this dtype, such as ``torch.float16`` to halve the space. Outputs are then
+            rounded to it, whether they come from memory or not.
+
+    Attributes:
+        stats: What was done so far, and whether the cache is active and why not: a :class:`FeatureStats`.
+
+    Logs, at the end of each training epoch: ``cache/hits`` and ``cache/misses`` of that epoch, ``cache/bytes`` and
+    ``cache/seconds_saved`` so far.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is out of range, or the folder holds something else; at fit start, if ``module``
+            names no module.
+        RuntimeError: At fit start, if another run uses the folder.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> cache = FeatureCache("backbone", max_bytes=2_000_000_000)
+        >>> trainer = Trainer(callbacks=[cache], logger=False, enable_checkpointing=False)
+        >>> cache.stats.active, cache.stats.why
+        (False, 'it has not begun')
+    """
+
+    def __init__(
+        self,
+        module: str | Sequence[str],
+        *,
+        max_bytes: int | None = None,
+        storage: str | Path = "memory",
+        dtype: torch.dtype | str | None = None,
+    ) -> None:
+        self.module = _check_module(module)
+        self.max_bytes = _check_max_bytes(max_bytes)
+        if not isinstance(storage, str | Path):
+            raise TypeError(f'FeatureCache(storage={storage!r}): it is "memory" or the path of a folder.')
+        self.storage = storage
+        self.dtype = _check_dtype(dtype)
+        self._chain: FeatureChain | None = None
+        self._folder: Folder | None = None
+        self._kept: Kept | None = None
+        self._stats = FeatureStats()
+        self._logged = (0, 0)
+
+    @property
+    def state_key(self) -> str:
+        """Several of these in one Trainer are told apart by their module."""
+        return self._generate_state_key(module=self.module)
+
+    @property
+    def stats(self) -> FeatureStats:
+        """What was done so far, and whether the cache is active and why not."""
+        if self._chain is not None:
+            self._stats = self._chain.stats()
+        return self._stats
+
+    def clear(self) -> None:
+        """Give the memory back that is kept for another fit, or for a test, with the same weights."""
+        if self._chain is not None:
+            self._chain.close()
+        elif self._kept is not None:
+            for memory in self._kept.memories.values():
+                memory.close()
+        self._kept = None
+
+    # When
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a folder that cannot be used."""
+        if self.storage != "memory" and self._folder is None:
+            self._folder = Folder(Path(self.storage), trainer.global_rank)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand in front of the module."""
+        self._begin(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """See what was written through ``tensor.data``."""
+        self._refresh()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log, and judge whether samples come back."""
+        if self._chain is None:
+            return
+        counts = self._chain.end_epoch("train")
+        stats = self.stats
+        hits, misses = self._logged
+        self._logged = counts.hits, counts.misses
+        values = {
+            "cache/hits": float(counts.hits - hits),
+            "cache/misses": float(counts.misses - misses),
+            "cache/bytes": float(stats.bytes),
+            "cache/seconds_saved": stats.seconds_saved,
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        tensors = {name: torch.tensor(value) for name, value in values.items()}
+        trainer.callback_metrics.update(tensors)
+        trainer.logged_metrics.update(tensors)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand in front of the module if that is not done, and see what was written through ``tensor.data``."""
+        self._begin(trainer, pl_module)
+        self._refresh()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge whether samples come back."""
+        if self._chain is not None and not trainer.sanity_checking:
+            self._chain.end_epoch("validate")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand in front of the module."""
+        self._begin(trainer, pl_module)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stand in front of the module."""
+        self._begin(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Step aside."""
+        self._end()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Step aside."""
+        self._end()
+
+    # What
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._chain is not None:
+            return
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+            why = f"under {type(trainer.strategy).__name__} a process has only a part of the weights"
+            self._stats = FeatureStats(why=why)
+            self._say(trainer, f"{self.module}: off, because {why}.")
+            return
+        found = _modules(pl_module, self.module)
+        whole = next(iter(found.items())) if isinstance(self.module, str) else None
+        links = found if whole is None else sequential_links(*whole)
+        self._chain = FeatureChain(
+            whole,
+            links,
+            limit=self._limit(trainer),
+            folder=self._folder,
+            dtype=self.dtype,
+            kept=self._kept,
+            stage=lambda: str(trainer.state.stage.value) if trainer.state.stage is not None else "",
+            say=lambda sentence: self._say(trainer, sentence),
+        )
+        self._chain.__enter__()
+
+    def _refresh(self) -> None:
+        if self._chain is not None:
+            self._chain.refresh()
+
+    def _limit(self, trainer: Trainer) -> int:
+        if self.max_bytes is not None:
+            return self.max_bytes
+        if self._folder is not None:
+            return shutil.disk_usage(self._folder.path).free // 2
+        return available_memory() // 2 // max(1, trainer.num_devices)
+
+    def _say(self, trainer: Trainer, sentence: str) -> None:
+        if trainer.is_global_zero:
+            _log.info("FeatureCache: %s", sentence)
+
+    def _end(self) -> None:
+        if self._chain is not None:
+            self._chain.__exit__()
+            self._stats = self._chain.stats()
+            self._kept = self._chain.leave()
+            self._chain = None
+        if self._folder is not None:
+            self._folder.close()
+            self._folder = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to one fit in one process."""
+        return {**self.__dict__, "_chain": None, "_folder": None, "_kept": None}
+
+
+def _modules(pl_module: LightningModule, names: str | list[str]) -> dict[str, nn.Module]:
+    """Give modules by name, the outermost one where ``torch.compile`` put one around another."""
+    modules: dict[str, nn.Module] = {}
+    for path, module in pl_module.named_modules(remove_duplicate=False):
+        modules.setdefault(clean_name(path), module)
+    wanted = [names] if isinstance(names, str) else names
+    for name in wanted:
+        if not name or name not in modules:
+            close = difflib.get_close_matches(name, [path for path in modules if path], n=1)
+            hint = f' Did you mean "{close[0]}"?' if close else ""
+            tops = ", ".join(top for top, _ in pl_module.named_children()) or "none"
+            raise ValueError(
+                f'FeatureCache(module="{name}") names no module of {type(pl_module).__name__}.{hint}\n'
+                f"Top-level modules: {tops}."
+            )
+    found = {name: modules[name] for name in wanted}
+    if len(set(found.values())) < len(found):
+        raise ValueError(f"FeatureCache(module={wanted!r}): two of these names are the same module. Name each once.")
+    return found
+
+
+def _check_module(module: Any) -> str | list[str]:
+    if isinstance(module, str):
+        return module
+    if not isinstance(module, Sequence) or not all(isinstance(name, str) for name in module):
+        raise TypeError(f'FeatureCache(module={module!r}): it is a dotted name such as "backbone", or a list of them.')
+    names = list(module)
+    if not names:
+        raise ValueError('FeatureCache(module=[]) names nothing. Name a module, such as "backbone".')
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f'FeatureCache(module={names!r}): "{name}" is there twice. Name each once.')
+        outer = next((other for other in names if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise ValueError(
+                f'FeatureCache(module={names!r}): "{name}" is inside "{outer}". Name modules that run one '
+                "after the other."
+            )
+    return names
+
+
+def _check_max_bytes(max_bytes: Any) -> int | None:
+    if max_bytes is None:
+        return None
+    if isinstance(max_bytes, float) and max_bytes.is_integer():  # 4e9
+        max_bytes = int(max_bytes)
+    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool):
+        raise TypeError(f"FeatureCache(max_bytes={max_bytes!r}): it is a number of bytes, such as 4_000_000_000.")
+    if max_bytes < 1:
+        raise ValueError(
+            f"FeatureCache(max_bytes={max_bytes}): it is at least 1; leave the callback out to cache nothing."
+        )
+    return max_bytes
+
+
+def _check_dtype(dtype: Any) -> torch.dtype | None:
+    if dtype is None or dtype in _DTYPES:
+        return dtype  # type: ignore[no-any-return]
+    names = [str(one).removeprefix("torch.") for one in _DTYPES]
+    if isinstance(dtype, str) and dtype.removeprefix("torch.") in names:
+        return _DTYPES[names.index(dtype.removeprefix("torch."))]
+    if not isinstance(dtype, torch.dtype | str):
+        raise TypeError(f"FeatureCache(dtype={dtype!r}): it is a dtype, such as torch.float16.")
+    raise ValueError(f"FeatureCache(dtype={dtype!r}): it is one of {', '.join(map(str, _DTYPES))}, or None.")

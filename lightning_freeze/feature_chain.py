@@ -1,0 +1,546 @@
+"""Stands in front of modules and answers from memory, as far as they are frozen, and leaves nothing behind.
+
+The modules are one whole, or links of a chain: each runs on what the one before gave. Of a chain, as many links are
+remembered as are frozen from its start, and what the last of them gave is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as nn_module
+from torch.utils._pytree import tree_map
+
+from lightning_freeze.feature_memory import Counts, FeatureMemory, Run
+from lightning_freeze.features import byte_digest, byte_rows
+from lightning_freeze.frozen_state import Conditions, Weights, structure_text, why_not_reusable
+from lightning_freeze.stores import Budget, Folder
+
+_WHOLE = -1
+_WORTH = 0.02  # of the samples of an epoch have to come back, or keys cost more than they save
+
+
+@dataclass(frozen=True)
+class FeatureStats:
+    """What a cache has done, and whether it works now.
+
+    Args:
+        active: Whether outputs are remembered now.
+        why: Why not, or why only a part of a chain; None if all is.
+        covers: The names of the modules whose outputs are remembered.
+        hits: Samples whose features were there.
+        misses: Samples whose features were computed.
+        samples: Samples that are kept now.
+        bytes: Bytes taken for them, in memory or in the folder.
+        seconds_saved: Time that computing the hits would have taken, less what keys, checks and copies took.
+        difference: The largest difference seen between two computations of the same, in parts of the largest number; 0
+            if every bit was the same.
+    """
+
+    active: bool = False
+    why: str | None = "it has not begun"
+    covers: tuple[str, ...] = ()
+    hits: int = 0
+    misses: int = 0
+    samples: int = 0
+    bytes: int = 0
+    seconds_saved: float = 0.0
+    difference: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of samples whose features were there."""
+        return self.hits / max(1, self.hits + self.misses)
+
+
+@dataclass
+class _Look:
+    """What can be remembered in one set of modes."""
+
+    whole: bool
+    depth: int
+    why: str | None
+
+
+@dataclass
+class _Lane:
+    """What the calls of one stage have come to."""
+
+    counts: Counts = field(default_factory=Counts)
+    known: int = 0
+    samples: int = 0
+    epochs: int = 0
+    off: str | None = None
+
+
+@dataclass
+class Kept:
+    """What a chain leaves for another."""
+
+    budget: Budget
+    memories: dict[tuple[str, ...], FeatureMemory] = field(default_factory=dict)
+    counts: dict[str, Counts] = field(default_factory=dict)
+
+
+class FeatureChain:
+    """Remembers what modules gave for each sample while they are frozen; see :class:`FeatureMemory`.
+
+    Args:
+        whole: The name and the module whose outputs are wanted; None for links alone.
+        links: Modules that run one after the other, by name. If there is a whole, they are all that runs in it.
+        limit: The most bytes to keep.
+        folder: Keep them there, not in memory.
+        dtype: Keep wider floating numbers in this dtype.
+        kept: What another chain has left for this one; it has its own budget.
+        stage: Gives what the calls are for now: whether samples come back is judged apart for training and validation.
+        say: Is given each sentence about what is off and why, once.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 300), nn.ReLU()).requires_grad_(False)
+        >>> x = torch.randn(4, 2)
+        >>> with FeatureChain(("net", net), sequential_links("net", net), limit=100_000) as chain:
+        ...     outputs = [net(x) for _ in range(3)]
+        >>> torch.equal(outputs[0], outputs[2]), chain.stats().hits
+        (True, 4)
+        >>> "forward" in vars(net)
+        False
+    """
+
+    def __init__(
+        self,
+        whole: tuple[str, nn.Module] | None,
+        links: Mapping[str, nn.Module],
+        *,
+        limit: int,
+        folder: Folder | None = None,
+        dtype: torch.dtype | None = None,
+        kept: Kept | None = None,
+        stage: Callable[[], str] = lambda: "",
+        say: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self._whole = whole
+        self._links = dict(links)
+        self._names = list(links)
+        self._folder = folder
+        self._dtype = dtype
+        self._stage = stage
+        self._tell = say
+        self._said: set[str] = set()
+        self._kept = kept or Kept(Budget(limit))
+        self._budget = self._kept.budget
+        self._lanes: defaultdict[str, _Lane] = defaultdict(_Lane)
+        for stage_name, counts in self._kept.counts.items():
+            done = counts.hits + counts.misses
+            self._lanes[stage_name] = _Lane(counts, known=counts.known, samples=done)
+        self._memories: dict[tuple[str, ...], FeatureMemory] = {}
+        self._last: _Look | None = None
+        self._stand_ins: list[StandIn] = []
+        self._inside = False
+        # How many links are known to run one on the output of the other; what the next one should get.
+        self._follow = 1
+        self._linked = len(self._links)
+        self._unlinked: str | None = None
+        self._watched: tuple[int, Tensor, bytes] | None = None
+        self._passed: tuple[int, Tensor, Any] | None = None
+        if folder is not None:
+            self._budget.used = folder.size()
+        self._look_anew()
+
+    def __enter__(self) -> FeatureChain:
+        """Stand in front of the modules."""
+        modules = [] if self._whole is None else [(_WHOLE, self._whole[1])]
+        modules += list(enumerate(self._links.values()))
+        self._stand_ins = [StandIn(module, partial(self._call, index)) for index, module in modules]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Step aside; what is remembered stays until :meth:`close`."""
+        for stand_in in self._stand_ins:
+            stand_in.remove()
+        self._stand_ins = []
+        self._passed = self._watched = None
+
+    def close(self) -> None:
+        """Forget everything; what lies in a folder stays there."""
+        for memory in (*self._memories.values(), *self._kept.memories.values()):
+            memory.close()
+        self._memories.clear()
+        self._kept.memories.clear()
+
+    def leave(self) -> Kept:
+        """Give what another chain for the same modules can go on with. It knows the weights, and does not hold them."""
+        if self._folder is not None:
+            self.close()
+        for memory in self._memories.values():
+            memory.rest()
+        memories = {**self._kept.memories, **self._memories}
+        return Kept(self._budget, memories, {stage: lane.counts for stage, lane in self._lanes.items()})
+
+    def refresh(self) -> None:
+        """Read all weights, to see also what was written through ``tensor.data``; exchange rows with other ranks."""
+        for memory in self._memories.values():
+            memory.check(content=True)
+            memory.refresh()
+
+    def end_epoch(self, stage: str) -> Counts:
+        """Judge whether the samples of a stage come back; give what has been done for it so far."""
+        lane = self._lanes[stage]
+        counts = lane.counts
+        samples = counts.hits + counts.misses - lane.samples
+        known = counts.known - lane.known
+        lane.samples, lane.known = counts.hits + counts.misses, counts.known
+        lane.epochs += samples > 0
+        if lane.epochs >= 2 and samples and known < _WORTH * samples:
+            lane.off = (
+                f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they are "
+                "augmented at random, or there is too little room for them"
+            )
+            self._say(f"{self._name}: off for {stage}, because {lane.off}.")
+            self.close()
+        return counts
+
+    def stats(self) -> FeatureStats:
+        """Give what has been done, and whether outputs are remembered now."""
+        look = self._last if self._last is not None and not self._stand_ins else self._look()
+        covers = self._covers(look)
+        lanes = self._lanes.values()
+        memory = self._memories.get(covers)
+        why = look.why if memory is None or memory.broken is None else memory.broken
+        used = [lane for stage, lane in self._lanes.items() if lane.counts.misses and not stage.startswith("sanity")]
+        training = [lane for stage, lane in self._lanes.items() if stage.startswith("train") and lane.counts.misses]
+        off = [lane.off for lane in training or used]
+        if off and all(off):
+            why = off[0]
+        broken = (memory is not None and memory.broken is not None) or (bool(off) and all(off))
+        return FeatureStats(
+            active=bool(covers) and not broken,
+            why=why,
+            covers=() if broken else covers,
+            hits=sum(lane.counts.hits for lane in lanes),
+            misses=sum(lane.counts.misses for lane in lanes),
+            samples=sum(memory.rows for memory in self._memories.values()),
+            bytes=self._budget.used,
+            seconds_saved=sum(lane.counts.seconds_saved for lane in lanes),
+            difference=max((lane.counts.difference for lane in lanes), default=0.0),
+        )
+
+    # What holds
+
+    @property
+    def _name(self) -> str:
+        return self._whole[0] if self._whole is not None else self._names[0]
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            self._tell(sentence)
+
+    def _look_anew(self) -> None:
+        modules = [self._whole[1]] if self._whole is not None else []
+        self._conditions = Conditions([*modules, *self._links.values()])
+        self._trains = self._conditions.trains()
+        self._looks: dict[tuple[bool, ...], _Look] = {}
+
+    def _look(self) -> _Look:
+        """Look at the modules, and forget what is no longer true."""
+        holds = self._conditions.hold()
+        if not holds or self._conditions.trains() != self._trains:
+            for memory in self._memories.values():
+                memory.close()
+            self._memories.clear()
+            self._look_anew()
+            for lane in self._lanes.values():
+                lane.epochs = 0
+        self._modes = self._conditions.modes()
+        look = self._looks.get(self._modes)
+        if look is None:
+            look = self._looks[self._modes] = self._examine()
+        self._last = look
+        return look
+
+    def _examine(self) -> _Look:
+        why = None
+        if self._whole is not None:
+            why = why_not_reusable(*self._whole)
+            if why is None:
+                return _Look(True, 0, None)
+        depth = 0
+        for name, module in self._links.items():
+            reason = why_not_reusable(name, module)
+            if reason is not None:
+                why = reason
+                break
+            depth += 1
+        if depth == 0:
+            self._say(f"{self._name}: off, because {why}.")
+        elif why is not None:
+            self._say(f"{self._name}: cached up to {self._names[depth - 1]}, because {why}.")
+        return _Look(False, depth, why)
+
+    def _covers(self, look: _Look) -> tuple[str, ...]:
+        if look.whole:
+            return (self._name,)
+        return tuple(self._names[: min(look.depth, self._linked)])
+
+    def _memory(self, covers: tuple[str, ...], modules: Iterable[nn.Module]) -> FeatureMemory:
+        memory = self._memories.get(covers)
+        if memory is None:
+            modules = list(modules)
+            weights, structure = Weights(modules), structure_text(modules)
+            memory = self._kept.memories.pop(covers, None)
+            if memory is None or not memory.wake(weights, structure, self._say):
+                if memory is not None:
+                    memory.close()
+                memory = FeatureMemory(
+                    covers[-1],
+                    weights,
+                    structure=structure,
+                    budget=self._budget,
+                    folder=self._folder,
+                    dtype=self._dtype,
+                    say=self._say,
+                )
+            self._memories[covers] = memory
+        memory.counts = self._lanes[self._stage()].counts
+        return memory
+
+    # Calls
+
+    def _call(self, index: int, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._inside or _is_special():
+            return run(*args, **kwargs)
+        if index > 0:
+            return self._go_on(index, run, args, kwargs)
+        self._passed = None
+        if self._lanes[self._stage()].off:
+            return run(*args, **kwargs)
+        begin = time.perf_counter()
+        look = self._look()
+        if look.whole:
+            if index != _WHOLE:
+                return run(*args, **kwargs)
+            assert self._whole is not None
+            answer = self._recall(look, [self._whole[1]], run, args, kwargs, begin)
+            return run(*args, **kwargs) if answer is None else answer[0]
+        if index == _WHOLE:
+            return run(*args, **kwargs)
+        depth = min(look.depth, self._linked)
+        if depth > self._follow:
+            return self._watch(run, args, kwargs)
+        if depth == 0:
+            return run(*args, **kwargs)
+        runs = [self._plain(i) for i in range(depth)]
+        answer = self._recall(look, list(self._links.values())[:depth], partial(_one_by_one, runs), args, kwargs, begin)
+        if answer is None:
+            return run(*args, **kwargs)
+        return self._hand_on(0, depth, answer[0], args, kwargs)
+
+    def _recall(
+        self,
+        look: _Look,
+        modules: list[nn.Module],
+        run: Run,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        begin: float,
+    ) -> tuple[Any] | None:
+        """Give the output in a tuple; None if the modules have to run as if nothing stood before them."""
+        memory = self._memory(self._covers(look), modules)
+        if memory.broken is None:
+            memory.check()
+        call = memory.read(args, kwargs) if memory.broken is None else None
+        if call is None:
+            return None
+        self._inside = True
+        try:
+            output = memory.recall(run, call, self._modes)
+        finally:
+            self._inside = False
+            memory.counts.all_seconds += time.perf_counter() - begin
+        if memory.broken is not None:
+            self._say(f"{memory.name}: off, because {memory.broken}.")
+        return (output,)
+
+    def _plain(self, index: int) -> Run:
+        offset = 0 if self._whole is None else 1
+        return self._stand_ins[index + offset].plain
+
+    def _hand_on(self, index: int, depth: int, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give what link ``index`` returns when the output of the last link is already there."""
+        if index == depth - 1:
+            self._passed = None
+            return output
+
+        def compute() -> Tensor:
+            self._unlink(index, f"something other than {self._names[index + 1]} reads what {self._names[index]} gives")
+            self._inside = True
+            try:
+                value: Tensor = _one_by_one([self._plain(i) for i in range(index + 1)], *args, **kwargs)
+            finally:
+                self._inside = False
+            return value
+
+        later = Later.of(compute)
+        self._passed = index, later, (depth, output, args, kwargs)
+        return later
+
+    def _go_on(self, index: int, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer for a link that is not the first."""
+        if self._passed is not None:
+            before, later, rest = self._passed
+            if index == before + 1 and len(args) == 1 and args[0] is later and not kwargs:
+                return self._hand_on(index, *rest)
+        if self._watched is not None:
+            before, output, digest = self._watched
+            self._watched = None
+            if index == before + 1:
+                if len(args) != 1 or kwargs or args[0] is not output or _digest(output) != digest:
+                    self._unlink(before, f"{self._names[index]} is not given just what {self._names[before]} gave")
+                else:
+                    self._follow = index + 1
+                    return self._watch(run, args, kwargs, index)
+        return run(*args, **kwargs)
+
+    def _watch(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = 0) -> Any:
+        """Run a link, and note what it gave, so that it can be seen whether the next one gets just that."""
+        if self._watched is not None:
+            self._unlink(self._watched[0], f"{self._names[self._watched[0] + 1]} did not run after it")
+            self._watched = None
+        output = run(*args, **kwargs)
+        if index + 1 < self._linked:
+            if type(output) is Tensor:
+                self._watched = index, output, _digest(output)
+            else:
+                self._unlink(index, f"{self._names[index]} gives a {type(output).__name__}")
+        return output
+
+    def _unlink(self, index: int, why: str) -> None:
+        """Take link ``index`` for the last one."""
+        if index + 1 < self._linked:
+            self._linked = index + 1
+            self.close()
+            self._say(f"{self._name}: cached up to {self._names[index]}, because {why}.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("A FeatureChain belongs to the modules of one process.")
+
+
+class StandIn:
+    """Takes the place of a module's ``forward``, or of its compiled call, until it is removed.
+
+    A module that is pickled or copied meanwhile has its own ``forward`` in the copy.
+
+    Args:
+        module: Any module.
+        call: Is given what would have run, ``args`` and ``kwargs``.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[[Run, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        # module.compile() puts the compiled call before forward: standing behind it would be compiled, too.
+        self._attribute = "_compiled_call_impl" if module._compiled_call_impl is not None else "forward"
+        self._module = module
+        self._before = module.__dict__.get(self._attribute)
+        self.plain: Run = getattr(module, self._attribute)
+        self.__wrapped__ = self.plain
+        # Not for a compiler to trace: what is around the module may be compiled.
+        self._call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+        module.__dict__[self._attribute] = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Answer, or run the module."""
+        return self._call(self.plain, args, kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there, unless somebody else has."""
+        if self._module.__dict__.get(self._attribute) is self:
+            if self._before is None:
+                del self._module.__dict__[self._attribute]
+            else:
+                self._module.__dict__[self._attribute] = self._before
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _same, (self.plain,)
+
+
+class Later(Tensor):
+    """A tensor that is computed when somebody looks at it."""
+
+    _compute: Callable[[], Tensor]
+    _value: Tensor | None
+
+    @staticmethod
+    def of(compute: Callable[[], Tensor]) -> Later:
+        """Give a stand-in for what ``compute`` gives."""
+        later: Later = Tensor._make_subclass(Later, torch.empty(0, device="meta"))
+        later._compute = compute
+        later._value = None
+        return later
+
+    def value(self) -> Tensor:
+        """Give the tensor itself."""
+        if self._value is None:
+            self._value = self._compute()
+        return self._value
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take every stand-in for what it stands for."""
+        args, kwargs = tree_map(lambda leaf: leaf.value() if type(leaf) is Later else leaf, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def sequential_links(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Give the modules that run in an ``nn.Sequential`` one after the other, also in those inside it; else nothing.
+
+    Example:
+        >>> list(sequential_links("net", nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), nn.ReLU()))))
+        ['net.0', 'net.1.0', 'net.1.1']
+    """
+    links: dict[str, nn.Module] = {}
+    for child_name, child in module.named_children() if _is_sequential(module) else ():
+        below = f"{name}.{child_name}"
+        plain = not (child._forward_hooks or child._forward_pre_hooks)
+        links |= (plain and sequential_links(below, child)) or {below: child}
+    return links if len(set(links.values())) == len(links) else {}
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    own = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    children = [child for child in module._modules.values() if child is not None]
+    return own and len(set(children)) == len(children) > 0 and module._compiled_call_impl is None
+
+
+def _one_by_one(runs: list[Run], *args: Any, **kwargs: Any) -> Any:
+    output = runs[0](*args, **kwargs)
+    for run in runs[1:]:
+        output = run(output)
+    return output
+
+
+def _is_special() -> bool:
+    """Whether somebody traces, exports, counts or transforms what runs: then everything has to run."""
+    return bool(
+        torch._C._get_tracing_state() is not None
+        or torch.compiler.is_exporting()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+    )
+
+
+def _digest(tensor: Tensor) -> bytes:
+    return byte_digest(byte_rows(tensor.reshape(1, -1)))
+
+
+def _same(plain: Run) -> Run:
+    return plain

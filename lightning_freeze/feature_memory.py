@@ -1,0 +1,490 @@
+"""A memory of outputs: a sample that was there before gets what it got then, bit for bit.
+
+The bits of an output can depend on the circumstances, above all on the size of the batch, because kernels are chosen by
+shape. So each row is kept with a mark of its circumstances, and serves others only after both were seen to give the
+same bits for the same samples. That holds for the same circumstances, too: the first samples that come back are
+computed a second time, which shows a module that is random or looks at the whole batch.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import compress
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_freeze.features import Bytes, Call, NotPerSample, OutputForm, TensorForm, encode, read_call
+from lightning_freeze.frozen_state import Weights
+from lightning_freeze.stores import Budget, Damaged, Folder, Shelf, Slots
+
+Run: TypeAlias = Callable[..., Any]
+
+_ENOUGH = 256  # numbers that have to be equal, over all comparisons, before two circumstances count as alike
+_ROUNDING = 16  # machine epsilons, of the largest number, by which a kernel may differ from itself
+_MOST_FORMS = 512
+_MOST_WRITES = 8
+
+
+@dataclass
+class Counts:
+    """What has been done.
+
+    Args:
+        hits: Samples whose output was there.
+        misses: Samples whose output was computed.
+        known: Samples that had been there before, whether or not what was there could serve.
+        run_seconds: Time in the module for the misses.
+        all_seconds: Time in all, keys and checks included.
+        difference: The largest difference between two computations of the same, in parts of the largest number.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    known: int = 0
+    run_seconds: float = 0.0
+    all_seconds: float = 0.0
+    difference: float = 0.0
+
+    @property
+    def seconds_saved(self) -> float:
+        """Time that computing the hits would have taken, less what keys, checks and copies took."""
+        if self.misses == 0:
+            return 0.0
+        return self.hits * self.run_seconds / self.misses - (self.all_seconds - self.run_seconds)
+
+
+@dataclass
+class _Form:
+    """Outputs for arguments of one form.
+
+    Args:
+        form: Of the outputs.
+        shelf: Their bytes.
+        equal: For two marks, how many numbers were seen to be equal in both; -1 after one that was not.
+    """
+
+    form: OutputForm
+    shelf: Shelf
+    equal: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def alike(self, a: int, b: int) -> bool:
+        """Whether the bits of two circumstances are the same."""
+        return self.equal.get((min(a, b), max(a, b)), 0) >= _ENOUGH
+
+    def unlike(self, a: int, b: int) -> bool:
+        """Whether they have been seen to differ."""
+        return self.equal.get((min(a, b), max(a, b)), 0) < 0
+
+    def note(self, a: int, b: int, numbers: int) -> None:
+        """Take in that so many numbers were equal, or, if negative, that one was not."""
+        pair = min(a, b), max(a, b)
+        if numbers < 0 or self.equal.get(pair, 0) < 0:
+            self.equal[pair] = -1
+        else:
+            self.equal[pair] = self.equal.get(pair, 0) + numbers
+
+    def usable(self, slots: Slots, mark: int) -> NDArray[np.bool_]:
+        """Give which of the slots may serve under ``mark``."""
+        usable = np.zeros(len(slots), bool)
+        found = slots >= 0
+        if not found.any():
+            return usable
+        marks = self.shelf.marks[slots]
+        for other in {*marks.tolist()}:
+            if self.alike(other, mark):
+                usable |= found & (marks == other)
+        return usable
+
+    def look_apart(self, keys: list[bytes], slots: Slots, mark: int) -> bool:
+        """Where what is there is known to differ under ``mark``, look under a key of its own; give whether any is."""
+        if not (slots >= 0).any():
+            return False
+        marks = self.shelf.marks[slots].tolist()
+        apart = [i for i, slot in enumerate(slots.tolist()) if slot >= 0 and self.unlike(marks[i], mark)]
+        for i in apart:
+            keys[i] = xxhash.xxh3_128_digest(keys[i] + mark.to_bytes(8, "little"))
+        if apart:
+            slots[apart] = self.shelf.find([keys[i] for i in apart])
+        return bool(apart)
+
+
+class FeatureMemory:
+    """Remembers what a module, or several one after the other, gave for each sample.
+
+    Args:
+        name: How the modules are called in sentences.
+        weights: What outputs depend on beside arguments.
+        structure: Text that tells modules with the same weights apart.
+        budget: Where memory is taken from, or space on disk.
+        counts: What has been done, to be added to.
+        folder: Keep rows there, not in memory.
+        dtype: Keep wider floating numbers in this dtype; outputs are rounded to it, whether remembered or not.
+        say: Is given sentences about what is not remembered and why.
+
+    Example:
+        >>> net = torch.nn.Linear(2, 100).requires_grad_(False)
+        >>> memory = FeatureMemory("net", Weights([net]), budget=Budget(1_000_000))
+        >>> x = torch.randn(4, 2)
+        >>> first, second, third = (memory.recall(net.forward, memory.read((x,), {})) for _ in range(3))
+        >>> torch.equal(first, third), memory.counts.hits, memory.counts.misses
+        (True, 4, 8)
+    """
+
+    def __init__(
+        self,
+        name: str,
+        weights: Weights,
+        *,
+        structure: str = "",
+        budget: Budget,
+        counts: Counts | None = None,
+        folder: Folder | None = None,
+        dtype: torch.dtype | None = None,
+        say: Callable[[str], None] = lambda sentence: None,
+    ) -> None:
+        self.broken: str | None = None
+        self.counts = counts or Counts()
+        self.weights = weights
+        self.name = name
+        self._structure = structure
+        self._budget = budget
+        self._folder = folder
+        self._dtype = dtype
+        self._say = say
+        self._forms: dict[str, _Form] = {}
+        self._writes = 0
+        self._rests = b""
+
+    @property
+    def rows(self) -> int:
+        """The number of samples kept."""
+        return sum(len(form.shelf) for form in self._forms.values())
+
+    def check(self, *, content: bool = False) -> None:
+        """Forget everything if weights have changed.
+
+        Args:
+            content: Read all of them, to see also what was written through ``tensor.data``.
+        """
+        if self.weights.content_changed() if content else self.weights.changed():
+            self.close()
+            self.weights.take()
+            self._writes += 1
+            if self._writes >= _MOST_WRITES:
+                self._break("its weights are written to again and again")
+
+    def refresh(self) -> None:
+        """Let other ranks that use the same folder see the rows of this one, and see theirs."""
+        for form in self._forms.values():
+            form.shelf.refresh()
+
+    def rest(self) -> None:
+        """Let go of the weights, not of what was remembered with them."""
+        self._rests = self.weights.fingerprint()
+        self.weights = Weights([])
+
+    def wake(self, weights: Weights, structure: str, say: Callable[[str], None]) -> bool:
+        """Go on if weights and structure are the same; give whether they are."""
+        if structure != self._structure or weights.fingerprint() != self._rests:
+            return False
+        self.weights, self._say, self._writes = weights, say, 0
+        return True
+
+    def close(self) -> None:
+        """Forget everything; what lies in a folder stays there, under the weights it belongs to."""
+        for form in self._forms.values():
+            form.shelf.close()
+        self._forms.clear()
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        """Give a call as :meth:`recall` takes it, None if its samples cannot be told apart or need a gradient."""
+        try:
+            call = read_call(args, kwargs)
+            if torch.is_grad_enabled() and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in call.leaves):
+                raise NotPerSample("its input requires grad")
+        except NotPerSample as reason:
+            self._say(f"{self.name}: such calls are not cached: {reason}.")
+            return None
+        return call
+
+    def recall(self, run: Run, call: Call, modes: tuple[bool, ...] = ()) -> Any:
+        """Give the output for a call, running the modules only on samples that were not there before.
+
+        Args:
+            run: The modules.
+            call: What :meth:`read` gave.
+            modes: Whatever else the bits could depend on.
+        """
+        return self._answer(call, run, (call.size, torch.is_grad_enabled(), *modes))
+
+    def _answer(self, call: Call, run: Run, circumstances: tuple[Any, ...]) -> Any:
+        text = f"{_context(call)}|{call.form}"
+        form = self._forms.get(text)
+        mark = _mark(call.size, circumstances)
+        keys = call.keys()
+        if form is None:
+            return self._begin(call, keys, run, mark, text)
+        slots = form.shelf.find(keys)
+        self.counts.known += int(np.count_nonzero(slots >= 0))
+        usable = form.usable(slots, mark)
+        missing = call.size - int(np.count_nonzero(usable))
+        if missing and form.look_apart(keys, slots, mark):
+            usable = form.usable(slots, mark)
+            missing = call.size - int(np.count_nonzero(usable))
+        if missing == 0:
+            self.counts.hits += call.size
+            return form.form.decode(torch.from_numpy(form.shelf.read(slots)))
+        if 2 * missing <= call.size:
+            output = self._part(call, keys, run, mark, form, slots, usable, circumstances)
+            if output is not None:
+                return form.form.decode(output)
+        output, rows = self._whole(call, run, form)
+        if rows is not None:
+            self._compare(form, slots, rows, mark)
+            if self.broken is None:
+                if 2 * missing <= call.size:
+                    self._probe(call, run, form, rows, mark, circumstances, missing)
+                self._keep(form, keys, slots, rows, mark)
+        return output
+
+    def _begin(self, call: Call, keys: list[bytes], run: Run, mark: int, text: str) -> Any:
+        """Run on the first batch of its form."""
+        output, encoded = self._run(call, run, *_whole_args(call))
+        if encoded is None:
+            return output
+        if len(self._forms) >= _MOST_FORMS:
+            self._say(f"{self.name}: only {_MOST_FORMS} forms of arguments are cached, and there are more.")
+            return output
+        outputs, rows = encoded
+        try:
+            shelf = self._shelf(text, outputs)
+        except OSError as error:
+            self._break(f"the folder cannot be written to: {error}")
+            return output
+        form = self._forms[text] = _Form(outputs, shelf)
+        slots = shelf.find(keys)
+        self.counts.known += int(np.count_nonzero(slots >= 0))
+        self._compare(form, slots, rows, mark)
+        if self.broken is None:
+            self._keep(form, keys, slots, rows, mark)
+        return output
+
+    def _whole(self, call: Call, run: Run, form: _Form) -> tuple[Any, Bytes | None]:
+        """Run on the whole batch, as it would have been without a memory."""
+        output, encoded = self._run(call, run, *_whole_args(call))
+        return output, encoded[1] if encoded is not None and encoded[0] == form.form else None
+
+    def _run(
+        self, call: Call, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], size: int | None = None
+    ) -> tuple[Any, tuple[OutputForm, Bytes] | None]:
+        """Run; give the output, rounded if a dtype asks for it, and its rows unless they must not be kept."""
+        size = size or call.size
+        given = [leaf for leaf in call.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        versions = [leaf._version for leaf in given]
+        begin = time.perf_counter()
+        output = run(*args, **kwargs)
+        self.counts.run_seconds += time.perf_counter() - begin
+        self.counts.misses += size
+        if versions != [leaf._version for leaf in given]:
+            self._break("it writes into what it is given")
+            return output, None
+        try:
+            form, rows = encode(output, size, self._dtype)
+        except NotPerSample as reason:
+            self._say(f"{self.name}: such calls are not cached: {reason}.")
+            return output, None
+        if any(isinstance(leaf, TensorForm) and leaf.stored != leaf.dtype for leaf in form.leaves):
+            rounded = form.decode(torch.from_numpy(rows.copy()))
+            if _fits(output, rounded):
+                return rounded, (form, rows)
+            self._break(f"what it gives is too large for {self._dtype}")
+            return output, None
+        return output, (form, rows)
+
+    def _part(
+        self,
+        call: Call,
+        keys: list[bytes],
+        run: Run,
+        mark: int,
+        form: _Form,
+        slots: Slots,
+        usable: NDArray[np.bool_],
+        circumstances: tuple[Any, ...],
+    ) -> Tensor | None:
+        """Run on what is missing, filled up to a size that is known to give the same bits; None if there is none."""
+        missing = np.flatnonzero(~usable)
+        size = next(
+            (s for s in _sizes(len(missing), call.size) if form.alike(_mark(s, circumstances), mark)),
+            None,
+        )
+        if size is None:
+            return None
+        picked = np.resize(missing, size).tolist()
+        _, encoded = self._run(call, run, *call.pick(picked), size)
+        if encoded is None or encoded[0] != form.form:
+            return None
+        self.counts.misses -= size - len(missing)
+        self.counts.hits += call.size - len(missing)
+        rows = np.empty((call.size, form.form.row_bytes), np.uint8)
+        rows[usable] = form.shelf.read(slots[usable])
+        rows[missing] = encoded[1][: len(missing)]
+        self._keep(form, keys, slots, rows, mark)
+        return torch.from_numpy(rows)
+
+    def _probe(
+        self,
+        call: Call,
+        run: Run,
+        form: _Form,
+        rows: Bytes,
+        mark: int,
+        circumstances: tuple[Any, ...],
+        missing: int,
+    ) -> None:
+        """Find out whether a smaller batch would have given the same bits."""
+        for size in _sizes(missing, call.size):
+            small = _mark(size, circumstances)
+            if form.unlike(small, mark):
+                continue
+            before = self.counts.misses
+            with torch.random.fork_rng():
+                _, encoded = self._run(call, run, *call.pick(list(range(size))), size)
+            self.counts.misses = before
+            if encoded is not None and encoded[0] == form.form:
+                same = np.array_equal(encoded[1], rows[:size])
+                form.note(small, mark, _numbers(encoded[1]) if same else -1)
+            return
+
+    def _compare(self, form: _Form, slots: Slots, rows: Bytes, mark: int) -> None:
+        """Learn from samples that were there before and have been computed again."""
+        found = np.flatnonzero(slots >= 0)
+        if not len(found):
+            return
+        kept = form.shelf.read(slots[found])
+        same = (kept == rows[found]).all(axis=1)
+        marks = form.shelf.marks[slots[found]]
+        for other in {*marks.tolist()}:
+            here = marks == other
+            equal = bool(same[here].all())
+            if not equal and other == mark:
+                equal = self._is_rounding(form, kept[here], rows[found][here])
+                if not equal:
+                    return
+            form.note(other, mark, _numbers(rows[found][here]) if equal else -1)
+
+    def _is_rounding(self, form: _Form, a: Bytes, b: Bytes) -> bool:
+        """Whether two computations of the same differ as kernels do; if not, nothing is remembered any more."""
+        difference, allowed = _difference(form.form, a, b)
+        self.counts.difference = max(self.counts.difference, difference)
+        if difference <= allowed:
+            self._say(
+                f"{self.name}: the same samples in other places of a batch give outputs that differ by rounding, up to "
+                f"{difference:.1e} of the largest; those computed first are kept."
+            )
+            return True
+        self._break(
+            f"it gave other outputs for samples that had been there before, by {difference:.1e} of the largest: they "
+            "are random, or depend on the batch"
+        )
+        return False
+
+    def _keep(self, form: _Form, keys: list[bytes], slots: Slots, rows: Bytes, mark: int) -> None:
+        """Keep the rows of new samples."""
+        new = slots < 0
+        if new.all():
+            kept = form.shelf.put(keys, mark, rows)
+        elif new.any():
+            kept = form.shelf.put(list(compress(keys, new)), mark, rows[new])
+        else:
+            return
+        if kept < np.count_nonzero(new):
+            self._say(
+                f"{self.name}: the cache is full with {self.rows:,} samples in {self._budget.used:,} bytes; what is "
+                "not in it is computed. More max_bytes, or dtype=torch.float16, would make room."
+            )
+
+    def _shelf(self, text: str, form: OutputForm) -> Shelf:
+        if self._folder is None:
+            return Shelf(form.row_bytes, self._budget)
+        identity = f"{self._structure}|{self._dtype}|{text}|{form}|{torch.__version__}|{_machine()}"
+        journal = self._folder.journal(self.weights.fingerprint(), xxhash.xxh3_128_digest(identity.encode()))
+        try:
+            return Shelf(form.row_bytes, self._budget, journal)
+        except Damaged as reason:
+            self._say(f"{self.name}: features of an earlier run are refused, and computed anew: {reason}.")
+            journal.delete()
+            return Shelf(form.row_bytes, self._budget, journal)
+
+    def _break(self, why: str) -> None:
+        self.broken = why
+        self.close()
+
+
+def _whole_args(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = torch.utils._pytree.tree_unflatten(call.leaves, call.spec)
+    return args, kwargs
+
+
+def _sizes(missing: int, size: int) -> list[int]:
+    """Give batch sizes that hold what is missing and take much less time than the whole batch."""
+    sizes = [1 << k for k in range(missing.bit_length() + 4) if missing <= 1 << k]
+    return [s for s in sizes if 4 * s <= 3 * size]
+
+
+def _mark(size: int, circumstances: tuple[Any, ...]) -> int:
+    return xxhash.xxh3_64_intdigest(repr((size, *circumstances[1:])).encode())
+
+
+def _numbers(rows: Bytes) -> int:
+    """Give how many numbers that say something there are, about: zeros are equal everywhere."""
+    return int(np.count_nonzero(rows)) // 4
+
+
+def _context(call: Call) -> str:
+    """Give, as text, the settings that outputs depend on."""
+    kinds = {leaf.device.type for leaf in call.leaves if isinstance(leaf, Tensor)}
+    autocast = [
+        (kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds | {"cpu"}) if torch.is_autocast_enabled(kind)
+    ]
+    return (
+        f"{autocast}{torch.get_default_dtype()}{torch.get_float32_matmul_precision()}{torch.get_num_threads()}"
+        f"{torch.are_deterministic_algorithms_enabled()}"
+    )
+
+
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {device}"
+
+
+def _fits(output: Any, rounded: Any) -> bool:
+    """Whether rounding has made no number infinite."""
+    pairs = zip(torch.utils._pytree.tree_leaves(output), torch.utils._pytree.tree_leaves(rounded), strict=True)
+    return all(
+        not isinstance(a, Tensor) or not a.is_floating_point() or torch.equal(a.isfinite(), b.isfinite())
+        for a, b in pairs
+    )
+
+
+def _difference(form: OutputForm, a: Bytes, b: Bytes) -> tuple[float, float]:
+    """Give the largest difference in parts of the largest number, and how much of that rounding can be."""
+    worst, allowed = 0.0, 0.0
+    first, second = (torch.utils._pytree.tree_leaves(form.decode(torch.from_numpy(rows))) for rows in (a, b))
+    for x, y in zip(first, second, strict=True):
+        if not isinstance(x, Tensor) or torch.equal(x, y):
+            continue
+        if not x.is_floating_point() or not x.isfinite().all() or not y.isfinite().all():
+            return float("inf"), 0.0
+        largest = max(float(x.abs().max()), float(y.abs().max()))
+        worst = max(worst, float((x.double() - y.double()).abs().max()) / largest)
+        allowed = min(0.01, _ROUNDING * torch.finfo(x.dtype).eps)
+    return worst, allowed

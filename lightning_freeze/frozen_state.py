@@ -1,0 +1,199 @@
+"""Whether modules are frozen and give each sample the same output every time, and whether they are still the same."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from functools import cache
+from itertools import chain
+from operator import attrgetter, is_not, ne
+from types import CodeType
+from typing import Any
+
+import xxhash
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.jit import ScriptModule
+
+from lightning_freeze.features import byte_digest, byte_rows
+
+_version = attrgetter("_version")
+_requires_grad = attrgetter("requires_grad")
+_training = attrgetter("training")
+
+# Where classes that are random in train mode keep the probability, by the names torch, torchvision and timm use.
+_PROBABILITIES = ("p", "drop_prob", "dropout")
+_RANDOM_NAMES = ("Dropout", "DropPath", "StochasticDepth", "DropBlock")
+
+
+def why_not_reusable(name: str, module: nn.Module) -> str | None:
+    """Say why a module's outputs must not be reused, or None if nothing that can be seen speaks against it.
+
+    Args:
+        name: How the module is called in the sentence.
+        module: Any module. Its own forward hooks do not matter, those of modules below it do.
+
+    Example:
+        >>> why_not_reusable("net", nn.Sequential(nn.Linear(2, 2), nn.Dropout()).requires_grad_(False))
+        'net.1 (Dropout, p=0.5) is in train mode: its output is random'
+    """
+    for below, parameter in module.named_parameters(name):
+        if isinstance(parameter, DTensor):
+            return f"{below} is sharded over ranks (FSDP2 or tensor parallelism)"
+        if parameter.requires_grad:
+            return f"{below} trains"
+    for below, layer in module.named_modules(prefix=name):
+        if isinstance(layer, FSDPModule):
+            return f"{below} is sharded over ranks (FSDP2)"
+        if layer is not module and (layer._forward_hooks or layer._forward_pre_hooks):
+            return f"{below} has forward hooks, which would not be called"
+        if reason := _why_mode_matters(below, layer):
+            return reason
+    if any(tensor.is_inference() or tensor.is_meta for tensor in _tensors(module)):
+        return f"{name} has tensors whose changes cannot be seen (made in inference mode, or without data)"
+    return None
+
+
+def _why_mode_matters(name: str, layer: nn.Module) -> str | None:
+    if isinstance(layer, nn.modules.batchnorm._NormBase):
+        per_sample = isinstance(layer, nn.modules.instancenorm._InstanceNorm)
+        if layer.running_mean is None and not per_sample:
+            return f"{name} ({type(layer).__name__}) has no running statistics: its output depends on the batch"
+        if layer.running_mean is not None and layer.training:
+            return f"{name} ({type(layer).__name__}) is in train mode: its running statistics move"
+    if not layer.training:
+        return None
+    kind = type(layer).__name__
+    if isinstance(layer, nn.RReLU):
+        return f"{name} ({kind}) is in train mode: its output is random"
+    if isinstance(layer, nn.MultiheadAttention | nn.RNNBase) or any(part in kind for part in _RANDOM_NAMES):
+        for attribute in _PROBABILITIES:
+            p = getattr(layer, attribute, None)
+            if isinstance(p, float | int) and p > 0:
+                return f"{name} ({kind}, {attribute}={p:g}) is in train mode: its output is random"
+    return None
+
+
+class Conditions:
+    """Reads cheaply what decides whether outputs may be reused: what trains, modes that matter, forward hooks.
+
+    Args:
+        modules: The modules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
+        layers = list(dict.fromkeys(layer for module in modules for layer in module.modules()))
+        self._dicts = [d for layer in layers for d in (layer._parameters, layer._buffers, layer._modules)]
+        self._objects = self._gather()
+        self._hooks = [d for layer in layers for d in (layer._forward_hooks, layer._forward_pre_hooks)]
+        self._mode_readers = list(dict.fromkeys(chain.from_iterable(map(_mode_readers, modules))))
+        self._parameters = [list(module.parameters()) for module in modules]
+
+    def hold(self) -> bool:
+        """Whether every parameter, buffer and module is the object it was."""
+        objects = self._gather()
+        return len(objects) == len(self._objects) and not any(map(is_not, objects, self._objects))
+
+    def trains(self) -> tuple[bool, ...]:
+        """Give for each module whether one of its parameters requires grad."""
+        return tuple(any(map(_requires_grad, parameters)) for parameters in self._parameters)
+
+    def modes(self) -> tuple[bool, ...]:
+        """Give the train modes that can matter, and which modules have forward hooks."""
+        return (*map(_training, self._mode_readers), *map(bool, self._hooks))
+
+    def _gather(self) -> tuple[Any, ...]:
+        return tuple(chain.from_iterable(d.values() for d in self._dicts))
+
+
+class Weights:
+    """Sees cheaply whether parameters and buffers still have the content they had.
+
+    Content is compared where PyTorch's version counter or the address moved: DDP writes buffers anew in every step,
+    mostly the same. A write through ``tensor.data`` moves neither and is seen by :meth:`content_changed` alone.
+
+    Args:
+        modules: The modules.
+
+    Example:
+        >>> net = nn.Linear(2, 2)
+        >>> weights = Weights([net])
+        >>> net.load_state_dict(net.state_dict()), weights.changed()
+        (<All keys matched successfully>, False)
+        >>> _ = nn.init.zeros_(net.bias)
+        >>> weights.changed()
+        True
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._tensors = list(dict.fromkeys(chain.from_iterable(map(_tensors, modules))))
+        self.take()
+
+    def take(self) -> None:
+        """Take the content that there is now for what it was."""
+        self._marks = self._read_marks()
+        self._digests = [_digest(tensor) for tensor in self._tensors]
+
+    def changed(self) -> bool:
+        """Whether a tensor has been written to and has other content now."""
+        before, self._marks = self._marks, self._read_marks()
+        if before == self._marks:
+            return False
+        pairs = zip(zip(*before, strict=True), zip(*self._marks, strict=True), strict=True)
+        moved = [i for i, (old, new) in enumerate(pairs) if old != new]
+        return any(_digest(self._tensors[i]) != self._digests[i] for i in moved)
+
+    def content_changed(self) -> bool:
+        """Whether a tensor has other content, however it was written. Reads all of it."""
+        return any(map(ne, map(_digest, self._tensors), self._digests))
+
+    def fingerprint(self) -> bytes:
+        """Give 16 bytes for all that the tensors hold, the same in every run."""
+        return xxhash.xxh3_128_digest(b"".join(self._digests))
+
+    def _read_marks(self) -> tuple[list[int], list[int]]:
+        return list(map(_version, self._tensors)), list(map(Tensor.data_ptr, self._tensors))
+
+
+def structure_text(modules: Iterable[nn.Module]) -> str:
+    """Give text that tells apart modules of other classes or settings, the same in every run."""
+    modules = list(modules)
+    kinds = [f"{type(layer).__module__}.{type(layer).__qualname__}" for module in modules for layer in module.modules()]
+    return f"{modules!r}{kinds}"
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    return chain(module.parameters(), module.buffers())
+
+
+def _digest(tensor: Tensor) -> bytes:
+    form = f"{tuple(tensor.shape)}{tensor.stride()}{tensor.dtype}{tensor.device}".encode()
+    return xxhash.xxh3_128_digest(form + byte_digest(byte_rows(tensor.detach().reshape(1, -1))))
+
+
+def _mode_readers(module: nn.Module) -> Iterable[nn.Module]:
+    """Give the modules whose train mode can matter: those whose code reads ``training``, and all below them."""
+    if _reads_mode(type(module)):  # type: ignore[arg-type]
+        return module.modules()
+    return chain.from_iterable(map(_mode_readers, module.children()))
+
+
+@cache
+def _reads_mode(kind: type[nn.Module]) -> bool:
+    if issubclass(kind, ScriptModule):
+        return True
+    own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
+    return any(_mentions_training(method) for base in own for name, method in vars(base).items() if name != "__init__")
+
+
+def _mentions_training(method: Any) -> bool:
+    code = getattr(inspect.unwrap(method) if callable(method) else getattr(method, "fget", None), "__code__", None)
+    return code is not None and _names_training(code)
+
+
+def _names_training(code: CodeType) -> bool:
+    return "training" in code.co_names or any(
+        _names_training(inner) for inner in code.co_consts if isinstance(inner, CodeType)
+    )
