@@ -112,6 +112,7 @@ class FreezeSchedule(Callback):
         # The metric's value taken in last and that before validation, whether one was taken in this epoch, whether
         # validation has run, epochs begun.
         self._seen: torch.Tensor | None = None
+        self._before_validation: torch.Tensor | None = None
         self._looked = False
         self._validated = False
         self._epochs = 0
@@ -233,7 +234,8 @@ class FreezeSchedule(Callback):
         if self._epochs > 0:
             self._check_monitors(trainer)
         self._looked = False
-        self._note_old_value(trainer)
+        # Whoever has read validation metrics after our look has left the old value as a new object.
+        self._seen = self._monitored(trainer)
         self._epochs += 1
         self._advance(trainer, pl_module, plateau=self._watch.ended)
         self._log_metrics(trainer)
@@ -262,15 +264,14 @@ class FreezeSchedule(Callback):
                 homes.follow()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note which value of the monitored metric is an old one."""
-        if not trainer.sanity_checking:
-            self._note_old_value(trainer)
+        """Note the monitored metric's value, to tell whether validation logs it."""
+        self._before_validation = self._monitored(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the monitored metric if validation has logged it."""
         if not trainer.sanity_checking:
             self._validated = True
-            self._looked = self._look(trainer) or self._looked
+            self._looked = self._look(trainer, old=self._before_validation) or self._looked
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the monitored metric if training has logged it."""
@@ -385,7 +386,7 @@ class FreezeSchedule(Callback):
         until = self.phase.until
         return trainer.callback_metrics.get(until.monitor) if until is not None else None
 
-    def _look(self, trainer: Trainer) -> bool:
+    def _look(self, trainer: Trainer, old: torch.Tensor | None = None) -> bool:
         """Take in the monitored metric if a rank has a new value of it; give whether one had. For all ranks at once.
 
         The value is the mean over the ranks that logged one: without ``sync_dist`` each has another.
@@ -393,17 +394,13 @@ class FreezeSchedule(Callback):
         until, value = self.phase.until, self._monitored(trainer)
         if until is None:
             return False
-        if value is self._seen:
+        if value is self._seen or value is old:
             value = None
         mean = mean_over_ranks(trainer.strategy, None if value is None else float(value))
         self._seen = self._seen if value is None else value
         if mean is not None:
             self._watch.look(until, mean, trainer.global_step)
         return mean is not None
-
-    def _note_old_value(self, trainer: Trainer) -> None:
-        """Note the value that is there: whoever reads validation metrics after our look leaves it as a new object."""
-        self._seen = self._monitored(trainer)
 
     def _look_once(self, trainer: Trainer) -> None:
         """Look, unless this epoch's value has been taken in: training metrics are new objects at every look."""
@@ -493,7 +490,7 @@ class FreezeSchedule(Callback):
         """Leave out what belongs to one fit in one process, and the model's log functions that Lightning lends."""
         lent = {"log", "log_dict"}
         own = {name: value for name, value in self.__dict__.items() if name not in lent}
-        return {**own, "_fit": None, "_seen": None}
+        return {**own, "_fit": None, "_seen": None, "_before_validation": None}
 
 
 @dataclass
