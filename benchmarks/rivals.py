@@ -2,6 +2,7 @@
 
 The same network, data and wish for all: the head for one epoch, then everything, the backbone at a tenth of the
 learning rate. Ends with status 1 if ours fails a row; what an alternative passes is said to hold there too.
+BackboneFinetuning unfreezes once; where a row needs more, its base class BaseFinetuning does it as documented there.
 finetuning-scheduler takes part if it is installed (``pip install 'lightning-freeze[benchmarks]'``).
 
 Run it with ``python benchmarks/rivals.py``.
@@ -56,70 +57,73 @@ class Net(LightningModule):
 
 
 class BlockByBlock(BaseFinetuning):
-    """Unfreeze two blocks in one epoch, each at its own learning rate, as BaseFinetuning's documentation shows."""
+    """Unfreeze blocks of the backbone, each at its epoch and learning rate, as BaseFinetuning's documentation shows."""
+
+    def __init__(self, *plan: tuple[int, int, float]) -> None:
+        super().__init__()
+        self.plan = plan
 
     def freeze_before_training(self, pl_module: LightningModule) -> None:
-        self.freeze(pl_module.backbone)
+        self.freeze(pl_module.backbone, train_bn=False)
 
     def finetune_function(self, pl_module: LightningModule, epoch: int, optimizer: torch.optim.Optimizer) -> None:
-        if epoch == UNFREEZE_AT:
-            first, *_, last = [layer for layer in pl_module.backbone if isinstance(layer, nn.LayerNorm)]
-            for layer, lr in ((last, 0.01), (first, 0.005)):
-                self.unfreeze_and_add_param_group(layer, optimizer, lr)
+        for begin, block, lr in self.plan:
+            if epoch == begin:
+                self.unfreeze_and_add_param_group(pl_module.backbone[block], optimizer, lr)
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A callback for the wish above, and one that unfreezes the two LayerNorms of another net at their own rates."""
+    """Callbacks for the wish above; for the last, then the first layers, in two steps; for two norms at two rates."""
 
     name: str
-    wish: Callable[[], Callback]
-    two_norms: Callable[[], Callback]
+    wish: Callable[[], list[Callback]]
+    two_steps: Callable[[], list[Callback]]
+    two_norms: Callable[[], list[Callback]]
 
 
 def ours() -> Contestant:
-    def wish() -> Callback:
-        return FreezeSchedule(
-            [Phase("head", epochs=UNFREEZE_AT), Phase("*", lr_scale={"backbone": 0.1})], verbose=False
-        )
+    def schedule(*then: Phase) -> list[Callback]:
+        return [FreezeSchedule([Phase("head", epochs=UNFREEZE_AT), *then], verbose=False)]
 
-    def two_norms() -> Callback:
-        scales = {"backbone.4": 0.2, "backbone.1": 0.1}
-        return FreezeSchedule(
-            [Phase("head", epochs=UNFREEZE_AT), Phase(["head", "type:LayerNorm"], lr_scale=scales)], verbose=False
-        )
-
-    return Contestant("FreezeSchedule", wish, two_norms)
+    return Contestant(
+        "FreezeSchedule",
+        lambda: schedule(Phase("*", lr_scale={"backbone": 0.1})),
+        lambda: schedule(Phase(["head", "backbone.3"], epochs=1), Phase("*", lr_scale={"backbone": 0.1})),
+        lambda: schedule(Phase(["head", "type:LayerNorm"], lr_scale={"backbone.4": 0.2, "backbone.1": 0.1})),
+    )
 
 
 def lightnings() -> Contestant:
     return Contestant(
         "BackboneFinetuning",
-        lambda: BackboneFinetuning(unfreeze_backbone_at_epoch=UNFREEZE_AT, backbone_initial_ratio_lr=0.1),
-        BlockByBlock,
+        lambda: [BackboneFinetuning(unfreeze_backbone_at_epoch=UNFREEZE_AT, backbone_initial_ratio_lr=0.1)],
+        lambda: [BlockByBlock((1, 3, 0.005), (2, 1, 0.005), (2, 0, 0.005))],
+        lambda: [BlockByBlock((1, 4, 0.01), (1, 1, 0.005))],
     )
 
 
 def finetuning_scheduler() -> Contestant:
-    from finetuning_scheduler import FinetuningScheduler
+    from finetuning_scheduler import FinetuningScheduler, FTSEarlyStopping
 
-    def schedule(*groups: list[str]) -> Callback:
-        phases: dict[int, dict[str, Any]] = {0: {"params": ["head.*"], "max_transition_epoch": UNFREEZE_AT}}
-        for number, params in enumerate(groups, 1):
-            phases[number] = {"params": params, "lr": 0.005, "max_transition_epoch": 1000}
-        return FinetuningScheduler(
-            ft_schedule=phases, epoch_transitions_only=True, restore_best=False, logging_level=logging.ERROR
-        )
+    def schedule(*then: list[str]) -> list[Callback]:
+        phases: dict[int, dict[str, Any]] = {0: {"params": ["head.*"]}}
+        for number, params in enumerate(then, 1):
+            phases[number - 1]["max_transition_epoch"] = number
+            phases[number] = {"params": params, "lr": 0.005}
+        never = FTSEarlyStopping(monitor="val_loss", patience=1000)  # the epoch alone shall end the first phase
+        return [FinetuningScheduler(ft_schedule=phases, restore_best=False, logging_level=logging.ERROR), never]
 
     return Contestant(
         "finetuning-scheduler",
         lambda: schedule(["backbone.*"]),
+        lambda: schedule(["backbone.3.*"], ["backbone.0.*", "backbone.1.*"]),
         lambda: schedule(["backbone.4.*", "backbone.1.*"]),
     )
 
 
 def fit(
-    callback: Callback | None,
+    callbacks: list[Callback],
     epochs: int,
     *,
     net: Net | None = None,
@@ -139,7 +143,7 @@ def fit(
             devices=1,
             logger=CSVLogger(folder),
             default_root_dir=folder,
-            callbacks=[callback] if callback else [],
+            callbacks=callbacks,
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -151,16 +155,25 @@ def fit(
 
 
 def distance(a: nn.Module, b: nn.Module) -> float:
-    return max(float((a.state_dict()[k].double() - b.state_dict()[k].double()).abs().max()) for k in a.state_dict())
+    return max(float((p - q).detach().abs().max()) for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
-def resumed_run_is_the_uninterrupted_one(one: Contestant) -> str:
-    """Stop after the unfreeze, resume: how far are the weights from the uninterrupted run's?"""
+def after_one(one: Contestant) -> str:
+    """Stop one epoch after the unfreeze, resume: how far are the weights from the uninterrupted run's?"""
+    return resumed_apart(one.wish, stop=2)
+
+
+def after_two(one: Contestant) -> str:
+    """The same, one epoch after the second of two unfreezes."""
+    return resumed_apart(one.two_steps, stop=3)
+
+
+def resumed_apart(callbacks: Callable[[], list[Callback]], stop: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stop.ckpt"
-        fit(one.wish(), 2, save=path)
-        _, resumed = fit(one.wish(), 4, resume=path)
-    _, whole = fit(one.wish(), 4)
+        fit(callbacks(), stop, save=path)
+        _, resumed = fit(callbacks(), stop + 2, resume=path)
+    _, whole = fit(callbacks(), stop + 2)
     apart = distance(whole, resumed)
     return "" if apart == 0 else f"weights off by {apart:.2g}"
 
@@ -170,7 +183,7 @@ def checkpoint_resumes_without_the_callback(one: Contestant) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stop.ckpt"
         fit(one.wish(), 2, save=path)
-        fit(None, 3, resume=path)
+        fit([], 3, resume=path)
     return ""
 
 
@@ -220,7 +233,8 @@ def equal_parameters_both_train(one: Contestant) -> str:
 
 
 ROWS: dict[str, Callable[[Contestant], str]] = {
-    "resume after the unfreeze": resumed_run_is_the_uninterrupted_one,
+    "resume after the unfreeze": after_one,
+    "resume after two unfreezes": after_two,
     "resume without the callback": checkpoint_resumes_without_the_callback,
     "BatchNorm of the frozen backbone": frozen_batchnorm_learns_nothing,
     "LR schedulers at the unfreeze": schedulers_survive,
@@ -232,7 +246,7 @@ def attempt(row: Callable[[Contestant], str], one: Contestant) -> str:
     try:
         return row(one) or "holds"
     except (Exception, SystemExit) as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:70]}"
+        return f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0][:100]
 
 
 def main() -> None:
