@@ -2,9 +2,9 @@
 
 A torchvision ResNet-18 at 64 px with a linear head, callbacks with their default settings. Timed is what the Trainer
 does between a batch's first and last hook: forward, backward and optimizer step. The step by hand has no Trainer; it
-runs the backbone in eval mode under ``no_grad``, and is taken on the same batch right after each of the Trainer's steps,
-so that whatever else the machine does hits both. Fits of the two callbacks alternate. Ratios are to the step by hand, of
-each fit's median: minimum / median / maximum over the fits.
+runs the backbone in eval mode under ``no_grad``, and is taken on the same batch right after each of the Trainer's
+steps, so that whatever else the machine does hits both. Fits of the two callbacks alternate. Ratios are to the step by
+hand, of each fit's median: minimum / median / maximum over the fits.
 
 Run it with ``python benchmarks/frozen_step.py``.
 """
