@@ -209,22 +209,27 @@ def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
         trains: The ``id`` of every parameter that trains.
 
     Returns:
-        Each module once. A module without parameters counts when one above it is wholly frozen.
+        Each module once. A module without parameters counts when every module that contains it is wholly frozen.
     """
-    found: dict[nn.Module, None] = {}
+    states: dict[nn.Module, bool | None] = {}
 
-    def visit(child: nn.Module, inside: bool) -> tuple[bool, bool]:
-        """Give whether there are parameters at or below, and whether one of them trains."""
-        own = list(child.parameters(recurse=False))
-        below = [visit(grandchild, inside) for grandchild in child.children()]
-        has = bool(own) or any(has for has, _ in below)
-        active = any(id(parameter) in trains for parameter in own) or any(active for _, active in below)
-        if has and not active:
-            found.update(dict.fromkeys(child.modules()))
-        return has, active
+    def trains_below(child: nn.Module) -> bool | None:
+        """Whether a parameter at or below trains, None if there are no parameters."""
+        if child not in states:
+            own = [id(parameter) in trains for parameter in child.parameters(recurse=False)]
+            below = [state for grandchild in child.children() if (state := trains_below(grandchild)) is not None]
+            states[child] = any([*own, *below]) if own or below else None
+        return states[child]
 
-    visit(module, False)
-    return list(found)
+    trains_below(module)
+    outside: set[nn.Module] = set()
+    ahead = [module]
+    while ahead:
+        child = ahead.pop()
+        if child not in outside and states[child] is not False:
+            outside.add(child)
+            ahead.extend(child.children())
+    return [child for child in module.modules() if child not in outside]
 
 
 def frozen_running_statistics(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
