@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def test_spans_are_where_a_fit_walks(lengths: Any, steps_per_epoch: int, max_epo
     assert reached == spans[: len(reached)]
     assert reached[0][0] == 0
     assert reached[-1][1] == max_epochs
-    assert all(one[1] == other[0] for one, other in zip(reached, reached[1:], strict=False))
+    assert all(one[1] == other[0] for one, other in pairwise(reached))
 
 
 def test_the_table_says_what_a_fit_does() -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +20,7 @@ def test_columns_line_up(shape: tuple[int, list[list[str]]]) -> None:
     for dashes in rule.split("  "):
         edges.append(edges[-1] + len(dashes) + 2)
     for line, row in zip(lines, rows, strict=True):
-        cells = [line[begin : end - 2].strip() for begin, end in zip(edges, edges[1:], strict=False)]
+        cells = [line[begin : end - 2].strip() for begin, end in pairwise(edges)]
         assert cells == row
     assert heading.split() == [f"column{index}" for index in range(count)]
 
