@@ -233,27 +233,27 @@ def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
         trains: The ``id`` of every parameter that trains.
 
     Returns:
-        Each module once. A module without parameters counts when one above it is wholly frozen.
+        Each module once. A module without parameters counts when every module that contains it is wholly frozen.
     """
-    below: dict[nn.Module, tuple[bool, bool]] = {}
+    states: dict[nn.Module, bool | None] = {}
 
-    def survey(child: nn.Module) -> tuple[bool, bool]:
-        """Give whether there are parameters at or below, and whether one of them trains."""
-        if child not in below:
-            own = [parameter for parameter in child._parameters.values() if parameter is not None]
-            has, active = bool(own), any(id(parameter) in trains for parameter in own)
-            for grandchild in child.children():
-                has_too, active_too = survey(grandchild)
-                has, active = has or has_too, active or active_too
-            below[child] = has, active
-        return below[child]
+    def trains_below(child: nn.Module) -> bool | None:
+        """Whether a parameter at or below trains, None if there are no parameters."""
+        if child not in states:
+            own = [id(parameter) in trains for parameter in child._parameters.values() if parameter is not None]
+            below = [state for grandchild in child.children() if (state := trains_below(grandchild)) is not None]
+            states[child] = any([*own, *below]) if own or below else None
+        return states[child]
 
-    survey(module)
-    found: dict[nn.Module, None] = {}
-    for child, (has, active) in reversed(below.items()):  # from the top down, so that each is walked once
-        if has and not active and child not in found:
-            found.update(dict.fromkeys(every_module(child)))
-    return list(found)
+    trains_below(module)
+    outside: set[nn.Module] = set()
+    ahead = [module]
+    while ahead:
+        child = ahead.pop()
+        if child not in outside and states[child] is not False:
+            outside.add(child)
+            ahead.extend(child.children())
+    return [child for child in every_module(module) if child not in outside]
 
 
 def frozen_running_statistics(module: nn.Module, trains: Container[int]) -> list[nn.Module]:

@@ -214,14 +214,13 @@ def walk(
         if phase.steps is not None:
             end_step = begin_step + phase.steps
             ends.append((int(end_step / steps_per_epoch) if steps_per_epoch else begin_epoch, end_step))
-        if ends:
-            end = min(ends, key=lambda end: (end[1], end[0]))
-            reached = end[0] <= epoch and end[1] <= step
-        else:
-            end, reached = (begin_epoch, begin_step), index < passed
+        if not ends and index < passed:
+            ends.append((begin_epoch, begin_step))
+        reached = [(end_step, end_epoch) for end_epoch, end_step in ends if end_epoch <= epoch and end_step <= step]
         if not reached:
             break
-        begins.append((*end, index + 1))
+        end_step, end_epoch = min(reached)
+        begins.append((end_epoch, end_step, index + 1))
     return begins
 
 

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase
+from tests.nets import Net, Probe, loader, moved, sgd, snapshot, trainer
+
+AFFINE = {f"backbone.{layer}.{name}" for layer in (1, 5) for name in ("weight", "bias")}
+STATISTICS = {
+    f"backbone.{layer}.{name}" for layer in (1, 5) for name in ("running_mean", "running_var", "num_batches_tracked")
+}
+
+
+@pytest.mark.parametrize("train_affine", [False, True])
+@pytest.mark.parametrize(
+    "select", ["*", "backbone", "type:BatchNorm2d", ["backbone", "!backbone.5"], "backbone.5"], ids=str
+)
+def test_what_moves(select: Any, train_affine: bool) -> None:
+    net = Net(sgd)
+    before = snapshot(net)
+    flags = {name: p.requires_grad for name, p in net.named_parameters()}
+    layers = {"backbone.1": [1], "backbone.5": [5]}.get(str(select), [1] if isinstance(select, list) else [1, 5])
+    held = tuple(f"backbone.{layer}." for layer in layers)
+    seen = []
+    probe = Probe(lambda _, module: (module.train(), seen.append([m.training for m in module.backbone])))
+    callback = FreezeBatchNorm(select, train_affine=train_affine)
+    trainer(callbacks=[callback, probe], max_epochs=2).fit(net, loader(), loader())
+    changed = moved(before, snapshot(net))
+    assert {name for name in STATISTICS if name not in changed} == {n for n in STATISTICS if n.startswith(held)}
+    still = set() if train_affine else {name for name in AFFINE if name.startswith(held)}
+    assert AFFINE - changed == still
+    assert seen == [[layer not in layers for layer in range(8)]] * 12
+    assert flags == {name: p.requires_grad for name, p in net.named_parameters()}
+    assert all(module.training and "train" not in module.__dict__ for module in net.modules())
+
+
+def test_several_beside_each_other() -> None:
+    net = Net(sgd)
+    before = snapshot(net)
+    callbacks = [FreezeBatchNorm("backbone.1"), FreezeBatchNorm("backbone", train_affine=True)]
+    trainer(callbacks=callbacks, max_epochs=2).fit(net, loader())
+    changed = moved(before, snapshot(net))
+    assert not STATISTICS & changed
+    assert AFFINE - changed == {"backbone.1.weight", "backbone.1.bias"}
+    assert all(p.requires_grad for p in net.parameters())
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_flags_return_beside_a_schedule(swapped: bool) -> None:
+    net = Net()
+    net.backbone[1].requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in net.named_parameters()}
+    callbacks = [FreezeSchedule([Phase("head", epochs=1), Phase("*")]), FreezeBatchNorm("backbone")]
+    trainer(callbacks=callbacks[::-1] if swapped else callbacks, max_epochs=2).fit(net, loader())
+    assert flags == {name: p.requires_grad for name, p in net.named_parameters()}
+
+
+def test_a_selector_keeps_its_key() -> None:
+    """The key by which a checkpoint knows the callback does not depend on the run."""
+    callback = FreezeBatchNorm(["backbone", lambda name, _: True])
+    assert callback.state_key == FreezeBatchNorm(["backbone", lambda name, _: True]).state_key
+    assert "0x" not in callback.state_key
+
+
+def test_a_layer_that_is_exchanged_during_the_fit() -> None:
+    class Exchanging(Net):
+        def on_train_end(self) -> None:
+            self.backbone = nn.Identity()  # type: ignore[assignment]
+
+    trainer(callbacks=[FreezeBatchNorm("backbone.1")], max_epochs=1).fit(Exchanging(), loader())
+
+
+def test_copies_without_the_model() -> None:
+    callback = FreezeBatchNorm("backbone")
+    copies: list[Any] = []
+    probe = Probe(lambda *_: copies.append((copy.deepcopy(callback), pickle.loads(pickle.dumps(callback)))))
+    trainer(callbacks=[callback, probe], max_epochs=1).fit(Net(), loader())
+    for pair in copies:
+        for twin in pair:
+            assert twin.select == "backbone"
+            assert not {"log", "log_dict"} & vars(twin).keys()
+            trainer(callbacks=[twin], max_epochs=1, limit_train_batches=1).fit(Net(), loader())
+
+
+def test_without_batchnorm_there_is_nothing_to_do() -> None:
+    class Plain(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = nn.Conv2d(2, 4, 3)  # type: ignore[assignment]
+
+    trainer(callbacks=[FreezeBatchNorm()], max_epochs=1).fit(Plain(), loader())
+
+
+def test_a_loss_that_is_the_same_as_by_hand() -> None:
+    """Frozen BatchNorm is BatchNorm in eval mode, to the bit."""
+    torch.manual_seed(0)
+    net = Net(sgd)
+    for module in net.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    other = copy.deepcopy(net)
+    trainer(callbacks=[FreezeBatchNorm()], max_epochs=2).fit(net, loader())
+    optimizer = other.configure_optimizers()
+    for layer in (other.backbone[1], other.backbone[5]):
+        layer.eval().requires_grad_(False)
+    for _ in range(2):
+        for images, labels in loader():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(other(images), labels).backward()
+            optimizer.step()
+    assert not moved(snapshot(net), snapshot(other))

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_freeze import select_parameters
+from lightning_freeze.batchnorm import has_running_statistics
+from lightning_freeze.selectors import clean_name, select_layers, selector_text
+from tests.nets import Net
+from tests.trees import trees
+
+
+class Reference:
+    """The table of selectors once more, written for clearness and from its words alone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.names: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            self.names.setdefault(id(parameter), []).append(name)
+
+    def select(self, patterns: Any) -> list[str]:
+        chosen: set[int] = set()
+        for pattern in [patterns] if isinstance(patterns, str) or callable(patterns) else patterns:
+            if isinstance(pattern, str) and pattern.startswith("!"):
+                chosen -= self.one(pattern[1:])
+            else:
+                chosen |= self.one(pattern)
+        return [names[0] for key, names in self.names.items() if key in chosen]
+
+    def one(self, pattern: Any) -> set[int]:
+        return {key for key, names in self.names.items() if self.accepts(pattern, key, names)}
+
+    def accepts(self, pattern: Any, key: int, names: list[str]) -> bool:
+        if callable(pattern):
+            parameter = next(p for p in self.module.parameters() if id(p) == key)
+            return bool(pattern(names[0], parameter))
+        if pattern.startswith("type:"):
+            return any(
+                any(cls.__name__ == pattern[5:] for cls in type(module).__mro__)
+                and any(id(p) == key for p in module.parameters())
+                for module in self.module.modules()
+            )
+        if pattern.startswith("re:"):
+            return any(re.fullmatch(pattern[3:], name) for name in names)
+        for name in names:
+            parts = name.split(".")
+            for length in range(1, len(parts) + 1):
+                part = ".".join(parts[:length])
+                if wild(pattern, part) or (pattern.startswith("*.") and wild(pattern[2:], part)):
+                    return True
+        return False
+
+
+def wild(pattern: str, text: str) -> bool:
+    if not pattern:
+        return not text
+    if pattern[0] == "*":
+        return any(wild(pattern[1:], text[start:]) for start in range(len(text) + 1))
+    return bool(text) and pattern[0] in ("?", text[0]) and wild(pattern[1:], text[1:])
+
+
+@st.composite
+def patterns(draw: Any, module: nn.Module) -> Any:
+    """A pattern made from a name that is there, of any of the seven forms."""
+    name = draw(st.sampled_from([name for name, _ in module.named_parameters(remove_duplicate=False)]))
+    parts = name.split(".")
+    kind = draw(st.sampled_from(["name", "glob", "regex", "type", "all", "predicate"]))
+    if kind == "name":
+        return ".".join(parts[: draw(st.integers(1, len(parts)))])
+    if kind == "glob":
+        globbed = [draw(st.sampled_from([part, "*", f"{part[:-1]}?"])) for part in parts]
+        return ".".join(globbed[draw(st.integers(0, len(parts) - 1)) :])
+    if kind == "regex":
+        return "re:" + r"\.".join(draw(st.sampled_from([part, ".*", "[a-d]"])) for part in parts)
+    if kind == "type":
+        owners = [type(m) for m in module.modules() if any(True for _ in m.parameters())]
+        return "type:" + draw(st.sampled_from(draw(st.sampled_from(owners)).__mro__[:-1])).__name__
+    if kind == "predicate":
+        return draw(st.sampled_from([lambda name, p: p.ndim == 1, lambda name, p: name.startswith(parts[0])]))
+    return "*"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_like_the_reference(data: st.DataObject) -> None:
+    module = data.draw(trees())
+    selector = data.draw(st.lists(patterns(module), min_size=1, max_size=4))
+    for place in range(1, len(selector)):
+        if isinstance(selector[place], str) and data.draw(st.booleans()):
+            selector[place] = f"!{selector[place]}"
+    if len(selector) == 1 and data.draw(st.booleans()):
+        (selector,) = selector
+    reference = Reference(module)
+    each = [selector] if isinstance(selector, str) or callable(selector) else selector
+    expected = reference.select(selector)
+    matches = all(reference.one(one.removeprefix("!") if isinstance(one, str) else one) for one in each)
+    if expected and matches:
+        found = select_parameters(module, selector)
+        assert list(found) == expected
+        named = dict(module.named_parameters())
+        assert all(found[name] is named[name] for name in found)
+    else:
+        with pytest.raises(ValueError, match="matches no parameter" if not matches else "selects nothing"):
+            select_parameters(module, selector)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_wrappers_do_not_show(data: st.DataObject) -> None:
+    """A compiled module, or one compiled below, selects the same parameters under the same names."""
+    module = data.draw(trees())
+    selector = data.draw(patterns(module))
+    assume(not (isinstance(selector, str) and selector.startswith("type:Module")))
+    try:
+        plain = select_parameters(module, selector)
+    except ValueError:
+        assume(False)
+    compiled = torch.compile(module, backend="eager")
+    assert {n: id(p) for n, p in select_parameters(compiled, selector).items()} == {n: id(p) for n, p in plain.items()}
+    parallel = nn.DataParallel(module)
+    assert select_parameters(parallel, selector).keys() == plain.keys()
+    name, child = next(iter(module.named_children()))
+    setattr(module, name, torch.compile(child, backend="eager"))
+    assert {n: id(p) for n, p in select_parameters(module, selector).items()} == {n: id(p) for n, p in plain.items()}
+
+
+def test_names_are_those_of_the_module() -> None:
+    net = Net()
+    assert list(select_parameters(net, "*")) == [name for name, _ in net.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        ("backbon", 'select="backbon" matches no parameter. Did you mean "backbone"?'),
+        ("backbon.4", 'matches no parameter. Did you mean "backbone.4"?'),
+        ("backbon.*.bias", 'Did you mean "backbone.*.bias"?'),
+        ("hed.weight", 'Did you mean "head.weight"?'),
+        ("backbone.2", 'There is a module "backbone.2", but it has none.'),
+        ("type:BatchNorm3d", 'select="type:BatchNorm3d" matches no parameter. Did you mean "type:BatchNorm2d"'),
+        ("re:nothing.*", 'select="re:nothing.*" matches no parameter.'),
+        ("re:(", 'select="re:(" is no regular expression'),
+        (["*", "!hed"], 'select="!hed" matches no parameter. Did you mean "head"?'),
+        ("!head", 'Say what it takes away from, for example ["*", "!head"]'),
+        (["head", "!*"], 'select=["head", "!*"] selects nothing'),
+        (lambda name, p: False, "matches no parameter"),
+    ],
+    ids=str,
+)
+def test_errors_name_the_nearest(select: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        select_parameters(Net(), select)
+    if "matches no" in str(caught.value):
+        assert str(caught.value).endswith("\nTop-level modules: backbone, neck, head.")
+
+
+@pytest.mark.parametrize("select", [3, None, ["head", 3], [["head"]], {"head": 1}], ids=str)
+def test_what_is_no_selector(select: Any) -> None:
+    with pytest.raises(TypeError, match="A selector is a string, a callable or a list of them"):
+        select_parameters(Net(), select)
+
+
+def test_modules_without_children_or_parameters() -> None:
+    with pytest.raises(ValueError, match=r"Did you mean \"weight\"\?\nParameters: weight, bias\."):
+        select_parameters(nn.Linear(2, 1), "wieght")
+    with pytest.raises(ValueError, match="has no parameters yet"):
+        select_parameters(nn.Module(), "*")
+    assert list(select_parameters(nn.Linear(2, 1), "*.bias")) == ["bias"]
+
+
+def test_a_class_may_be_given_with_its_module() -> None:
+    net = Net()
+    assert list(select_parameters(net, "type:torch.nn.modules.batchnorm.BatchNorm2d")) == list(
+        select_parameters(net, "type:_BatchNorm")
+    )
+
+
+def test_clean_names() -> None:
+    assert clean_name("_orig_mod.a._fsdp_wrapped_module.b._checkpoint_wrapped_module.weight") == "a.b.weight"
+    assert clean_name("my_orig_mod.weight") == "my_orig_mod.weight"
+
+
+def test_text_is_the_same_in_every_run() -> None:
+    assert selector_text(["head", "!*.bias", test_clean_names]) == "head, !*.bias, test_clean_names"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_layers_are_found_by_parameter_or_buffer(data: st.DataObject) -> None:
+    module = data.draw(trees())
+    every = {m for m in module.modules() if isinstance(m, nn.BatchNorm1d)}
+    found = select_layers(module, "*", has_running_statistics)
+    assert set(found.values()) == every
+    assert len(found) == len(every)
+    for name, layer in found.items():
+        assert module.get_submodule(name) is layer
+        assert layer in select_layers(module, name, has_running_statistics).values()
