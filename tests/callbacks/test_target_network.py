@@ -19,7 +19,6 @@ from lightning_freeze.callbacks.target_network import TargetNetwork
 from tests.followers import Student, by_hand, network
 from tests.nets import Probe, adamw, loader, members, moved, same, sgd, snapshot, trainer
 
-
 # Lightning's, for a target that the user has put in eval mode.
 in_eval_mode = pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
 
