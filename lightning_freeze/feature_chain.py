@@ -449,12 +449,15 @@ class StandIn:
         self._before = module.__dict__.get(self._attribute)
         self.plain: Run = getattr(module, self._attribute)
         self.__wrapped__ = self.plain
+        self._call = call
         # Not for a compiler to trace: what is around the module may be compiled.
-        self._call = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
+        self._untraced = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
         module.__dict__[self._attribute] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Answer, or run the module."""
+        if torch.compiler.is_compiling():
+            return self._untraced(self.plain, args, kwargs)
         return self._call(self.plain, args, kwargs)
 
     def remove(self) -> None:

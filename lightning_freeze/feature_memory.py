@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import compress
 from typing import Any, TypeAlias
 
@@ -93,14 +94,12 @@ class _Form:
 
     def usable(self, slots: Slots, mark: int) -> NDArray[np.bool_]:
         """Give which of the slots may serve under ``mark``."""
-        usable = np.zeros(len(slots), bool)
-        found = slots >= 0
-        if not found.any():
-            return usable
-        marks = self.shelf.marks[slots]
-        for other in {*marks.tolist()}:
-            if self.alike(other, mark):
-                usable |= found & (marks == other)
+        usable = slots >= 0
+        if usable.any():
+            marks = self.shelf.marks[slots]
+            for other in {*marks.tolist()}:
+                if not self.alike(other, mark):
+                    usable &= marks != other
         return usable
 
     def look_apart(self, keys: list[bytes], slots: Slots, mark: int) -> bool:
@@ -235,10 +234,9 @@ class FeatureMemory:
         slots = form.shelf.find(keys)
         self.counts.known += int(np.count_nonzero(slots >= 0))
         usable = form.usable(slots, mark)
-        missing = call.size - int(np.count_nonzero(usable))
-        if missing and form.look_apart(keys, slots, mark):
+        if not usable.all() and form.look_apart(keys, slots, mark):
             usable = form.usable(slots, mark)
-            missing = call.size - int(np.count_nonzero(usable))
+        missing = call.size - int(np.count_nonzero(usable))
         if missing == 0:
             self.counts.hits += call.size
             return form.form.decode(torch.from_numpy(form.shelf.read(slots)))
@@ -440,6 +438,7 @@ def _sizes(missing: int, size: int) -> list[int]:
     return [s for s in sizes if 4 * s <= 3 * size]
 
 
+@lru_cache(maxsize=4096)
 def _mark(size: int, circumstances: tuple[Any, ...]) -> int:
     return xxhash.xxh3_64_intdigest(repr((size, *circumstances[1:])).encode())
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Iterable
 from functools import cache
 from itertools import chain
-from operator import attrgetter, is_not, ne
+from operator import attrgetter, is_, ne
 from types import CodeType
 from typing import Any
 
@@ -94,7 +94,7 @@ class Conditions:
     def hold(self) -> bool:
         """Whether every parameter, buffer and module is the object it was."""
         objects = self._gather()
-        return len(objects) == len(self._objects) and not any(map(is_not, objects, self._objects))
+        return len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
 
     def trains(self) -> tuple[bool, ...]:
         """Give for each module whether one of its parameters requires grad."""
@@ -105,7 +105,7 @@ class Conditions:
         return (*map(_training, self._mode_readers), *map(bool, self._hooks))
 
     def _gather(self) -> tuple[Any, ...]:
-        return tuple(chain.from_iterable(d.values() for d in self._dicts))
+        return tuple(chain.from_iterable(map(dict.values, self._dicts)))
 
 
 class Weights:
