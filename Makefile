@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# pip, with versions that are known to install together.
-TORCH := torch==2.14.1 torchvision==0.29.1
+# Versions that are known to install together.
+TORCH := torch==2.14.1
+VISION := torchvision==0.29.1
+# Test processes at a time; tests of several devices start two more each.
+WORKERS ?= 2
+BENCHMARKS := rivals overhead frozen_step norms
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo examples test sweep lint types wheel bench clean
@@ -13,7 +17,7 @@ help: ## Show this list
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(TORCH) $(VISION)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
@@ -22,11 +26,19 @@ setup: $(VENV)/installed ## Create .venv and install the package with all extras
 demo: setup ## Fine-tune EfficientNet-Lite0 on handwritten digits; under two minutes on 2 cores
 	$(BIN)/python -W ignore examples/finetune_vision.py
 
+examples: setup ## Run all examples, one after another
+	for script in examples/*.py; do \
+		case $$script in \
+			*_ddp.py) $(BIN)/python -W ignore -m torch.distributed.run --nproc-per-node=2 $$script ;; \
+			*) $(BIN)/python -W ignore $$script ;; \
+		esac || exit 1; \
+	done
+
 test: setup ## Run all tests and doctests but the slow sweeps
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 sweep: setup ## Run the slow sweeps
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
 
 lint: setup ## Check style
 	$(BIN)/ruff check .
@@ -35,16 +47,16 @@ lint: setup ## Check style
 types: setup ## Check types
 	$(BIN)/mypy
 
-wheel: setup ## Build the wheel and import it from a clean environment
+wheel: setup ## Build the wheel and use it in a clean environment, without any extra
 	rm -rf dist build/clean
 	$(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv build/clean
-	build/clean/bin/python -m pip install --quiet $(TORCH)
-	build/clean/bin/python -m pip install --quiet dist/*.whl
-	cd build && clean/bin/python -c "import lightning_freeze as f; print('imported', len(f.__all__), 'names from', f.__file__)"
+	build/clean/bin/python -m pip install --quiet $(TORCH) dist/*.whl
+	cd build && clean/bin/python -W ignore ../.ci/smoke.py
+	rm -rf build/clean
 
 bench: setup ## Run the benchmarks
-	for script in rivals overhead frozen_step; do $(BIN)/python -W ignore benchmarks/$$script.py || exit 1; done
+	for script in $(BENCHMARKS); do $(BIN)/python -W ignore benchmarks/$$script.py || exit 1; done
 
 clean: ## Remove what was built
 	rm -rf $(VENV) build dist out .mypy_cache .ruff_cache .pytest_cache .hypothesis
