@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.optim import lr_scheduler as lrs
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau
@@ -76,23 +77,30 @@ def fit(
 ) -> dict[str, Any]:
     """Train, and give all that must be equal."""
     torch.manual_seed(0)
-    net = SeededNet(**setup, log_train="train_loss")
+    net = setup["net"]() if "net" in setup else SeededNet(**setup, log_train="train_loss")
+    if options.get("precision") == "64-true":
+        net.double()  # Lightning restores weights before it converts them, and so would round them
     rates: list[Any] = []
 
     def start(trainer: Trainer, _: LightningModule) -> None:
-        rates.append([dict(group, params=len(group["params"])) for group in trainer.optimizers[0].param_groups])
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates.append([dict(group, params=len(group["params"])) for group in groups])
 
     callbacks = [callback for callback in (schedule, Probe(start), checkpoint) if callback is not None]
     run = trainer(tmp_path, callbacks=callbacks, enable_checkpointing=checkpoint is not None, **options)
     run.fit(net, loader(stateful=True), loader(), ckpt_path=resume, weights_only=True)
     return {
         "weights": net.state_dict(),
-        "optimizer": run.optimizers[0].state_dict(),
+        "optimizer": [optimizer.state_dict() for optimizer in run.optimizers],
         "schedulers": [config.scheduler.state_dict() for config in run.lr_scheduler_configs],
         "callback": schedule.state_dict() if schedule else None,
         "rates": rates,
         "progress": (run.current_epoch, run.global_step),
     }
+
+
+def _step(stop: Path) -> int:
+    return int(stop.stem.split("step=")[1])
 
 
 def check_every_stop(
@@ -103,7 +111,9 @@ def check_every_stop(
     stops = sorted((tmp_path / "all").iterdir())
     if not saver._save_on_train_epoch_end:
         # Lightning, with or without us, skips an epoch if it resumes from the end of an epoch's last batch.
-        stops = [stop for stop in stops if int(stop.stem.split("step=")[1]) % STEPS]
+        epochs = [stop.stem.split("-")[0] for stop in stops]
+        ends = {max((s for s in stops if s.stem.startswith(f"{epoch}-")), key=_step) for epoch in epochs}
+        stops = [stop for stop in stops if stop not in ends]
     for stop in stops:
         resumed = fit(tmp_path, schedule(), setup, resume=stop, **options)
         left = len(resumed["rates"])
@@ -141,6 +151,102 @@ def test_with_state_that_is_not_kept(tmp_path: Path, policy: Any) -> None:
 
     every = {"every_n_train_steps": 1, "save_on_train_epoch_end": False}
     assert check_every_stop(tmp_path, schedule, SETUPS["adamw"], every, max_epochs=3) >= 15
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_in_other_precisions(tmp_path: Path, precision: Any) -> None:
+    def schedule() -> FreezeSchedule:
+        return FreezeSchedule(SCHEDULES["steps"](), verbose=False)
+
+    every = {"every_n_train_steps": 2, "save_on_train_epoch_end": False}
+    setup = SETUPS["adopted, sequential"]
+    assert check_every_stop(tmp_path, schedule, setup, every, max_epochs=3, precision=precision) >= 6
+
+
+class Duel(SeededNet):
+    """Two optimizers in manual optimization, each with a scheduler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer, scheduler in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+            optimizer.step()
+            scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        optimizers = [adamw(self.backbone.parameters()), sgd([*self.neck.parameters(), *self.head.parameters()])]
+        return optimizers, [lrs.LambdaLR(optimizer, lambda step: 0.95**step) for optimizer in optimizers]
+
+
+# Lightning's, of a checkpoint after the step, which is the one meant
+@pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning")
+def test_with_two_optimizers(tmp_path: Path) -> None:
+    def schedule() -> FreezeSchedule:
+        phases = [Phase("head", steps=8), Phase("*", steps=10, lr_scale={"backbone": 0.1, "neck": 2.0}), Phase("neck")]
+        return FreezeSchedule(phases, verbose=False)
+
+    every = {"every_n_train_steps": 4, "save_on_train_epoch_end": False}
+    assert check_every_stop(tmp_path, schedule, {"net": Duel}, every, max_epochs=3) >= 6
+
+
+@pytest.mark.parametrize("phases", ["steps", "plateau of validation"])
+def test_where_validation_saves_in_mid_epoch(tmp_path: Path, phases: str) -> None:
+    """Validation sees the metric, the checkpoint is written, and only then the phase ends."""
+
+    def schedule() -> FreezeSchedule:
+        return FreezeSchedule(SCHEDULES[phases](), verbose=False)
+
+    every = {"monitor": "val_loss", "save_on_train_epoch_end": False}
+    options = {"max_epochs": 3, "val_check_interval": 2}
+    assert check_every_stop(tmp_path, schedule, SETUPS["sgd, cosine per step"], every, **options) >= 6
+
+
+# Lightning's: with this callback it looks for a checkpoint to go on from
+@pytest.mark.filterwarnings("ignore:.*.fit.ckpt_path=:UserWarning")
+def test_after_an_exception(tmp_path: Path) -> None:
+    """What a checkpoint holds that is written because of the exception: by then everything has been given back."""
+
+    class Breaking(SeededNet):
+        broken = True
+
+        # Elsewhere than after a batch, Lightning skips the batch or the epoch on resume, with us or without.
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if self.broken and self.current_epoch == 2 and batch_idx == 2:
+                raise RuntimeError("power cut")
+
+    def run(broken: bool, path: Path | None) -> dict[str, Any]:
+        torch.manual_seed(0)
+        net = Breaking(**SETUPS["adopted, sequential"])
+        net.broken = broken
+        phases = [Phase("head", epochs=1), Phase("*", lr_scale={"backbone": 0.1}, epochs=2), Phase("neck")]
+        schedule = FreezeSchedule(phases, verbose=False)
+        callbacks = [schedule, *([OnExceptionCheckpoint(tmp_path, "last")] if broken else [])]
+        fitting = trainer(tmp_path, callbacks=callbacks, max_epochs=4, enable_checkpointing=broken)
+        with pytest.raises(RuntimeError, match="power cut") if broken else contextlib.nullcontext():
+            fitting.fit(net, loader(stateful=True), loader(), ckpt_path=path, weights_only=True)
+        return {"weights": net.state_dict(), "history": schedule.history}
+
+    run(True, None)
+    assert same(run(False, tmp_path / "last.ckpt"), run(False, None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+@pytest.mark.parametrize("policy", ["keep", "drop"])
+@pytest.mark.parametrize("setup", SETUPS)
+@pytest.mark.parametrize("phases", ["epochs", "steps", "plateau of validation"])
+def test_sweep_in_mid_epoch(tmp_path: Path, phases: str, setup: str, policy: Any, accumulate: int) -> None:
+    def schedule() -> FreezeSchedule:
+        return FreezeSchedule(SCHEDULES[phases](), optimizer_state=policy, verbose=False)
+
+    every = {"every_n_train_steps": 1, "save_on_train_epoch_end": False}
+    options = {"max_epochs": 4, "accumulate_grad_batches": accumulate, "gradient_clip_val": 0.5}
+    assert check_every_stop(tmp_path, schedule, SETUPS[setup], every, **options) >= 4
 
 
 @pytest.mark.slow
