@@ -60,13 +60,14 @@ def _subclasses(cls: type) -> Iterator[type]:
         yield from _subclasses(child)
 
 
-def ways_to(tensors: Iterable[Tensor], roots: Mapping[str, Any]) -> dict[int, str]:
+def ways_to(tensors: Iterable[Tensor], roots: Mapping[str, Any], *, avoid: Container[int] = ()) -> dict[int, str]:
     """Give the shortest way from named roots to each tensor, as one would write it in Python.
 
     Args:
         tensors: What is looked for.
         roots: Name to object. Attributes, mappings, sequences, sets, closures and bound arguments are followed; no
             property is read.
+        avoid: The identities of objects that are not followed.
 
     Returns:
         The identity of each tensor that was found, and the way to it.
@@ -86,7 +87,7 @@ def ways_to(tensors: Iterable[Tensor], roots: Mapping[str, Any]) -> dict[int, st
         left -= 1
         way, thing = todo.popleft()
         for step, child in _children(thing):
-            if id(child) in seen or isinstance(child, _PLAIN):
+            if id(child) in seen or id(child) in avoid or isinstance(child, _PLAIN):
                 continue
             seen.add(id(child))
             if isinstance(child, Tensor):

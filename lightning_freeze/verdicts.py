@@ -161,12 +161,19 @@ def _why(use: Use | None) -> tuple[str, str]:
     )
 
 
-def kept_graphs(roots: Mapping[str, object], module: nn.Module, known: Collection[int], step: int) -> list[Finding]:
+def kept_graphs(
+    module: nn.Module,
+    others: Mapping[str, object],
+    last: Mapping[str, object],
+    known: Collection[int],
+    step: int,
+) -> list[Finding]:
     """Give a finding for each place that keeps tensors with a graph alive.
 
     Args:
-        roots: Where to look for a way to them, the module as ``self`` among them.
-        module: The module, whose own tensors may be computed from others by design.
+        module: The module, called ``self`` in the ways; its own tensors may be computed from others by design.
+        others: What else to look in for a way to them, by name.
+        last: What to look in, by name, where neither those nor the user's globals have it.
         known: The identities of tensors that had a graph before the fit, or belong to the coming step.
         step: How many batches the fit had trained.
 
@@ -176,9 +183,11 @@ def kept_graphs(roots: Mapping[str, object], module: nn.Module, known: Collectio
     tensors = tensors_with_graph({*known, *by_design(module)})
     if not tensors:
         return []
-    ways = ways_to(tensors, roots)
-    if len(ways) < len(tensors):
-        ways = ways_to(tensors, globals_of_users()) | ways
+    avoid = set(map(id, last.values()))
+    ways: dict[int, str] = {}
+    for roots in ({"self": module, **others}, globals_of_users(), last):
+        missing = [tensor for tensor in tensors if id(tensor) not in ways]
+        ways |= ways_to(missing, roots, avoid=avoid) if missing else {}
     places: dict[str, list[str]] = {}
     for tensor in tensors:
         way = ways.get(id(tensor), "somewhere (no attribute or global leads to it)")

@@ -369,8 +369,7 @@ class GradientAudit(Callback):
         fit = self._current()
         known = {id(tensor) for ref in fit.known if (tensor := ref()) is not None} | set(upcoming)
         others = {type(callback).__name__: callback for callback in _callbacks(trainer)}
-        roots = {"self": pl_module, **others, "trainer": trainer}
-        return kept_graphs(roots, pl_module, known, _trained(trainer))
+        return kept_graphs(pl_module, others, {"trainer": trainer}, known, _trained(trainer))
 
     def _apart(self, trainer: Trainer, pl_module: LightningModule) -> list[Finding]:
         """Give a finding for all that DDP's processes should have alike and have not; a call that all make."""
