@@ -159,26 +159,28 @@ def play(policy: Policy, episodes: int, seed: int) -> list[float]:
 
 
 def picture(experience: Experience, model: DQN, chance: list[float]) -> Figure:
-    """Draw the return of every episode played, and of the greedy policy after each epoch."""
+    """Draw the return of every episode played, and of the greedy policy before training and after each epoch."""
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     ended, returns = np.array(experience.returns).T
-    axes.scatter(ended, returns, s=6, alpha=0.25, color="#8a8a8a", linewidths=0, label="an episode, exploring")
-    batches = experience.per_epoch * np.arange(1, len(model.greedy_returns) + 1)
+    batches = experience.per_epoch * np.arange(len(model.greedy_returns))
     worst, middle, best = (f(np.array(model.greedy_returns), axis=1) for f in (np.min, np.mean, np.max))
-    axes.fill_between(batches, worst, best, alpha=0.2, color="#2f6f9f", linewidth=0, label="greedy: worst to best")
-    axes.plot(batches, middle, marker="o", color="#2f6f9f", label="greedy: mean")
+    axes.fill_between(
+        batches, worst, best, alpha=0.2, color="#2f6f9f", linewidth=0, label="greedy: worst to best of 20"
+    )
+    axes.plot(batches, middle, marker="o", markersize=4, color="#2f6f9f", label="greedy: mean of 20")
+    axes.scatter(ended, returns, s=12, alpha=0.7, color="#d08a2e", linewidths=0, label="an episode, exploring")
     axes.axhline(np.mean(chance), color="#c1553b", linestyle="--", label=f"at random: {np.mean(chance):.0f}")
-    axes.set(xlabel="optimizer step", ylabel="return (steps balanced)", xlim=(0, experience.steps), ylim=(0, 520))
+    axes.set(xlabel="optimizer step", ylabel="return: steps the pole stood", xlim=(0, experience.steps), ylim=(0, 520))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="upper left")
+    figure.legend(frameon=False, loc="outside upper center", ncols=4)
     return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--per-epoch", type=int, default=500, help="optimizer steps in an epoch")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--per-epoch", type=int, default=250, help="optimizer steps in an epoch")
     parser.add_argument("--games", type=int, default=8, help="how many are played at once")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--tau", type=float, default=0.02, help="how fast the target follows")
@@ -191,6 +193,7 @@ def main() -> None:
     began = time.perf_counter()
     steps = args.epochs * args.per_epoch
     model = DQN(steps)
+    model.greedy_returns.append(play(greedy(model.target), 20, seed=args.seed))
     experience = Experience(greedy(model.online), steps, args.per_epoch, args.games, args.batch_size, args.seed)
     target = TargetNetwork("online", "target", tau=args.tau)
     trainer = Trainer(

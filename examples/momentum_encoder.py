@@ -134,7 +134,7 @@ def picture(views: dict[str, np.ndarray], labels: np.ndarray, accuracies: dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--tau", type=float, default=0.02, help="how fast the target follows")
     parser.add_argument("--few", type=int, default=5, help="labels of each digit in the probe that has only a few")
