@@ -1,0 +1,44 @@
+"""The examples of target networks run as scripts, offline, and end with a result and a picture."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name: str, out: Path, *options: str) -> str:
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / f"{name}.py"), "--out", str(out), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=out, check=False)
+    assert done.returncode == 0, done.stderr[-2_000:]
+    picture = out / f"{name}.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 10_000
+    return done.stdout
+
+
+def row(output: str, name: str) -> list[float]:
+    """Give the numbers of the row of the table that begins so."""
+    (line,) = (line for line in output.splitlines() if re.match(rf"│ {name}\b", line))
+    return [float(number) for number in re.findall(r"\d+\.?\d*", line)]
+
+
+def test_deep_q_learning_is_above_chance_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("gymnasium")
+    output = run("dqn_cartpole", tmp_path, "--epochs", "2", "--per-epoch", "250", "--episodes", "20")
+    assert "500 steps of the target" in output
+    assert row(output, "greedy")[0] > 2 * row(output, "at random")[0]
+
+
+def test_a_momentum_encoder_is_above_random_features_and_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    output = run("momentum_encoder", tmp_path, "--epochs", "6")
+    assert "54 steps of the target" in output
+    assert row(output, "learned")[0] > row(output, "random")[0]
