@@ -226,7 +226,7 @@ class FeatureChain:
             hits=sum(lane.counts.hits for lane in lanes),
             misses=sum(lane.counts.misses for lane in lanes),
             samples=sum(memory.rows for memory in self._memories.values()),
-            bytes=self._budget.used,
+            bytes=sum(memory.bytes for memory in self._memories.values()),
             seconds_saved=sum(lane.counts.seconds_saved for lane in lanes),
             difference=max((lane.counts.difference for lane in lanes), default=0.0),
         )
@@ -357,6 +357,7 @@ class FeatureChain:
             memory.check()
         call = memory.read(args, kwargs) if memory.broken is None else None
         if call is None:
+            self._say_broken(memory)
             return None
         self._inside = True
         try:
@@ -364,9 +365,12 @@ class FeatureChain:
         finally:
             self._inside = False
             memory.counts.all_seconds += time.perf_counter() - begin
+        self._say_broken(memory)
+        return (output,)
+
+    def _say_broken(self, memory: FeatureMemory) -> None:
         if memory.broken is not None:
             self._say(f"{memory.name}: off, because {memory.broken}.")
-        return (output,)
 
     def _plain(self, index: int) -> Run:
         offset = 0 if self._whole is None else 1

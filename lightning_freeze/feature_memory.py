@@ -167,6 +167,11 @@ class FeatureMemory:
         """The number of samples kept."""
         return sum(len(form.shelf) for form in self._forms.values())
 
+    @property
+    def bytes(self) -> int:
+        """The bytes that they take."""
+        return sum(form.shelf.bytes for form in self._forms.values())
+
     def check(self, *, content: bool = False) -> None:
         """Forget everything if weights have changed.
 
@@ -406,7 +411,7 @@ class FeatureMemory:
             return
         if kept < np.count_nonzero(new):
             self._say(
-                f"{self.name}: the cache is full with {self.rows:,} samples in {self._budget.used:,} bytes; what is "
+                f"{self.name}: the cache is full with {self.rows:,} samples in {self.bytes:,} bytes; what is "
                 "not in it is computed. More max_bytes, or dtype=torch.float16, would make room."
             )
 
