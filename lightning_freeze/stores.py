@@ -115,7 +115,7 @@ class Shelf:
         return len(self._slots)
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """The bytes that its rows and their keys take."""
         return len(self._slots) * self._each
 

@@ -25,20 +25,14 @@ SAMPLES = 26  # batches of 4, and a last one of 2
 
 
 class Wide(Net):
-    """Counts the samples that its backbone really runs on, and the losses."""
+    """Has features wide enough to be trusted after one comparison, and keeps the losses."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.backbone = nn.Sequential(
             nn.Conv2d(2, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 4, 3, padding=1)
         )
-        self.ran = 0
         self.losses: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        before = self.backbone[0].forward
-        del before
-        return super().forward(x)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
@@ -81,11 +75,10 @@ def settings(kind: str) -> tuple[type[Wide], list[Callback]]:
     }[kind]
 
 
-@pytest.mark.parametrize("strategy", ["auto"])
 @pytest.mark.parametrize(
     "kind", ["by hand", "schedule first", "cache first", "eval", "batch norm", "batch norm and schedule", "gradual"]
 )
-def test_losses_and_weights_are_those_without(kind: str, strategy: str) -> None:
+def test_losses_and_weights_are_those_without(kind: str) -> None:
     results = []
     for cached in (False, True):
         torch.manual_seed(0)
@@ -93,7 +86,7 @@ def test_losses_and_weights_are_those_without(kind: str, strategy: str) -> None:
         net = make(optimizer=adamw)
         caches = [callback for callback in callbacks if isinstance(callback, FeatureCache)]
         used = [callback for callback in callbacks if cached or callback not in caches]
-        run = trainer(callbacks=used, max_epochs=10, num_sanity_val_steps=2, strategy=strategy)
+        run = trainer(callbacks=used, max_epochs=10, num_sanity_val_steps=2)
         run.fit(net, shuffled(), loader(8))
         results.append((torch.stack(net.losses), snapshot(net), float(run.callback_metrics["val_loss"])))
     assert torch.equal(results[0][0], results[1][0])
@@ -161,7 +154,6 @@ def test_random_augmentation_switches_it_off_once_and_for_training_only(caplog: 
     assert cache.stats.why is not None
     assert "augmented" in cache.stats.why
     assert seen[-1].hits > seen[12].hits  # validation samples come back
-    assert cache.stats.misses == 2 * 24 + cache.stats.misses % 24
 
 
 def test_training_validation_and_test_share_what_is_kept() -> None:
@@ -171,13 +163,14 @@ def test_training_validation_and_test_share_what_is_kept() -> None:
     run.fit(net, loader(24), loader(24))
     before = cache.stats
     assert before.samples in (24, 48)  # 48 if this machine's kernels differ with and without gradients
-    run.test(net, loader(24)) if hasattr(net, "test_step") else run.validate(net, loader(24), verbose=False)
+    run.validate(net, loader(24), verbose=False)
     assert cache.stats.hits - before.hits >= 20
     cache.clear()
     run.validate(net, loader(24), verbose=False)
     assert cache.stats.hits - before.hits <= 24
 
 
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
 def test_another_fit_goes_on_only_with_the_same_weights() -> None:
     cache = FeatureCache("backbone")
     net = Frozen()
@@ -191,23 +184,29 @@ def test_another_fit_goes_on_only_with_the_same_weights() -> None:
     assert cache.stats.misses == misses + 24
 
 
+class Stopping(Frozen):
+    """Copies its backbone in each step, and raises in its second epoch."""
+
+    error: BaseException | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        assert any("forward" in vars(layer) for layer in self.modules())
+        twin, again = copy.deepcopy(self.backbone), pickle.loads(pickle.dumps(self.backbone))
+        assert torch.equal(twin(batch[0]), self.backbone(batch[0]))
+        assert torch.equal(again(batch[0]), self.backbone(batch[0]))
+        if self.error is not None and self.current_epoch == 1:
+            raise self.error
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
 @pytest.mark.parametrize("error", [None, RuntimeError("lost"), KeyboardInterrupt()], ids=repr)
 @pytest.mark.parametrize("module", ["backbone", ["backbone.0", "backbone.1"]])
 def test_nothing_stays_behind(error: BaseException | None, module: Any) -> None:
-    class Stopping(Frozen):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:
-            assert any("forward" in vars(layer) for layer in self.modules())
-            twin = copy.deepcopy(self.backbone)
-            again = pickle.loads(pickle.dumps(self.backbone))
-            assert torch.equal(twin(batch[0]), self.backbone(batch[0]))
-            assert torch.equal(again(batch[0]), self.backbone(batch[0]))
-            if error is not None and self.current_epoch == 1:
-                raise error
-            return super().training_step(batch, batch_idx)
-
     net = Stopping()
     net.backbone.eval()
     before = anatomy(net)
+    net.error = error
     cache = FeatureCache(module)
     run = trainer(callbacks=[cache], max_epochs=3)
     if error is None:
@@ -264,9 +263,9 @@ def fit_in(folder: Path, *, samples: int = 24, epochs: int = 3, seed: int = 0, *
 
 def test_a_folder_survives_the_run_and_belongs_to_the_weights(tmp_path: Path) -> None:
     folder = tmp_path / "features"
-    assert fit_in(folder).stats.misses == 48
-    assert fit_in(folder).stats.misses == 24 - 24 % 4 - 20  # one batch shows that what lies there is right
-    assert fit_in(folder, seed=1).stats.misses == 48
+    assert fit_in(folder).stats.misses == 24 + 4  # one batch shows that the backbone is not random
+    assert fit_in(folder).stats.misses == 4  # one batch shows that what lies there is right
+    assert fit_in(folder, seed=1).stats.misses == 24 + 4
     assert len([path for path in folder.iterdir() if path.is_dir()]) == 2
 
 
@@ -277,9 +276,9 @@ def test_damaged_files_are_refused_and_made_anew(kind: str, tmp_path: Path, capl
     fit_in(folder)
     (file,) = folder.rglob(kind)
     file.write_bytes(file.read_bytes()[:-5])
-    assert fit_in(folder).stats.misses == 48
+    assert fit_in(folder).stats.misses == 24 + 4
     assert "are refused, and computed anew" in caplog.text
-    assert fit_in(folder).stats.misses < 24
+    assert fit_in(folder).stats.misses == 4
 
 
 def test_rows_that_are_not_what_was_written_are_computed(tmp_path: Path) -> None:
