@@ -71,7 +71,7 @@ class _Look:
 
 @dataclass
 class _Lane:
-    """What the calls of one stage have come to."""
+    """What the calls of one stage have come to, and for how many whole epochs something was known."""
 
     counts: Counts = field(default_factory=Counts)
     known: int = 0
@@ -173,6 +173,12 @@ class FeatureChain:
             memory.close()
         self._memories.clear()
         self._kept.memories.clear()
+        self._restart_trials()
+
+    def _restart_trials(self) -> None:
+        """Samples of which nothing is known any more cannot come back."""
+        for lane in self._lanes.values():
+            lane.epochs = -1 if lane.counts.hits + lane.counts.misses > lane.samples else 0
 
     def leave(self) -> Kept:
         """Give what another chain for the same modules can go on with. It knows the weights, and does not hold them."""
@@ -186,7 +192,8 @@ class FeatureChain:
     def refresh(self) -> None:
         """Read all weights, to see also what was written through ``tensor.data``; exchange rows with other ranks."""
         for memory in self._memories.values():
-            memory.check(content=True)
+            if memory.check(content=True):
+                self._restart_trials()
             memory.refresh()
 
     def end_epoch(self, stage: str) -> Counts:
@@ -196,14 +203,14 @@ class FeatureChain:
         samples = counts.hits + counts.misses - lane.samples
         known = counts.known - lane.known
         lane.samples, lane.known = counts.hits + counts.misses, counts.known
-        lane.epochs += samples > 0
-        if lane.epochs >= 2 and samples and known < _WORTH * samples:
+        if lane.epochs >= 1 and samples and known < _WORTH * samples:
             lane.off = (
                 f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they are "
                 "augmented at random, or there is too little room for them"
             )
             self._say(f"{self._name}: off for {stage}, because {lane.off}.")
             self.close()
+        lane.epochs += samples > 0
         return counts
 
     def stats(self) -> FeatureStats:
@@ -226,7 +233,7 @@ class FeatureChain:
             hits=sum(lane.counts.hits for lane in lanes),
             misses=sum(lane.counts.misses for lane in lanes),
             samples=sum(memory.rows for memory in self._memories.values()),
-            bytes=self._budget.used,
+            bytes=sum(memory.size for memory in self._memories.values()),
             seconds_saved=sum(lane.counts.seconds_saved for lane in lanes),
             difference=max((lane.counts.difference for lane in lanes), default=0.0),
         )
@@ -252,12 +259,8 @@ class FeatureChain:
         """Look at the modules, and forget what is no longer true."""
         holds = self._conditions.hold()
         if not holds or self._conditions.trains() != self._trains:
-            for memory in self._memories.values():
-                memory.close()
-            self._memories.clear()
+            self.close()
             self._look_anew()
-            for lane in self._lanes.values():
-                lane.epochs = 0
         self._modes = self._conditions.modes()
         look = self._looks.get(self._modes)
         if look is None:
@@ -353,10 +356,11 @@ class FeatureChain:
     ) -> tuple[Any] | None:
         """Give the output in a tuple; None if the modules have to run as if nothing stood before them."""
         memory = self._memory(self._covers(look), modules)
-        if memory.broken is None:
-            memory.check()
+        if memory.broken is None and memory.check():
+            self._restart_trials()
         call = memory.read(args, kwargs) if memory.broken is None else None
         if call is None:
+            self._say_broken(memory)
             return None
         self._inside = True
         try:
@@ -364,9 +368,12 @@ class FeatureChain:
         finally:
             self._inside = False
             memory.counts.all_seconds += time.perf_counter() - begin
+        self._say_broken(memory)
+        return (output,)
+
+    def _say_broken(self, memory: FeatureMemory) -> None:
         if memory.broken is not None:
             self._say(f"{memory.name}: off, because {memory.broken}.")
-        return (output,)
 
     def _plain(self, index: int) -> Run:
         offset = 0 if self._whole is None else 1

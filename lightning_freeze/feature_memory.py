@@ -167,18 +167,25 @@ class FeatureMemory:
         """The number of samples kept."""
         return sum(len(form.shelf) for form in self._forms.values())
 
-    def check(self, *, content: bool = False) -> None:
-        """Forget everything if weights have changed.
+    @property
+    def size(self) -> int:
+        """The bytes that they take."""
+        return sum(form.shelf.size for form in self._forms.values())
+
+    def check(self, *, content: bool = False) -> bool:
+        """Forget everything if weights have changed; give whether they have.
 
         Args:
             content: Read all of them, to see also what was written through ``tensor.data``.
         """
-        if self.weights.content_changed() if content else self.weights.changed():
-            self.close()
-            self.weights.take()
-            self._writes += 1
-            if self._writes >= _MOST_WRITES:
-                self._break("its weights are written to again and again")
+        if not (self.weights.content_changed() if content else self.weights.changed()):
+            return False
+        self.close()
+        self.weights.take()
+        self._writes += 1
+        if self._writes >= _MOST_WRITES:
+            self._break("its weights are written to again and again")
+        return True
 
     def refresh(self) -> None:
         """Let other ranks that use the same folder see the rows of this one, and see theirs."""
@@ -406,7 +413,7 @@ class FeatureMemory:
             return
         if kept < np.count_nonzero(new):
             self._say(
-                f"{self.name}: the cache is full with {self.rows:,} samples in {self._budget.used:,} bytes; what is "
+                f"{self.name}: the cache is full with {self.rows:,} samples in {self.size:,} bytes; what is "
                 "not in it is computed. More max_bytes, or dtype=torch.float16, would make room."
             )
 

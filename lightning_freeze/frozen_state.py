@@ -85,7 +85,7 @@ class Conditions:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
         layers = list(dict.fromkeys(layer for module in modules for layer in module.modules()))
-        self._dicts = [d for layer in layers for d in (layer._parameters, layer._buffers, layer._modules)]
+        self._dicts: list[dict[str, Any]] = [d for layer in layers for d in (layer._parameters, layer._buffers, layer._modules)]
         self._objects = self._gather()
         self._hooks = [d for layer in layers for d in (layer._forward_hooks, layer._forward_pre_hooks)]
         self._mode_readers = list(dict.fromkeys(chain.from_iterable(map(_mode_readers, modules))))

@@ -114,6 +114,11 @@ class Shelf:
     def __len__(self) -> int:
         return len(self._slots)
 
+    @property
+    def size(self) -> int:
+        """The bytes that its rows and their keys take."""
+        return len(self._slots) * self._each
+
     def find(self, keys: Sequence[bytes]) -> Slots:
         """Give the slot of each key, -1 for those that are not there or whose row fails its check."""
         slots = np.fromiter(map(self._slots.get, keys, repeat(-1)), np.int64, len(keys))
