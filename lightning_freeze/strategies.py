@@ -80,9 +80,6 @@ def follow_trainable_set(strategy: Strategy, froze: Iterable[nn.Parameter] = ())
 def _rebuild_ddp(strategy: DDPStrategy, old: DistributedDataParallel) -> None:
     # Whoever still refers to the old wrapper must not make its reducer take part in the next backward.
     old._remove_autograd_hooks()  # type: ignore[no-untyped-call]
-    for parameter in old.module.parameters():
-        if old.gradient_as_bucket_view and parameter.grad is not None:
-            parameter.grad = parameter.grad.clone()  # it is a view into the old reducer's buckets
     _forget_buckets(strategy._ddp_comm_state)
     strategy.model = old.module
     if strategy.root_device.type == "cuda":

@@ -423,16 +423,18 @@ class FreezeSchedule(Callback):
                 )
 
     def _check_batches(self, trainer: Trainer) -> None:
-        """Refuse what needs ranks in step if they are not: ranks with more batches than others."""
-        if all(phase.steps is None and phase.until is None for phase in self.phases):
-            return  # an epoch's start is one for all ranks, also of those that wait there in torch's Join
+        """Refuse ranks of which some would run out of batches before others: no phase would end for all at once."""
+        if len(self.phases) == 1:
+            return
+        batches: float = trainer.num_training_batches
+        if trainer.max_steps >= 0:
+            batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
         try:
-            check_agreement(trainer.strategy, batches=trainer.num_training_batches)
+            check_agreement(trainer.strategy, batches=batches)
         except RuntimeError as error:
             raise MisconfigurationException(
-                "Ranks have different numbers of training batches, so optimizer steps and metrics are not the same "
-                "everywhere, and a phase that ends by steps=… or until=… has no end in common. End phases by "
-                f"epochs=…, or give every rank as many batches, for example by limit_train_batches=…. {error}"
+                "Ranks have different numbers of training batches, and Lightning waits forever for those that run out. "
+                f"Give every rank as many, for example by limit_train_batches=…. {error}"
             ) from None
 
     # Words

@@ -1,4 +1,4 @@
-"""Law 6: replicas agree to the bit in every phase, and with one process on the joined batch; only what trains travels."""
+"""Law 6: replicas agree to the bit, and with one process on the joined batch; only what trains travels."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.overrides.distributed import _register_ddp_comm_hook
-from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from lightning.pytorch import Callback, LightningModule
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, fp16_compress_wrapper
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
-from torch.utils.data import DataLoader, Subset
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase
-from tests.nets import Net, adamw, data, sgd, snapshot, trainer
+from tests.devices import BATCH, SAMPLES, Even, Hooked, Watch, share, whole
+from tests.nets import Net, adamw, sgd, snapshot, trainer
 from tests.replicas import WORLD, on_two_processes
 
-SAMPLES, BATCH = 48, 4
 EPOCHS = [
     Phase("head", epochs=1),
     Phase("*", epochs=1, lr_scale={"backbone": 0.5}),
@@ -35,16 +31,6 @@ STEPS = [
     Phase("*", steps=4, lr_scale=2.0),
     Phase("head"),
 ]
-
-
-class Even(Net):
-    """Without dropout, so that one process on the joined batch does the same."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
 
 
 class Manual(Even):
@@ -73,64 +59,13 @@ class HeadOnly(Even):
         return self.make_optimizer(self.head.parameters())
 
 
-class Watch(Callback):
-    """After every transition and at the end: which names differ between ranks, and what has travelled in each step."""
-
-    def __init__(self) -> None:
-        self.differ: list[list[str]] = []
-        self.trains: list[int] = []
-        self.travelled: list[int] = []
-        self._phase = -1
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        schedules = [callback for callback in trainer.callbacks if isinstance(callback, FreezeSchedule)]
-        phase = schedules[0].phase_index if schedules else 0
-        if phase != self._phase:
-            self._phase = phase
-            self.differ.append(differing(dict(pl_module.state_dict())))
-        self.travelled.append(0)
-        self.trains.append(sum(p.numel() * p.element_size() for p in pl_module.parameters() if p.requires_grad))
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.differ.append(differing(dict(pl_module.named_parameters())))
-
-
-def differing(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of tensors that are not the same, to the bit, on all ranks."""
-    found = []
-    for name, tensor in tensors.items():
-        mine = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine)
-        if not all(torch.equal(other, everyone[0]) for other in everyone):
-            found.append(name)
-    return found
-
-
-class Hooked(DDPStrategy):
-    """Registers communication hooks on the CPU too, where Lightning does not, and counts bytes if there is none."""
-
-    watch: Watch | None = None
-
-    def _register_ddp_hooks(self) -> None:
-        def counted(_: Any, bucket: dist.GradBucket) -> Any:
-            if self.watch is not None and self.watch.travelled:
-                self.watch.travelled[-1] += bucket.buffer().numel() * bucket.buffer().element_size()
-            return allreduce_hook(None, bucket)
-
-        # DDP looks at the annotation as an object, which it is not in this file.
-        counted.__annotations__ = {"bucket": dist.GradBucket}
-        hook = self._ddp_comm_hook or counted
-        _register_ddp_comm_hook(self.model, self._ddp_comm_state, hook, self._ddp_comm_wrapper)
-
-
 def power_sgd() -> dict[str, Any]:
     state = PowerSGDState(None, 1, start_powerSGD_iter=2, min_compression_rate=0.5)
     return {"ddp_comm_state": state, "ddp_comm_hook": powerSGD_hook}
 
 
 def post_local_sgd() -> dict[str, Any]:
-    # Each rank is a subgroup of its own: after the start gradients do not travel, and parameters do every third step.
+    # Each rank is a subgroup of its own: after the start gradients do not travel, and parameters do every fifth step.
     alone = [dist.new_group([rank]) for rank in range(WORLD)][dist.get_rank()]
     state = PostLocalSGDState(process_group=None, subgroup=alone, start_localSGD_iter=2)
     return {"ddp_comm_state": state, "ddp_comm_hook": post_localSGD_hook, "model_averaging_period": 5}
@@ -193,11 +128,8 @@ def fit(case: Case, *, ranks: int) -> dict[str, Any]:
         strategy.watch = watch
         options |= {"strategy": strategy, "devices": ranks}
         callbacks.append(watch)
-        loader = DataLoader(Subset(data(SAMPLES), range(dist.get_rank(), SAMPLES, ranks)), batch_size=BATCH)
-    else:
-        loader = DataLoader(data(SAMPLES), batch_size=BATCH * WORLD)
     run = trainer(callbacks=callbacks, **options)
-    run.fit(case.get("wrap", lambda net: net)(net), loader)
+    run.fit(case.get("wrap", lambda net: net)(net), share() if ranks > 1 else whole())
     return {
         "weights": snapshot(net),
         "differ": watch.differ,
