@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_freeze import FreezeSchedule, Phase
 from lightning_freeze.optimizers import HomeGroups
 
-STEPS = 100  # in an epoch
-WARM_UP = 10  # first steps of an epoch that do not count
+STEPS = 60  # in a fit
+WARM_UP = 10  # first steps of a fit that do not count
 
 
 class Many(LightningModule):
@@ -142,7 +142,7 @@ def fit(callback: Callback, tensors: int, epochs: int, steps: int = STEPS) -> La
 
 
 def a_step(callback: Callback, tensors: int) -> float:
-    return statistics.median(fit(callback, tensors, epochs=2).steps)
+    return statistics.median(fit(callback, tensors, epochs=1).steps)
 
 
 def a_transition(callback: Callback, tensors: int, transitions: int) -> float:
