@@ -189,24 +189,21 @@ def main() -> None:
         "FreezeSchedule, lr_scale": scaled,
         "BackboneFinetuning": lambda: BackboneFinetuning(unfreeze_backbone_at_epoch=100),
     }
-    steps: dict[tuple[str, int], list[float]] = {}
-    transitions: dict[tuple[str, int], list[float]] = {}
-    for _ in range(options.repetitions):
-        for size in sizes:
+    for size in sizes:
+        steps: dict[str, list[float]] = {}
+        transitions: dict[str, list[float]] = {}
+        for _ in range(options.repetitions):
             for name, make in step_cases.items():
-                steps.setdefault((name, size), []).append(a_step(make(), size))
+                steps.setdefault(name, []).append(a_step(make(), size))
             for name, scale in {"FreezeSchedule": None, "FreezeSchedule, lr_scale": 0.1}.items():
-                transitions.setdefault((name, size), []).append(a_transition(back_and_forth(scale), size, 8))
+                transitions.setdefault(name, []).append(a_transition(back_and_forth(scale), size, 8))
             if size <= 1_000:  # it compares every parameter with every other one: minutes at 10,000
-                transitions.setdefault(("BackboneFinetuning", size), []).append(
-                    a_transition(BackboneFinetuning(unfreeze_backbone_at_epoch=1), size, transitions=1)
-                )
-    print("a step without a transition, µs")
-    for (name, size), values in sorted(steps.items(), key=lambda item: item[0][1]):
-        print(f"  {size:>6,} tensors  {name:<34}  {spread(values, 1e-6)}")
-    print("\na transition, ms")
-    for (name, size), values in sorted(transitions.items(), key=lambda item: item[0][1]):
-        print(f"  {size:>6,} tensors  {name:<34}  {spread(values, 1e-3)}")
+                rival = BackboneFinetuning(unfreeze_backbone_at_epoch=1)
+                transitions.setdefault("BackboneFinetuning", []).append(a_transition(rival, size, 1))
+        for name, values in steps.items():
+            print(f"{size:>6,} tensors  a step, µs        {name:<33}{spread(values, 1e-6)}")
+        for name, values in transitions.items():
+            print(f"{size:>6,} tensors  a transition, ms  {name:<33}{spread(values, 1e-3)}", flush=True)
 
 
 if __name__ == "__main__":
