@@ -182,7 +182,11 @@ class HomeGroups:
         """Give the optimizer back whole: the user's groups, and that of the adopted parameters."""
         for handle in self._handles:
             handle.remove()
+        groups, shown = self.optimizer.param_groups, self._own + len(self._followers)
+        added = groups[shown:]  # by somebody else: refused as long as the fit is on, but not lost
+        del groups[shown:]
         self._make_whole()
+        groups.extend(added)
         for home in self._homes:
             for parameter in home.params:
                 self._reload(parameter)
@@ -224,6 +228,11 @@ class HomeGroups:
 
     def _make_whole(self) -> None:
         groups = self.optimizer.param_groups
+        if len(groups) > self._own + len(self._followers):
+            raise ValueError(
+                "A group was added to the optimizer during the fit, which FreezeSchedule cannot follow. Give the "
+                "optimizer all parameters in configure_optimizers and let a phase say from when on they train."
+            )
         del groups[len(self._homes) :]
         for group, home in zip(groups, self._homes, strict=False):
             group["params"][:] = home.params

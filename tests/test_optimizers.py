@@ -174,6 +174,19 @@ def test_a_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
     assert float(follower) == pytest.approx(0.6)
 
 
+def test_a_group_that_somebody_adds_is_refused_and_not_lost() -> None:
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)
+    homes = HomeGroups(optimizer, scales=[{id(net[0].bias): 0.5}])
+    homes.apply(0, {id(net[0].weight)})
+    optimizer.add_param_group({"params": list(net[1].parameters())})
+    for act in (lambda: homes.apply(0, set()), optimizer.state_dict):
+        with pytest.raises(ValueError, match="A group was added to the optimizer during the fit"):
+            act()
+    homes.release()
+    assert members(optimizer) == [id(p) for p in net.parameters()]
+
+
 def test_homeless_and_strangers_go_by_identity() -> None:
     one, other = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([one], lr=0.1)

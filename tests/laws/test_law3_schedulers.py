@@ -34,6 +34,13 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     ),
     "ChainedScheduler": lambda o: lrs.ChainedScheduler([lrs.ConstantLR(o, 0.5, 4), lrs.ExponentialLR(o, 0.9)]),
     "SWALR": lambda o: SWALR(o, swa_lr=1e-4, anneal_epochs=4),
+    # torch has no SequentialLR in a SequentialLR
+    "nested": lambda o: lrs.ChainedScheduler(
+        [
+            lrs.SequentialLR(o, [lrs.LinearLR(o, 0.1, total_iters=4), lrs.StepLR(o, 3)], milestones=[4]),
+            lrs.LambdaLR(o, lambda step: 0.99**step),
+        ]
+    ),
 }
 
 
