@@ -135,7 +135,10 @@ _UNKNOWN = (
 
 def _why(use: Use | None) -> tuple[str, str]:
     if use is None:
-        return "The forward never uses it: its module or branch is not called.", "Let it contribute to the loss, freeze it, or remove it."
+        return (
+            "The forward never uses it: its module or branch is not called.",
+            "Let it contribute to the loss, freeze it, or remove it.",
+        )
     if use.linked and use.cut:
         return (
             f"The forward uses it ({use.linked}), but what comes of it is cut off from the loss: {use.cut}.",

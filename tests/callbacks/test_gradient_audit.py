@@ -6,7 +6,7 @@ import copy
 import itertools
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ def parameters(net: nn.Module, prefix: str) -> set[str]:
 
 def statistics(net: nn.Module, prefix: str) -> set[str]:
     return {name for name, _ in net.named_buffers() if name.startswith(prefix)}
+
+
+def swept(cases: Iterable[tuple[Any, ...]], sample: Callable[..., bool]) -> list[Any]:
+    """Give cases for a test, those outside of the sample under the marker ``slow``."""
+    return [pytest.param(*case, marks=() if sample(*case) else pytest.mark.slow) for case in cases]
 
 
 class Hooked(Net):
@@ -131,9 +136,13 @@ SCHEDULES: dict[str, Callable[[], list[Callback]]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("first", [True, False], ids=["audit first", "audit last"])
+@pytest.mark.parametrize(
+    ("schedule", "options", "first"),
+    swept(
+        itertools.product(SCHEDULES, OPTIONS, [True, False]),
+        lambda schedule, options, first: options == "plain" or (schedule.startswith("by steps") and not first),
+    ),
+)
 def test_a_clean_fit_has_no_finding(schedule: str, options: str, first: bool) -> None:
     others = SCHEDULES[schedule]()
     audit = GradientAudit(on_violation="raise")
@@ -159,9 +168,13 @@ def test_flags_that_the_user_switches_are_followed(every: int) -> None:
     assert found(fit(net, audit=GradientAudit(every_n_epochs=every, first_n_steps=1), max_epochs=9)) == {}
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 7])
-@pytest.mark.parametrize("moment", ["batch start", "batch end", "epoch start"])
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "moment", "every"),
+    swept(
+        itertools.product([1, 2, 5, 7], ["batch start", "batch end", "epoch start"], [1, 3]),
+        lambda batch, moment, every: every == 1 and batch in (1, 5),
+    ),
+)
 def test_what_thaws_in_the_midst_is_followed(batch: int, moment: str, every: int) -> None:
     net = Hooked(lambda net: net.neck.requires_grad_(True), moment, batch)
     net.neck.requires_grad_(False)
@@ -366,13 +379,18 @@ WRITES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("write", WRITES)
+MOMENTS = [
+    *(("batch start", 1), ("after backward", 0), ("batch end", 0), ("batch end", 4), ("after backward", 5)),
+    *(("epoch end", None), ("epoch start", 5), ("batch start", 9), ("validation end", None)),
+]
+
+
 @pytest.mark.parametrize(
-    ("moment", "batch"),
-    [
-        *(("batch start", 1), ("after backward", 0), ("batch end", 0), ("batch end", 4), ("after backward", 5)),
-        *(("epoch end", None), ("epoch start", 5), ("batch start", 9), ("validation end", None)),
-    ],
+    ("write", "moment", "batch"),
+    swept(
+        ((write, *moment) for write in WRITES for moment in MOMENTS),
+        lambda write, moment, batch: write == "data" or (moment, batch) == ("batch end", 0),
+    ),
 )
 def test_a_frozen_parameter_that_is_moved_by_hand(write: str, moment: str, batch: int | None) -> None:
     net = Hooked(WRITES[write], moment, batch)
