@@ -1,8 +1,8 @@
 """Find four mistakes that train without an error, and show that the mended module has none.
 
 The network learns handwritten digits, which come with scikit-learn: nothing is downloaded. Each mistake is one that
-people make: losses kept in a list, a ``detach`` too many, a part that the optimizer was not given, and a backbone that is
-frozen while its BatchNorm goes on to learn. The training is no different with the audit; it only looks.
+people make: losses kept in a list, a ``detach`` too many, a part that the optimizer was not given, and a frozen
+backbone whose BatchNorm goes on to learn. The training is no different with the audit; it only looks.
 
 Run it with ``python examples/audit.py``; it ends with what was found, and with what is left after the mends.
 """

@@ -464,6 +464,7 @@ class _Step:
         self.stepped: set[int] = set()
         self.received = Received(parameters)
         self._parameters, self._optimizers = parameters, optimizers
+        self._trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
         self._handles: list[RemovableHandle] = [
             optimizer.register_step_pre_hook(self._without_closure)
             for optimizer in optimizers
@@ -471,8 +472,9 @@ class _Step:
         ]
 
     def note_flags(self) -> None:
-        """Note what requires grad inside the step; a GAN may switch it there."""
-        self.switched |= {name for name, parameter in self._parameters.items() if parameter.requires_grad}
+        """Note what requires grad only inside the step; a GAN may switch it there."""
+        requires = {name for name, parameter in self._parameters.items() if parameter.requires_grad}
+        self.switched |= requires - self._trainable
         self.received.follow()
 
     def note_stepping(self, optimizer: Optimizer) -> None:

@@ -1,0 +1,29 @@
+"""The example runs as a script, finds its four mistakes, and has none left after the mends."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_it_finds_all_four_and_none_after_the_mends(tmp_path: Path) -> None:
+    environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "audit.py"), "--epochs", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    before, after = done.stdout.split("After the mends:")
+    assert "audit: 10 findings" in before
+    for where, what in [
+        ("backbone.1.running_mean", "running statistics of a frozen BatchNorm that moved"),
+        ("gate.weight", "trainable, but it gets no gradient"),
+        ("self.losses[0]", "keeps a graph alive between steps"),
+        ("temperature", "trainable, but in no optimizer"),
+    ]:
+        assert any(where in line and what[:20] in line for line in before.splitlines()), where
+    assert ".detach() at examples/audit.py:" in " ".join(before.replace("│", " ").split())
+    assert "audit: no finding in" in after
+    assert not list(tmp_path.iterdir())
