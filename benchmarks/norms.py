@@ -1,8 +1,8 @@
 """Gradient norms: how many times faster than the two ways that people have today.
 
 Beside each other in one run, interleaved, so that whatever else the machine does hits all of them: `gradient_norms` of
-this package, `lightning.pytorch.utilities.grad_norm`, and the loop with `.item()` that people write. Prints the ratio of
-each alternative's time to ours: minimum, median and maximum over the repetitions.
+this package, `lightning.pytorch.utilities.grad_norm`, and the loop with `.item()` that people write. Prints the ratio
+of each alternative's time to ours: minimum, median and maximum over the repetitions.
 
 Run it with `python -m benchmarks.norms`, on a GPU with `--device cuda`.
 """
