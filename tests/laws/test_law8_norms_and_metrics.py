@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_freeze import MetricLogger, NormLogger
+import lightning_freeze
+from lightning_freeze import FreezeBatchNorm, FreezeSchedule, MetricLogger, NormLogger, Phase, TargetNetwork
 from tests.nets import Net, Probe, adamw, data, loader, same, sgd, snapshot, trainer
 from tests.replicas import on_two_processes
 
@@ -160,10 +162,48 @@ def living(callbacks: list[Callback], make: Callable[[], LightningModule] = Obse
 
 @pytest.mark.parametrize("make", [Observed, lambda: Manual(optimizer=sgd)], ids=["automatic", "manual"])
 def test_no_tensor_keeps_a_graph_and_none_is_hoarded(make: Callable[[], LightningModule]) -> None:
+    elsewhere = nn.Parameter(torch.ones(1)) * 2  # what other tests have left alive does not count
     metrics = MetricLogger({"acc": tm.MulticlassAccuracy(3)})
     counts = living([NormLogger(every_n_steps=1, per="parameter"), metrics], make)[2:]
+    assert elsewhere.grad_fn is not None
     assert {graphs for _, graphs in counts} == {0}
     assert len({tensors for tensors, _ in counts}) == 1
+
+
+class Followed(Observed):
+    """With a target network, which its loss looks at."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.target = copy.deepcopy(self.backbone)
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        outputs = super().training_step(batch, batch_idx)
+        outputs["loss"] = outputs["loss"] + nn.functional.mse_loss(self.backbone(batch[0]), self.target(batch[0]))
+        return outputs
+
+
+def everything() -> list[Callback]:
+    audit = [getattr(lightning_freeze, name)() for name in ("GradientAudit",) if name in lightning_freeze.__all__]
+    phases = [Phase("head", steps=2), Phase("*", lr_scale={"backbone": 0.1})]
+    return [
+        *(FreezeSchedule(phases, verbose=False), FreezeBatchNorm("backbone.1"), NormLogger(every_n_steps=1)),
+        *(MetricLogger({"acc": tm.MulticlassAccuracy(3)}), TargetNetwork("backbone", "target", tau=0.1)),
+        *audit,
+    ]
+
+
+def test_with_everything_on_the_number_of_tensors_stays_the_same() -> None:
+    """Looked at when all optimizer state is there, at every step of three epochs with validation between them."""
+    probe = LivingTensors()
+    run = trainer(callbacks=[*everything(), probe], max_epochs=5, check_val_every_n_epoch=2)
+    run.fit(Followed(), loader(), loader(8))
+    counts = probe.counts[12:]
+    assert len(counts) == 18
+    assert {graphs for _, graphs in counts} == {0}
+    at_step = [{tensors for tensors, _ in counts[step::6]} for step in range(6)]
+    assert all(len(numbers) == 1 for numbers in at_step), at_step
+    assert len(set.union(*at_step[1:])) == 1  # the first batch of an epoch has no outputs of another before it
 
 
 def test_a_kept_graph_would_show() -> None:
