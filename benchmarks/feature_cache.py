@@ -3,7 +3,8 @@
 Side by side in one run, interleaved, so that whatever else the machine does hits all of them: training epochs without a
 cache, the first and the later epochs with one, epochs on features that were extracted by hand before (the limit: what
 people leave their training code for), and epochs with random augmentation, where nothing ever comes back, with the
-cache and without: the cache tries that for two epochs, then it is off. Ratios are minimum / median / maximum over the rounds.
+cache and without: the cache tries that for two epochs, then it is off. Ratios are minimum / median / maximum over the
+rounds.
 
 Run it with `python -m benchmarks.feature_cache`; `--nets resnet18 --rounds 10` looks closer at one network.
 """

@@ -85,7 +85,11 @@ class Conditions:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
         layers = list(dict.fromkeys(layer for module in modules for layer in module.modules()))
-        self._dicts: list[dict[str, Any]] = [d for layer in layers for d in (layer._parameters, layer._buffers, layer._modules)]
+        self._dicts: list[dict[str, Any]] = [
+            d for layer in layers for d in (layer._parameters, layer._buffers, layer._modules)
+        ]
+        self._empty = [d for d in self._dicts if not d]
+        self._dicts = [d for d in self._dicts if d]
         self._objects = self._gather()
         self._hooks = [d for layer in layers for d in (layer._forward_hooks, layer._forward_pre_hooks)]
         self._mode_readers = list(dict.fromkeys(chain.from_iterable(map(_mode_readers, modules))))
@@ -94,7 +98,8 @@ class Conditions:
     def hold(self) -> bool:
         """Whether every parameter, buffer and module is the object it was."""
         objects = self._gather()
-        return len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
+        same = len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
+        return same and not any(self._empty)
 
     def trains(self) -> tuple[bool, ...]:
         """Give for each module whether one of its parameters requires grad."""

@@ -22,7 +22,8 @@ from lightning_freeze.features import Bytes
 
 Slots: TypeAlias = NDArray[np.int64]
 
-_FIRST_BLOCK = 256
+_FIRST_BLOCK = 4 << 20  # bytes, within bounds that keep rows from being many blocks or one block from being large
+_FEWEST_ROWS, _MOST_ROWS = 8, 4096
 _GROWTH = 4
 _ZEROS = 1 << 20
 _MARK = "lightning-freeze-features"
@@ -194,8 +195,9 @@ class Shelf:
         """Make room for one more row if there is none."""
         if self._next < self._end:
             return True
-        rows = min(_FIRST_BLOCK * _GROWTH ** min(len(self._blocks), 8), self._budget.left // self._each)
-        if self._journal is None:
+        first = min(max(_FIRST_BLOCK // self._each, _FEWEST_ROWS), _MOST_ROWS)
+        rows = min(first * _GROWTH ** min(len(self._blocks), 8), self._budget.left // self._each)
+        if rows > 0 and self._journal is None:
             rows = min(rows, available_memory() // 2 // self._each)
         if rows < 1:
             return False
@@ -352,7 +354,7 @@ def available_memory() -> int:
     if meminfo.exists():
         lines = meminfo.read_text().splitlines()
         limits += [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable")]
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
+    elif "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()):
         limits.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2)
     group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # no container, or one without a limit

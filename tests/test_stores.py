@@ -38,7 +38,8 @@ def shelf_in(path: Path, rank: int = 0, limit: int = 10**7) -> tuple[Shelf, Fold
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_rows_come_back_over_many_blocks(on_disk: bool, tmp_path: Path) -> None:
+def test_rows_come_back_over_many_blocks(on_disk: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_freeze.stores._FIRST_BLOCK", 5000)
     keys, content = rows(3000)
     shelf = shelf_in(tmp_path / "s")[0] if on_disk else Shelf(LENGTH, Budget(10**7))
     for start in range(0, 3000, 700):
@@ -84,7 +85,8 @@ def _with_mark(keys: list[bytes], content: Bytes) -> tuple[list[bytes], int, Byt
     return keys, 5, content
 
 
-def test_a_folder_survives(tmp_path: Path) -> None:
+def test_a_folder_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_freeze.stores._FIRST_BLOCK", 5000)
     keys, content = rows(600)
     for part in (slice(0, 250), slice(250, 600)):
         shelf, folder = shelf_in(tmp_path / "s")

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from efficientnet_lite_pytorch import EfficientNet
+from torch import nn
+
+from lightning_freeze.frozen_state import Conditions, Weights, structure_text, why_not_reusable
+
+
+def frozen(net: nn.Module, training: bool = False) -> nn.Module:
+    return net.requires_grad_(False).train(training)
+
+
+@pytest.mark.parametrize(
+    ("make", "in_train"),
+    [
+        (lambda: torchvision.models.resnet18(), r"net.bn1 \(BatchNorm2d\) is in train mode"),
+        (lambda: torchvision.models.squeezenet1_1(), r"net.classifier.0 \(Dropout, p=0.5\)"),
+        (lambda: nn.Sequential(torchvision.ops.StochasticDepth(0.2, "row")), r"\(StochasticDepth, p="),
+        (lambda: timm.create_model("vit_tiny_patch16_224", img_size=32, drop_path_rate=0.2), r"\(DropPath, drop_prob="),
+        (lambda: EfficientNet.from_name("efficientnet-lite0"), r"BatchNorm2d\) is in train mode"),
+        (lambda: nn.LSTM(3, 4, 2, dropout=0.3), r"net \(LSTM, dropout=0.3\)"),
+        (lambda: nn.InstanceNorm2d(3, track_running_stats=True), r"running statistics move"),
+    ],
+)
+def test_real_networks_in_train_mode_say_which_layer_forbids_it(make: Any, in_train: str) -> None:
+    net = frozen(make())
+    assert why_not_reusable("net", net) is None
+    with pytest.raises(AssertionError, match=in_train):
+        raise AssertionError(why_not_reusable("net", net.train()))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LayerNorm(3), lambda: nn.GroupNorm(1, 3), lambda: nn.InstanceNorm2d(3)])
+def test_norms_of_one_sample_may_be_in_train_mode(make: Any) -> None:
+    assert why_not_reusable("net", frozen(make(), training=True)) is None
+
+
+def test_dropout_of_nothing_may_be_in_train_mode() -> None:
+    assert why_not_reusable("net", nn.Sequential(nn.Dropout(0.0)).train()) is None
+
+
+def test_conditions_see_what_counts_and_only_that() -> None:
+    net = frozen(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout()))
+    conditions = Conditions([net])
+    modes = conditions.modes()
+    net.training = True
+    net[0].training = True
+    assert conditions.modes() == modes  # neither reads it
+    net[2].training = True
+    assert conditions.modes() != modes
+    assert conditions.trains() == (False,)
+    net[1].weight.requires_grad_(True)
+    assert conditions.trains() == (True,)
+    assert conditions.hold()
+    net[1].bias = nn.Parameter(net[1].bias.detach().clone())
+    assert not conditions.hold()
+
+
+def test_fingerprints_are_those_of_the_content() -> None:
+    torch.manual_seed(0)
+    one, other = nn.Linear(3, 4), nn.Linear(3, 4)
+    assert Weights([one]).fingerprint() != Weights([other]).fingerprint()
+    other.load_state_dict(one.state_dict())
+    assert Weights([one]).fingerprint() == Weights([other]).fingerprint()
+    with torch.no_grad():
+        other.bias[2] = torch.nextafter(other.bias[2], torch.tensor(9.0))
+    assert Weights([one]).fingerprint() != Weights([other]).fingerprint()
+
+
+def test_structure_tells_settings_apart() -> None:
+    texts = {structure_text([net]) for net in (nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Dropout(0.1), nn.Dropout(0.2))}
+    assert len(texts) == 5
