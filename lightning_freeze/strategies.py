@@ -30,7 +30,7 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.algorithms.model_averaging.utils import average_parameters
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -96,9 +96,8 @@ def reshard(module: nn.Module) -> None:
 class CheckpointsByName:
     """Keeps optimizers whole while FSDP saves or loads their states, which it does by the names of their parameters.
 
-    Those functions of torch look at the groups of the optimizer before and after its own ``state_dict()``, and when they
-    load, only at parameters that require grad. So both are set for the time of the call. Other strategies are left
-    alone.
+    Those functions of torch look at the optimizer's groups also outside its own ``state_dict()``, and when they load,
+    only at parameters that require grad. So both are set for the time of the call. Other strategies are left alone.
 
     Args:
         strategy: Any strategy; a method or two of this one object are covered until :meth:`release`.
@@ -116,8 +115,7 @@ class CheckpointsByName:
         self._whole = whole
         self._parameters = parameters
         if self._strategy is not None:
-            self._strategy.optimizer_state = self._optimizer_state
-            self._strategy.load_checkpoint = self._load_checkpoint
+            vars(self._strategy).update(optimizer_state=self._optimizer_state, load_checkpoint=self._load_checkpoint)
 
     def release(self) -> None:
         """Uncover the strategy's own methods."""

@@ -120,16 +120,14 @@ def fit(
 
 
 def resumed(case: dict[str, Any], folder: Path) -> list[tuple[str, list[str]]]:
-    """Stop at some steps of every phase and resume: what differs from the uninterrupted run."""
+    """Stop in mid-epoch in several phases and resume: what differs from the uninterrupted run."""
     saver = ModelCheckpoint(
-        folder, filename="{step}", save_top_k=-1, every_n_train_steps=2, save_on_train_epoch_end=False
+        folder, filename="{step}", save_top_k=-1, every_n_train_steps=5, save_on_train_epoch_end=False
     )
     through = fit(case, ranks=WORLD, saver=saver)
     dist.barrier()
     found = []
     for stop in sorted(folder.iterdir()):
-        if int(stop.stem.split("=")[1]) % 6 == 0:
-            continue  # Lightning skips an epoch if it resumes from the end of an epoch's last batch
         again = fit(case, ranks=WORLD, resume=stop)
         keys = ("weights", "state", "groups", "history")
         found.append((stop.name, [key for key in keys if not same(again[key], through[key])]))
@@ -164,7 +162,8 @@ def test_equal_to_one_process_on_the_joined_batch(on_two: Any, name: str) -> Non
 @pytest.mark.parametrize("name", CASES)
 def test_the_optimizer_holds_what_trains_and_that_gets_gradients(on_two: Any, name: str) -> None:
     for rank in on_two:
-        assert {index for index, *_ in rank[name]["seen"]} == set(range(len(PHASES)))
+        assert {index for index, *_ in rank[name]["seen"]} == {index for *_, index in rank[name]["history"]}
+        assert len(rank[name]["history"]) >= 4
         for _, held, trains, all_have_gradients in rank[name]["seen"]:
             assert held == trains
             assert all_have_gradients
@@ -183,5 +182,5 @@ def test_replicas_hold_the_same_and_nothing_stays_behind(on_two: Any, name: str)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "options" not in case])
 def test_resume_is_exact(on_two: Any, name: str) -> None:
     for rank in on_two:
-        assert len(rank[name]["resumed"]) == 8
+        assert len(rank[name]["resumed"]) == 4
         assert [found for found in rank[name]["resumed"] if found[1]] == []
