@@ -8,7 +8,8 @@ was frozen.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,6 +110,7 @@ class HomeGroups:
         self.optimizer = optimizer
         self._schedulers = schedulers
         self._policy = optimizer_state
+        self._stays_whole = False
         self._own = len(optimizer.param_groups)
         self._homes = [
             _Home(list(group["params"]), list(group["param_names"]) if "param_names" in group else None)
@@ -178,6 +180,17 @@ class HomeGroups:
                 else:
                     mine[key] = wanted
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Show everything for the time of the context, for those who name parameters around a ``state_dict()``."""
+        self._make_whole()
+        self._stays_whole = True
+        try:
+            yield
+        finally:
+            self._stays_whole = False
+            self._show()
+
     def release(self) -> None:
         """Give the optimizer back whole: the user's groups, and that of the adopted parameters."""
         for handle in self._handles:
@@ -240,6 +253,8 @@ class HomeGroups:
                 group["param_names"] = list(home.names)
 
     def _show(self) -> None:
+        if self._stays_whole:
+            return
         groups = self.optimizer.param_groups
         for position, follower in enumerate(self._followers, self._own):
             if position < len(groups):

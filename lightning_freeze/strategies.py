@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +30,10 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.algorithms.model_averaging.utils import average_parameters
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStrategy)
 _UNSUPPORTED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
@@ -75,6 +80,88 @@ def follow_trainable_set(strategy: Strategy, froze: Iterable[nn.Parameter] = ())
     if isinstance(averager, PeriodicModelAverager) and averager.step > averager.warmup_steps and frozen:
         average_parameters(iter(frozen), averager.process_group)
     _rebuild_ddp(strategy, strategy.model)
+
+
+def reshard(module: nn.Module) -> None:
+    """Free what FSDP2 has gathered, so that a module's parameters are the sharded ones, always the same objects.
+
+    After a step with frozen parameters FSDP2 leaves them gathered: tensors that it will throw away, and in which it
+    does not look for flags.
+    """
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
+
+
+class CheckpointsByName:
+    """Keeps optimizers whole while FSDP saves or loads their states, which it does by the names of their parameters.
+
+    Those functions of torch look at the optimizer's groups also outside its own ``state_dict()``, and when they load,
+    only at parameters that require grad. So both are set for the time of the call. Other strategies are left alone.
+
+    Args:
+        strategy: Any strategy; a method or two of this one object are covered until :meth:`release`.
+        whole: Gives, for the time of the context, every optimizer with all the parameters the user gave it.
+        parameters: All parameters of the module, by name.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        whole: Callable[[], AbstractContextManager[None]],
+        parameters: Mapping[str, nn.Parameter],
+    ) -> None:
+        self._strategy: Any = strategy if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) else None
+        self._whole = whole
+        self._parameters = parameters
+        if self._strategy is not None:
+            vars(self._strategy).update(optimizer_state=self._optimizer_state, load_checkpoint=self._load_checkpoint)
+
+    def release(self) -> None:
+        """Uncover the strategy's own methods."""
+        if self._strategy is not None:
+            for name in ("optimizer_state", "load_checkpoint"):
+                self._strategy.__dict__.pop(name, None)
+
+    def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        reshard(self._strategy.lightning_module)
+        with self._whole():
+            state: dict[str, Any] = type(self._strategy).optimizer_state(self._strategy, optimizer)
+        return state
+
+    def _load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        reshard(self._strategy.lightning_module)
+        flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
+        have_state = _names_with_state(Path(self._strategy.broadcast(checkpoint_path)), self._parameters)
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(
+                    name in have_state and (parameter.is_floating_point() or parameter.is_complex())
+                )
+            with self._whole():
+                checkpoint: dict[str, Any] = type(self._strategy).load_checkpoint(
+                    self._strategy, checkpoint_path, *args, **kwargs
+                )
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(flags[name])
+        return checkpoint
+
+
+def _names_with_state(path: Path, parameters: Mapping[str, nn.Parameter]) -> set[str]:
+    """Give the parameters of which a checkpoint has optimizer state; all if that is not to be seen."""
+    if path.is_dir():
+        keys = FileSystemReader(path).read_metadata().state_dict_metadata
+        stated = {match[1] for key in keys if (match := re.fullmatch(r"optimizer_\d+\.state\.(.+)\.\w+", key))}
+    else:
+        saved = torch.load(path, mmap=True, map_location="cpu", weights_only=False)["optimizer_states"]
+        stated = set()
+        for state in saved:
+            stated |= set(state["state"])
+        if any(isinstance(key, int) for key in stated):  # numbered as the module's parameters are
+            names = list(parameters)
+            stated = {names[key] if isinstance(key, int) else key for key in stated}
+    return stated & set(parameters) if stated else set()
 
 
 def _rebuild_ddp(strategy: DDPStrategy, old: DistributedDataParallel) -> None:

@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -35,11 +36,13 @@ from lightning_freeze.preview import plot_schedule, preview_table
 from lightning_freeze.schedulers import own_state
 from lightning_freeze.selectors import named_unique_parameters
 from lightning_freeze.strategies import (
+    CheckpointsByName,
     check_agreement,
     check_strategy,
     follow_trainable_set,
     mean_over_ranks,
     only_true,
+    reshard,
 )
 from lightning_freeze.tables import Table
 
@@ -349,6 +352,7 @@ class FreezeSchedule(Callback):
             phase=self.phase_index,
             trains=[(name, tuple(p.shape)) for name, p in self._fit.trains[self.phase_index].items()],
         )
+        reshard(pl_module)
         held = held_affine(pl_module)
         trains = {id(p) for p in self._fit.trains[self.phase_index].values() if id(p) not in held}
         if not trains:
@@ -373,6 +377,8 @@ class FreezeSchedule(Callback):
         fit, self._fit = self._fit, None
         if fit is None:
             return
+        fit.checkpoints.release()
+        reshard(pl_module)
         for homes in fit.homes:
             homes.release()
         release_eval(pl_module, _HOLDER)
@@ -505,6 +511,7 @@ class _Fit:
     homes: list[HomeGroups]
     kept: dict[int, str]
     kept_modules: set[nn.Module]
+    checkpoints: CheckpointsByName
 
     @property
     def total(self) -> int:
@@ -513,6 +520,7 @@ class _Fit:
 
 def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningModule) -> _Fit:
     """Resolve every phase, so that each error comes now, then take over the optimizers."""
+    reshard(pl_module)
     parameters = named_unique_parameters(pl_module)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     keepers = [callback for callback in callbacks if isinstance(callback, KeepsFrozen)]
@@ -555,7 +563,16 @@ def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningM
     ]
     held = held_affine(pl_module)
     flags = [(p, p.requires_grad) for p in parameters.values() if id(p) not in held and id(p) not in kept]
-    return _Fit(parameters, trains, flags, homes, kept, kept_modules)
+
+    @contextmanager
+    def whole() -> Iterator[None]:
+        with ExitStack() as stack:
+            for home in homes:
+                stack.enter_context(home.whole())
+            yield
+
+    checkpoints = CheckpointsByName(trainer.strategy, whole, parameters)
+    return _Fit(parameters, trains, flags, homes, kept, kept_modules, checkpoints)
 
 
 def _steps_per_epoch(trainer: Trainer) -> float | None:
