@@ -69,7 +69,7 @@ class CompareReplicas(Callback):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--samples", type=int, help="train on so many digits only")
+    parser.add_argument("--samples", type=int, help="train and validate on so many digits only")
     parser.add_argument("--size", type=int, default=64, help="height and width of the images in pixels")
     parser.add_argument("--batch-size", type=int, default=32, help="of all processes together")
     parser.add_argument("--seed", type=int, default=0)
@@ -80,7 +80,7 @@ def main() -> None:
     seed_everything(args.seed, verbose=False)
     train, val = digits(args.size, args.batch_size // (per_node * nodes))
     if args.samples is not None:
-        train = first(args.samples, train)
+        train, val = first(args.samples, train, shuffle=True, drop_last=True), first(args.samples, val)
     model = Classifier()
     schedule = FreezeSchedule(PHASES)
     record, replicas = Record(schedule), CompareReplicas(schedule)
@@ -106,10 +106,9 @@ def main() -> None:
     sys.exit(not all(replicas.identical.values()))
 
 
-def first(samples: int, loader: DataLoader[Any]) -> DataLoader[Any]:
+def first(samples: int, loader: DataLoader[Any], **options: bool) -> DataLoader[Any]:
     """Give a loader of the first samples only."""
-    subset = Subset(loader.dataset, range(min(samples, len(loader.dataset))))
-    return DataLoader(subset, loader.batch_size, shuffle=True, drop_last=True)
+    return DataLoader(Subset(loader.dataset, range(min(samples, len(loader.dataset)))), loader.batch_size, **options)
 
 
 if __name__ == "__main__":
