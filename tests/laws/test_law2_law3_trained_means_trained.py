@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_freeze import FreezeSchedule, Phase
+from lightning_freeze import FreezeSchedule, Phase, Plateau
 from lightning_freeze.optimizers import HomeGroups
 from tests.nets import Net, Probe, adamw, loader, members, sgd, trainer
 
@@ -46,6 +46,7 @@ def head_only(params: Any) -> torch.optim.Optimizer:
     optimizer=st.sampled_from([adamw, sgd, named_sgd, two_groups, head_only]),
     accumulate=st.sampled_from([1, 3]),
 )
+@example(phases=[(["head"], 2, None), (["neck", "backbone.1"], 3, 0.5)], optimizer=head_only, accumulate=1)
 def test_at_every_step_of_any_schedule(phases: Any, optimizer: Any, accumulate: int) -> None:
     built = [Phase(train, steps=steps, lr_scale=scale) for train, steps, scale in phases]
     schedule = FreezeSchedule(built, verbose=False)
@@ -92,6 +93,16 @@ def test_order_and_membership_survive_equal_values() -> None:
     for chosen in ([2], [0, 2], [1], [0, 1, 2]):
         homes.apply(0, {id(net[index].weight) for index in chosen})
         assert members(optimizer) == [id(net[index].weight) for index in chosen]
+
+
+def test_a_plateau_seen_inside_an_accumulation_window_waits_for_its_end() -> None:
+    schedule = FreezeSchedule([Phase("head", until=Plateau("val_loss", patience=1, min_delta=9.0)), Phase("*")])
+    seen = []
+    probe = Probe(lambda trainer, _: seen.append((trainer.global_step, schedule.phase_index)))
+    options = {"accumulate_grad_batches": 4, "val_check_interval": 3}
+    trainer(callbacks=[schedule, probe], max_epochs=1, **options).fit(Net(), loader(48), loader())
+    # Validation runs after batches 3, 6 and 9; the second look ends the phase, and the window then ends at batch 8.
+    assert seen == [(step, int(step >= 2)) for step in range(3) for _ in range(4)]
 
 
 def test_a_step_phase_begins_between_optimizer_steps_only() -> None:

@@ -19,11 +19,11 @@ from tests.nets import Net, loader, moved, snapshot, trainer
 class Stopping(Net):
     """Raises in its third epoch, in the middle of a phase that freezes."""
 
-    error: BaseException | None = None
+    error: type[BaseException] | None = None
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         if self.error is not None and self.current_epoch == 2 and batch_idx == 3:
-            raise self.error
+            raise self.error("in mid-epoch")
         return super().training_step(batch, batch_idx)
 
 
@@ -45,9 +45,9 @@ def anatomy(net: nn.Module) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("mode", ["batchnorm", "eval"])
-@pytest.mark.parametrize("error", [None, RuntimeError("lost"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("by_hand", [False, True], ids=["all trainable", "partly frozen by hand"])
-def test_as_it_was(error: BaseException | None, mode: Any, by_hand: bool) -> None:
+def test_as_it_was(error: type[BaseException] | None, mode: Any, by_hand: bool) -> None:
     net = Stopping()
     if by_hand:
         net.neck.requires_grad_(False)
@@ -58,7 +58,7 @@ def test_as_it_was(error: BaseException | None, mode: Any, by_hand: bool) -> Non
     if error is None:
         run.fit(net, loader(), loader())
     else:
-        with pytest.raises(SystemExit if isinstance(error, KeyboardInterrupt) else RuntimeError):
+        with pytest.raises(SystemExit if error is KeyboardInterrupt else RuntimeError):
             run.fit(net, loader(), loader())
     assert anatomy(net) == before
     for optimizer in run.optimizers:
