@@ -194,16 +194,15 @@ def everything() -> list[Callback]:
 
 
 def test_with_everything_on_the_number_of_tensors_stays_the_same() -> None:
-    """Looked at when all optimizer state is there, at every step of three epochs with validation between them."""
+    """Looked at when all optimizer state is there, at the steps of three epochs with validation between them."""
     probe = LivingTensors()
     run = trainer(callbacks=[*everything(), probe], max_epochs=5, check_val_every_n_epoch=2)
     run.fit(Followed(), loader(), loader(8))
     counts = probe.counts[12:]
     assert len(counts) == 18
     assert {graphs for _, graphs in counts} == {0}
-    at_step = [{tensors for tensors, _ in counts[step::6]} for step in range(6)]
-    assert all(len(numbers) == 1 for numbers in at_step), at_step
-    assert len(set.union(*at_step[1:])) == 1  # the first batch of an epoch has no outputs of another before it
+    # Not the first ones: before some of them validation has run, before others not.
+    assert len({tensors for step, (tensors, _) in enumerate(counts) if step % 6}) == 1
 
 
 def test_a_kept_graph_would_show() -> None:
