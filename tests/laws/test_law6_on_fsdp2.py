@@ -33,6 +33,8 @@ PHASES = [
 class Units(Even):
     """Sharded in units of three layers and the rest."""
 
+    frees = True  # what a unit has gathered, after its forward
+
     def configure_model(self) -> None:
         if (
             not isinstance(self, FSDPModule)
@@ -41,7 +43,11 @@ class Units(Even):
         ):
             mesh = self.device_mesh["data_parallel"]
             for unit in (self.backbone[0], self.neck, self.head, self):
-                fully_shard(unit, mesh=mesh)
+                fully_shard(unit, mesh=mesh, reshard_after_forward=self.frees)
+
+
+class Keeping(Units):
+    frees = False
 
 
 class HeadOnly(Units):
@@ -54,6 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sgd, clipped by norm": {"optimizer": sgd, "options": {"gradient_clip_val": 0.05}},
     "accumulated": {"options": {"accumulate_grad_batches": 2}},
     "adopted": {"net": HeadOnly},
+    "kept gathered": {"net": Keeping},
     "state dropped": {"state": "drop"},
     "state offloaded": {"state": "offload"},
     "adamw, in one file": {"in_one_file": True},
