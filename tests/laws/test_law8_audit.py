@@ -117,7 +117,7 @@ def both_ways() -> dict[str, Any]:
             strategy = "ddp_find_unused_parameters_true"
             options = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
             results[f"{phases}, {label}"] = fit(SETUPS["sgd"][0], options, PHASES[phases], audit, loaders)
-            results[f"{phases}, findings"] = [one.of("no_gradient") for one in audit]
+            results[f"{phases}, findings"] = [one.report.of("no_gradient") for one in audit]
     return results
 
 
