@@ -93,7 +93,7 @@ def gradient_norms(module: nn.Module, per: Per = "total") -> dict[str, float]:
     """
     parameters = named_unique_parameters(module)
     (norms,) = read([measure(gradients({name: p for name, p in parameters.items() if p.requires_grad}))])
-    return spread(norms, per, module_of(parameters))
+    return spread(norms, per, module_of(parameters) if per == "module" else {})
 
 
 def trained_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
