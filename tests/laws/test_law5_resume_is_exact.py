@@ -163,6 +163,22 @@ def test_in_other_precisions(tmp_path: Path, precision: Any) -> None:
     assert check_every_stop(tmp_path, schedule, setup, every, max_epochs=3, precision=precision) >= 6
 
 
+class LogsLate(SeededNet):
+    """Logs in a hook that comes after all callbacks have seen the epoch's end, but before it is saved."""
+
+    def on_train_epoch_end(self) -> None:
+        self.log("late", 1.0)
+
+
+def test_with_a_metric_logged_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    def schedule() -> FreezeSchedule:
+        phases = [Phase("head", until=Plateau("late", patience=1)), Phase("*", until=Plateau("late", patience=1))]
+        return FreezeSchedule([*phases, Phase("neck")], verbose=False)
+
+    every = {"save_on_train_epoch_end": True}
+    assert check_every_stop(tmp_path, schedule, {"net": LogsLate}, every, max_epochs=5) == 5
+
+
 class Duel(SeededNet):
     """Two optimizers in manual optimization, each with a scheduler."""
 

@@ -107,7 +107,7 @@ def test_the_callback_does_not_keep_the_model_alive() -> None:
     schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")])
     run = trainer(callbacks=[schedule], max_epochs=2)
     run.fit(net, loader(), loader())
-    watch = weakref.ref(net.backbone)
+    watches = [weakref.ref(net.backbone), weakref.ref(net.head.weight)]
     del net, run, schedule.log, schedule.log_dict  # Lightning lends every callback the model's log functions
     gc.collect()
-    assert watch() is None
+    assert [watch() for watch in watches] == [None, None]
