@@ -24,6 +24,7 @@ def test_it_finds_all_four_and_none_after_the_mends(tmp_path: Path) -> None:
         ("temperature", "trainable, but in no optimizer"),
     ]:
         assert any(where in line and what[:20] in line for line in before.splitlines()), where
-    assert ".detach() at examples/audit.py:" in " ".join(before.replace("│", " ").split())
+    assert ".detach() at" in before
+    assert "examples/audit.py:" in before
     assert "audit: no finding in" in after
     assert not list(tmp_path.iterdir())
