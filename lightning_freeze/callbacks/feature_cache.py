@@ -115,7 +115,7 @@ class FeatureCache(Callback):
         return self._stats
 
     def clear(self) -> None:
-        """Give the memory back that is kept for another fit, or for a test, with the same weights."""
+        """Forget all features, also those kept for another fit or test with the same weights; a folder stays."""
         if self._chain is not None:
             self._chain.close()
         elif self._kept is not None:
