@@ -35,6 +35,7 @@ class FeatureCache(Callback):
     empties it. So it works beside :class:`FreezeSchedule` and :class:`FreezeBatchNorm`, in any order, and beside
     ``requires_grad_(False)`` by hand. Weights written to in place, or by ``load_state_dict``, are seen at the next
     call; a write through ``tensor.data``, which PyTorch does not count, at the next start of an epoch or of validation.
+    What a layer keeps in plain attributes, such as ``layer.eps``, is not watched: call :meth:`clear` if you change it.
 
     The bits of an output can depend on the size of the batch, because kernels are chosen by shape. Features therefore
     serve batches of another size only after both were seen to give the same bits, and the first samples that come back
@@ -114,7 +115,7 @@ class FeatureCache(Callback):
         return self._stats
 
     def clear(self) -> None:
-        """Give the memory back that is kept for another fit, or for a test, with the same weights."""
+        """Forget all features, also those kept for another fit or test with the same weights; a folder stays."""
         if self._chain is not None:
             self._chain.close()
         elif self._kept is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_freeze import FeatureCache, FreezeSchedule, Phase
-from tests.nets import snapshot, trainer
+from tests.nets import Probe, snapshot, trainer
 
 
 def resnet18() -> nn.Module:
@@ -57,7 +57,7 @@ class Classifier(LightningModule):
     validation_step = training_step
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
 def loaders(samples: int, size: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
@@ -99,6 +99,35 @@ def test_losses_and_weights_are_the_same_to_the_bit(name: str) -> None:
     stats = check(name, samples=28, size=32).stats
     assert stats.difference == 0
     assert stats.hits > 0.7 * (stats.hits + stats.misses)
+
+
+LAYERS = [f"backbone.layer{number}" for number in range(1, 5)]
+GRADUAL = [
+    Phase("head", epochs=3),
+    Phase(["head", "backbone.layer4"], epochs=3),
+    Phase(["head", "backbone.layer4", "backbone.layer3"], epochs=3),
+    Phase("head"),
+]
+
+
+def test_gradual_unfreezing_with_a_list_of_layers() -> None:
+    results = []
+    for cached in (False, True):
+        torch.manual_seed(0)
+        net = Classifier(resnet18(), 512)
+        cache = FeatureCache(LAYERS)
+        covers: list[int] = []
+        callbacks: list[Callback] = [
+            FreezeSchedule(GRADUAL, verbose=False),
+            *([cache] if cached else []),
+            Probe(end=lambda *_, seen=covers, of=cache: seen.append(len(of.stats.covers))),
+        ]
+        trainer(callbacks=callbacks, max_epochs=10).fit(net, *loaders(12, 32))
+        results.append((torch.stack(net.losses), snapshot(net)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][key], results[1][1][key]) for key in results[0][1])
+    assert covers[::2] == [4, 4, 4, 3, 3, 3, 2, 2, 2, 4]
+    assert cache.stats.hits > 40
 
 
 @pytest.mark.slow
