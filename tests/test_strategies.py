@@ -93,6 +93,23 @@ def test_batchnorm_is_given_back_after_lightning_has_replaced_synchronised_layer
     assert all(module.training and "train" not in module.__dict__ for module in net.modules())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Lightning allows FSDPStrategy on a GPU only")
+def test_fsdp_on_a_gpu_gives_what_one_device_gives() -> None:
+    results = []
+    for strategy in ("auto", FSDPStrategy(auto_wrap_policy={torch.nn.Linear, torch.nn.Conv2d})):
+        torch.manual_seed(0)
+        net = Even()
+        schedule = FreezeSchedule(
+            [Phase("head", steps=3), Phase("*", steps=4), Phase(["neck.bias", "backbone"], steps=3), Phase("*")],
+            verbose=False,
+        )
+        callbacks = [schedule, FreezeBatchNorm(train_affine=True)]
+        trainer(callbacks=callbacks, strategy=strategy, accelerator="gpu", max_epochs=3).fit(net, loader())
+        results.append(snapshot(net.cpu()))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=1e-3, atol=1e-5)
+
+
 # On two processes: every function below runs on both, in one pair of them; what it gives is checked after.
 
 

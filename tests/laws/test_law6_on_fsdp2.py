@@ -67,11 +67,10 @@ CASES: dict[str, dict[str, Any]] = {
     "parts": {"net": Roots},
     "state dropped": {"state": "drop"},
     "adamw, in one file": {"in_one_file": True},
-    "sgd, in one file": {"optimizer": sgd, "in_one_file": True},
 }
 
 
-RESUMED = ["adamw", "adopted", "parts", "adamw, in one file", "sgd, in one file"]
+RESUMED = ["adopted", "parts", "adamw, in one file"]
 
 
 def full(state: Any) -> Any:
