@@ -7,9 +7,10 @@ import re
 import sys
 import sysconfig
 import types
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import partial
+from itertools import chain, compress
 from typing import Any
 
 import torch
@@ -45,12 +46,25 @@ def tensors_with_graph(ignore: Container[int] = ()) -> list[Tensor]:
 
 
 def _with_graph(ignore: Container[int]) -> list[Tensor]:
-    kinds = set(_subclasses(Tensor)) - {FakeTensor}
-    return [
-        thing
-        for thing in gc.get_objects()
-        if type(thing) in kinds and id(thing) not in ignore and thing.grad_fn is not None
-    ]
+    tensors = _instances(set(_subclasses(Tensor)) - {FakeTensor})
+    return [tensor for tensor in tensors if id(tensor) not in ignore and tensor.grad_fn is not None]
+
+
+def _instances(kinds: set[type]) -> list[Any]:
+    """Give all living objects of exactly these types.
+
+    The list of everything must be gone before another thread runs: Python fails in ``tuple(generator)`` there if
+    somebody else holds the unfinished tuple, as for a progress bar's thread. So it is made, read twice and let go of
+    within one call that runs no Python code.
+    """
+    end = [None]  # one more to read than types: so both readers, which are in the list and hold it, come to its end
+    everything: defaultdict[int, list[Any]] = defaultdict(gc.get_objects, {1: end})
+    return list(
+        compress(
+            chain.from_iterable(map(everything.__getitem__, [0, 1])),
+            map(kinds.__contains__, map(type, chain.from_iterable(map(everything.pop, [0])))),
+        )
+    )
 
 
 def _subclasses(cls: type) -> Iterator[type]:
