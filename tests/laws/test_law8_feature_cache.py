@@ -25,7 +25,7 @@ def resnet18() -> nn.Module:
 
 
 def vit() -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, depth=4)
+    return timm.create_model("vit_tiny_patch16_224", img_size=32, dynamic_img_size=True, num_classes=0, depth=4)
 
 
 def efficientnet() -> nn.Module:
