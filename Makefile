@@ -7,7 +7,7 @@ TORCH := torch==2.14.1
 VISION := torchvision==0.29.1
 # Test processes at a time; tests of several devices start two more each.
 WORKERS ?= 2
-BENCHMARKS := rivals overhead frozen_step norms
+BENCHMARKS := rivals rivals_ddp overhead frozen_step feature_cache norms communication memory
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo examples test sweep lint types wheel bench clean

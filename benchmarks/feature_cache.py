@@ -6,7 +6,7 @@ people leave their training code for), and epochs with random augmentation, wher
 cache and without: the cache tries that for two epochs, then it is off. Ratios are minimum / median / maximum over the
 rounds.
 
-Run it with `python -m benchmarks.feature_cache`; `--nets resnet18 --rounds 10` looks closer at one network.
+Run it with `python benchmarks/feature_cache.py`; `--nets resnet18 --rounds 10` looks closer at one network.
 """
 
 from __future__ import annotations

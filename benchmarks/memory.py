@@ -4,7 +4,7 @@ Fits one network three times, each in a process of its own: plain, with everythi
 with a planted leak (`self.losses.append(loss)`) that has to show. Prints the series, and exits with 1 if memory with
 everything on grows, or if the planted leak does not show.
 
-Run it with `python -m benchmarks.memory`.
+Run it with `python benchmarks/memory.py`.
 """
 
 from __future__ import annotations

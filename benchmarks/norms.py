@@ -4,7 +4,7 @@ Beside each other in one run, interleaved, so that whatever else the machine doe
 this package, `lightning.pytorch.utilities.grad_norm`, and the loop with `.item()` that people write. Prints the ratio
 of each alternative's time to ours: minimum, median and maximum over the repetitions.
 
-Run it with `python -m benchmarks.norms`, on a GPU with `--device cuda`.
+Run it with `python benchmarks/norms.py`, on a GPU with `--device cuda`.
 """
 
 from __future__ import annotations

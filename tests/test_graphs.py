@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from types import SimpleNamespace
@@ -107,3 +110,33 @@ def test_what_has_a_graph_by_design() -> None:
     assert id(normal.weight) in by_design(normal)
     assert id(pruned.weight) in by_design(pruned)
     assert id(plain.kept) not in by_design(plain)
+
+
+def test_no_unfinished_tuple_of_another_thread_is_held() -> None:
+    """Python refuses to finish a tuple that somebody else holds; a progress bar's thread died of that."""
+
+    def numbers() -> Iterator[int]:
+        for number in range(50):
+            if number == 5:
+                tensors_with_graph()
+            yield number
+
+    finished: list[int] = []
+    stop = threading.Event()
+
+    def work() -> None:
+        while not stop.is_set():
+            finished.append(len(tuple((number,) for number in range(50))))
+
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=work)
+    sys.setswitchinterval(1e-5)
+    try:
+        thread.start()
+        for _ in range(20):
+            assert len(tuple(numbers())) == 50
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert set(finished) == {50}

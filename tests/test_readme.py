@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -69,20 +68,11 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(images, torch.arange(12) % 10), batch_size=4)
 
 
-def not_there_yet(source: str) -> list[str]:
-    """Give the names that a block imports from the package and that it does not export yet."""
-    imports = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom)]
-    wanted = [alias.name for node in imports if node.module == "lightning_freeze" for alias in node.names]
-    return [name for name in wanted if name not in lightning_freeze.__all__]
-
-
 @pytest.mark.filterwarnings("ignore:.*logging interval")
 @pytest.mark.filterwarnings("ignore:.*tensorboardX")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(("path", "source"), blocks())
 def test_block_runs(path: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if missing := not_there_yet(source):
-        pytest.skip(f"not exported yet: {', '.join(missing)}")
     monkeypatch.chdir(tmp_path)
     names = {
         "torch": torch,

@@ -152,7 +152,7 @@ def test_names_are_those_of_the_module() -> None:
         (["head", "!*"], 'select=["head", "!*"] selects nothing'),
         (lambda name, p: False, "matches no parameter"),
     ],
-    ids=str,
+    ids=selector_text,
 )
 def test_errors_name_the_nearest(select: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:

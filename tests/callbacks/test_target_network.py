@@ -15,6 +15,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
 from lightning_freeze import FreezeSchedule, Phase, TargetNetwork
+from lightning_freeze.selectors import selector_text
 from tests.followers import Student, by_hand, network
 from tests.nets import Probe, adamw, loader, members, moved, same, sgd, snapshot, trainer
 
@@ -293,7 +294,9 @@ either_order = pytest.mark.parametrize("first", ["schedule", "target"])
 
 
 @either_order
-@pytest.mark.parametrize("everything", ["*", ["*", "!target"], ["online", "target"], lambda *_: True], ids=str)
+@pytest.mark.parametrize(
+    "everything", ["*", ["*", "!target"], ["online", "target"], lambda *_: True], ids=selector_text
+)
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen by hand"])
 def test_beside_a_schedule(first: str, everything: Any, trainable: bool) -> None:
     phases = [Phase("online.5", steps=2), Phase(everything, steps=2, lr_scale={"online.0": 0.1}), Phase("online.0")]
