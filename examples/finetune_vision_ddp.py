@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional import accuracy
 
-from lightning_freeze import FreezeSchedule
+from lightning_freeze import FeatureCache, FreezeSchedule
 
 
 class Classifier(SingleDeviceClassifier):
@@ -82,11 +82,12 @@ def main() -> None:
     if args.samples is not None:
         train, val = first(args.samples, train, shuffle=True, drop_last=True), first(args.samples, val)
     model = Classifier()
-    schedule = FreezeSchedule(PHASES)
-    record, replicas = Record(schedule), CompareReplicas(schedule)
+    schedule = FreezeSchedule(PHASES, frozen_mode="eval")
+    cache = FeatureCache("backbone")
+    record, replicas = Record(schedule, cache), CompareReplicas(schedule)
     trainer = Trainer(
         max_epochs=args.epochs,
-        callbacks=[schedule, record, replicas],
+        callbacks=[schedule, cache, record, replicas],
         accelerator="auto",
         devices=per_node,
         num_nodes=nodes,

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_freeze.feature_chain import FeatureChain, FeatureStats, Kept, sequential_links
 from lightning_freeze.logs import get_logger
+from lightning_freeze.pickling import without_fit
 from lightning_freeze.selectors import clean_name
 from lightning_freeze.stores import Folder, available_memory
 
@@ -236,7 +237,7 @@ class FeatureCache(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return {**self.__dict__, "_chain": None, "_folder": None, "_kept": None}
+        return without_fit(self.__dict__, _chain=None, _folder=None, _kept=None)
 
 
 def _modules(pl_module: LightningModule, names: str | list[str]) -> dict[str, nn.Module]:

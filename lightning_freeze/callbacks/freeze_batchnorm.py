@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_freeze.averagers import refuse_new_statistics
 from lightning_freeze.batchnorm import hold_batchnorm, release_layers
+from lightning_freeze.pickling import without_fit
 from lightning_freeze.selectors import Selector, selector_text
 from lightning_freeze.strategies import check_strategy, follow_trainable_set
 
@@ -87,6 +88,5 @@ class FreezeBatchNorm(Callback):
             self._layers = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one fit, and the model's log functions that Lightning lends."""
-        lent = {"log", "log_dict"}
-        return {**{name: value for name, value in self.__dict__.items() if name not in lent}, "_layers": {}}
+        """Leave out what belongs to one fit in one process."""
+        return without_fit(self.__dict__, _layers={})

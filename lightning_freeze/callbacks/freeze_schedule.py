@@ -31,6 +31,7 @@ from lightning_freeze.gradients import percent, scalars, set_trainable
 from lightning_freeze.logs import get_logger
 from lightning_freeze.optimizers import HomeGroups, OptimizerState, check_optimizer, homeless, strangers
 from lightning_freeze.phases import Phase, PlateauWatch, as_phases, describe, walk
+from lightning_freeze.pickling import without_fit
 from lightning_freeze.plan import FrozenMode, KeepsFrozen, held_modules, phase_scales, phase_trains
 from lightning_freeze.preview import plot_schedule, preview_table
 from lightning_freeze.schedulers import own_state
@@ -495,10 +496,8 @@ class FreezeSchedule(Callback):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one fit in one process, and the model's log functions that Lightning lends."""
-        lent = {"log", "log_dict"}
-        own = {name: value for name, value in self.__dict__.items() if name not in lent}
-        return {**own, "_fit": None, "_seen": None, "_before_validation": None}
+        """Leave out what belongs to one fit in one process."""
+        return without_fit(self.__dict__, _fit=None, _seen=None, _before_validation=None)
 
 
 @dataclass

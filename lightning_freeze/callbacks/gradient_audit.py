@@ -26,6 +26,7 @@ from lightning_freeze.gradient_flow import Received, Uses, can_be_watched, stop_
 from lightning_freeze.graphs import container, tensors_with_graph
 from lightning_freeze.logs import get_logger
 from lightning_freeze.membership import moved_by, state_marks
+from lightning_freeze.pickling import without_fit
 from lightning_freeze.processes import from_all
 from lightning_freeze.selectors import Selector, named_unique_parameters, resolve
 from lightning_freeze.verdicts import (
@@ -434,7 +435,7 @@ class GradientAudit(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return {**self.__dict__, "_fit": None}
+        return without_fit(self.__dict__, _fit=None)
 
 
 @dataclass(frozen=True)

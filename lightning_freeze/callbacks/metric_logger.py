@@ -15,6 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_freeze.logs import get_logger
+from lightning_freeze.pickling import without_fit
 
 _log = get_logger(__name__)
 
@@ -193,6 +194,10 @@ class MetricLogger(Callback):
             return
         self._prepare("train", 1, pl_module.device)
         _load_states(self._clones["train"][0], states[trainer.global_rank])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the model's log functions that Lightning lends; what metrics have seen stays."""
+        return without_fit(self.__dict__)
 
     # What
 

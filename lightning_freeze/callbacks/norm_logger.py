@@ -29,6 +29,7 @@ from lightning_freeze.norms import (
     read_steps,
     trained_parameters,
 )
+from lightning_freeze.pickling import without_fit
 from lightning_freeze.selectors import named_unique_parameters
 
 _log = get_logger(__name__)
@@ -185,6 +186,10 @@ class NormLogger(Callback):
         """Leave nothing behind."""
         self._drop()
         self._logged = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to one fit in one process."""
+        return without_fit(self.__dict__, _logged={}, _steps={}, _handles=[], _unclipped=None)
 
     def _is_due(self, trainer: Trainer, index: int) -> bool:
         """Whether an optimizer's next step is logged: the first one after so many batches that stepped."""

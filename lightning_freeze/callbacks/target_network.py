@@ -26,6 +26,7 @@ from lightning_freeze.averaging import (
 from lightning_freeze.batchnorm import hold_eval, release_eval
 from lightning_freeze.gradients import set_trainable
 from lightning_freeze.logs import get_logger
+from lightning_freeze.pickling import without_fit
 from lightning_freeze.selectors import clean_name
 from lightning_freeze.strategies import follow_trainable_set
 from lightning_freeze.withheld import Withheld
@@ -243,7 +244,7 @@ class TargetNetwork(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return {**self.__dict__, "_fit": None}
+        return without_fit(self.__dict__, _fit=None)
 
 
 @dataclass
