@@ -241,7 +241,8 @@ def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
         """Whether a parameter at or below trains, None if there are no parameters."""
         if child not in states:
             own = [id(parameter) in trains for parameter in child._parameters.values() if parameter is not None]
-            below = [state for grandchild in child.children() if (state := trains_below(grandchild)) is not None]
+            inside = [grandchild for grandchild in child._modules.values() if grandchild is not None]
+            below = [state for grandchild in inside if (state := trains_below(grandchild)) is not None]
             states[child] = any([*own, *below]) if own or below else None
         return states[child]
 
@@ -252,7 +253,7 @@ def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
         child = ahead.pop()
         if child not in outside and states[child] is not False:
             outside.add(child)
-            ahead.extend(child.children())
+            ahead.extend(grandchild for grandchild in child._modules.values() if grandchild is not None)
     return [child for child in every_module(module) if child not in outside]
 
 

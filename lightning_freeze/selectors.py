@@ -20,6 +20,7 @@ Selector: TypeAlias = str | Predicate | Sequence[str | Predicate]
 
 # The segments that torch.compile, FSDP1 and activation checkpointing put into names.
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPED = re.compile("|".join(_WRAPPER_SEGMENTS))
 
 
 def clean_name(name: str) -> str:
@@ -29,7 +30,7 @@ def clean_name(name: str) -> str:
         >>> clean_name("backbone._orig_mod.conv.weight")
         'backbone.conv.weight'
     """
-    if not any(segment in name for segment in _WRAPPER_SEGMENTS):
+    if _WRAPPED.search(name) is None:  # most names, and there can be thousands of them
         return name
     return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
 
