@@ -20,13 +20,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_freeze.callbacks.freeze_schedule import FreezeSchedule
-from lightning_freeze.callbacks.target_network import TargetNetwork
 from lightning_freeze.findings import Finding, Report, alike, described
 from lightning_freeze.gradient_flow import Received, Uses, can_be_watched, stop_watching, watch_next_call
 from lightning_freeze.graphs import container, tensors_with_graph
 from lightning_freeze.logs import get_logger
 from lightning_freeze.membership import moved_by, state_marks
 from lightning_freeze.pickling import without_fit
+from lightning_freeze.plan import KeepsFrozen
 from lightning_freeze.processes import from_all
 from lightning_freeze.selectors import Selector, named_unique_parameters, resolve
 from lightning_freeze.verdicts import (
@@ -322,7 +322,9 @@ class GradientAudit(Callback):
         fit = self._current()
         parameters = named_unique_parameters(pl_module)
         trains = {id(p) for name, p in parameters.items() if p.requires_grad or name in fit.flickering}
-        targets = tuple(f"{c.target}." for c in _callbacks(trainer) if isinstance(c, TargetNetwork))
+        keepers = [callback for callback in _callbacks(trainer) if isinstance(callback, KeepsFrozen)]
+        kept = [module for keeper in keepers for module in keeper.kept_frozen(pl_module)]
+        moves = {id(tensor) for module in kept for tensor in (*module.parameters(), *module.buffers())}
         ignored_layers = {name.rpartition(".")[0] for name in fit.ignored}
         awake = any(schedule.frozen_mode == "train" for schedule in _schedules(trainer))
         statistics = frozen_statistics(pl_module, trains, held_only=awake)
@@ -330,12 +332,12 @@ class GradientAudit(Callback):
             {
                 name: p
                 for name, p in parameters.items()
-                if id(p) not in trains and name not in fit.ignored and not name.startswith(targets) and has_values(p)
+                if id(p) not in trains and name not in fit.ignored and id(p) not in moves and has_values(p)
             },
             {
                 name: (layer, buffer)
                 for name, (layer, buffer) in statistics.items()
-                if not name.startswith(targets) and name.rpartition(".")[0] not in ignored_layers and has_values(buffer)
+                if id(buffer) not in moves and name.rpartition(".")[0] not in ignored_layers and has_values(buffer)
             },
         )
 

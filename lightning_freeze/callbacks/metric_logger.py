@@ -16,6 +16,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lightning_freeze.logs import get_logger
 from lightning_freeze.pickling import without_fit
+from lightning_freeze.processes import from_all
 
 _log = get_logger(__name__)
 
@@ -175,7 +176,7 @@ class MetricLogger(Callback):
         """Save what the metrics of training have seen in this epoch, for every process."""
         if "train" not in self._clones:
             return
-        states = _from_every_process(_states(self._clones["train"][0]), trainer)
+        states = from_all(_states(self._clones["train"][0]))
         checkpoint["callbacks"][self.state_key] = {"train": states}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -327,14 +328,6 @@ def _fits(fresh: Any, saved: Any) -> bool:
     if not isinstance(fresh, Tensor) or not isinstance(saved, Tensor):
         return isinstance(fresh, list) and isinstance(saved, list)
     return fresh.ndim == 0 or fresh.shape == saved.shape  # a scalar may have been broadcast
-
-
-def _from_every_process(state: dict[str, dict[str, Any]], trainer: Trainer) -> list[dict[str, dict[str, Any]]]:
-    if trainer.world_size == 1:
-        return [state]
-    states: list[Any] = [None] * trainer.world_size
-    torch.distributed.all_gather_object(states, state)
-    return states
 
 
 # Arguments
