@@ -66,7 +66,7 @@ class StayInEval:
         self.wants_training = self.wants_training or mode
         for child in self.module.children():
             child.train(mode)
-        self.module.training = False
+        _set_mode(self.module, False)
         return self.module
 
 
@@ -191,6 +191,15 @@ def _batchnorm_layers(module: nn.Module, select: Selector, given: str) -> dict[s
     return layers
 
 
+def _set_mode(module: nn.Module, training: bool) -> None:
+    if type(module).__setattr__ is nn.Module.__setattr__:
+        object.__setattr__(
+            module, "training", training
+        )  # without the search among parameters that nn.Module begins with
+    else:
+        module.training = training
+
+
 def _held(module: nn.Module) -> StayInEval | None:
     stay = module.__dict__.get("train")
     return stay if isinstance(stay, StayInEval) else None
@@ -202,7 +211,7 @@ def _hold(module: nn.Module, holder: str) -> StayInEval:
         stay = StayInEval(module, module.training)
         module.__dict__["train"] = stay
     stay.holders.setdefault(holder, None)
-    module.training = False
+    _set_mode(module, False)
     return stay
 
 
@@ -214,7 +223,7 @@ def _let_go(module: nn.Module, holder: str, *, root: nn.Module) -> bool:
     found_trainable = stay.holders.pop(holder) or ()
     if not stay.holders:
         del module.__dict__["train"]
-        module.training = stay.wants_training and (module is root or root.training)
+        _set_mode(module, stay.wants_training and (module is root or root.training))
     heir = next((other for other, names in stay.holders.items() if names is not None), None)
     if heir is not None:  # still frozen: whoever releases it last makes it trainable again
         stay.holders[heir] = tuple({*(stay.holders[heir] or ()), *found_trainable})

@@ -82,12 +82,14 @@ def follow_trainable_set(strategy: Strategy, froze: Iterable[nn.Parameter] = ())
     _rebuild_ddp(strategy, strategy.model)
 
 
-def reshard(module: nn.Module) -> None:
+def reshard(strategy: Strategy, module: nn.Module) -> None:
     """Free what FSDP2 has gathered, so that a module's parameters are the sharded ones, always the same objects.
 
     After a step with frozen parameters FSDP2 leaves them gathered: tensors that it will throw away, and in which it
     does not look for flags.
     """
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
     for child in module.modules():
         if isinstance(child, FSDPModule):
             child.reshard()
@@ -124,13 +126,13 @@ class CheckpointsByName:
                 self._strategy.__dict__.pop(name, None)
 
     def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        reshard(self._strategy.lightning_module)
+        reshard(self._strategy, self._strategy.lightning_module)
         with self._whole():
             state: dict[str, Any] = type(self._strategy).optimizer_state(self._strategy, optimizer)
         return state
 
     def _load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        reshard(self._strategy.lightning_module)
+        reshard(self._strategy, self._strategy.lightning_module)
         flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         have_state = _names_with_state(Path(self._strategy.broadcast(checkpoint_path)), self._parameters)
         try:

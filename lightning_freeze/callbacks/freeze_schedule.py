@@ -283,12 +283,12 @@ class FreezeSchedule(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give everything back."""
-        self._release(pl_module)
+        self._release(trainer, pl_module)
         self._loaded = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give everything back."""
-        self._release(pl_module)
+        self._release(trainer, pl_module)
 
     # What
 
@@ -353,7 +353,7 @@ class FreezeSchedule(Callback):
             phase=self.phase_index,
             trains=[(name, tuple(p.shape)) for name, p in self._fit.trains[self.phase_index].items()],
         )
-        reshard(pl_module)
+        reshard(trainer.strategy, pl_module)
         held = held_affine(pl_module)
         trains = {id(p) for p in self._fit.trains[self.phase_index].values() if id(p) not in held}
         if not trains:
@@ -374,12 +374,12 @@ class FreezeSchedule(Callback):
         if changed:
             follow_trainable_set(trainer.strategy, froze=[p for p in changed if not p.requires_grad])
 
-    def _release(self, pl_module: LightningModule) -> None:
+    def _release(self, trainer: Trainer, pl_module: LightningModule) -> None:
         fit, self._fit = self._fit, None
         if fit is None:
             return
         fit.checkpoints.release()
-        reshard(pl_module)
+        reshard(trainer.strategy, pl_module)
         for homes in fit.homes:
             homes.release()
         release_eval(pl_module, _HOLDER)
@@ -519,7 +519,7 @@ class _Fit:
 
 def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningModule) -> _Fit:
     """Resolve every phase, so that each error comes now, then take over the optimizers."""
-    reshard(pl_module)
+    reshard(trainer.strategy, pl_module)
     parameters = named_unique_parameters(pl_module)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     keepers = [callback for callback in callbacks if isinstance(callback, KeepsFrozen)]
