@@ -169,11 +169,9 @@ def hold_batchnorm(
     return changed
 
 
-def release_batchnorm(
-    module: nn.Module, select: Selector, *, holder: str, given: str = "select={}"
-) -> dict[str, nn.Module]:
+def release_batchnorm(module: nn.Module, select: Selector, *, holder: str) -> dict[str, nn.Module]:
     """Undo :func:`hold_batchnorm` for one holder."""
-    layers = _batchnorm_layers(module, select, given)
+    layers = _batchnorm_layers(module, select, "select={}")
     return {name: layer for name, layer in layers.items() if _let_go(layer, holder, root=module)}
 
 

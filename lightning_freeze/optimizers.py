@@ -140,11 +140,6 @@ class HomeGroups:
         """How many groups the optimizer's checkpoint has: the user's, and one more if parameters were adopted."""
         return len(self._homes)
 
-    @property
-    def has_followers(self) -> bool:
-        """Whether there are groups that follow another one's options."""
-        return bool(self._followers)
-
     def apply(self, phase: int, trains: Collection[int]) -> None:
         """Show what trains in a phase, and only that, with the phase's learning rate scales.
 
