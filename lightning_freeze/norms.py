@@ -72,7 +72,7 @@ def read(measured: Sequence[Norms]) -> list[dict[str, float]]:
 
 def gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Give the gradients that are there; a parameter that the loss did not reach has none."""
-    return {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    return {name: grad for name, parameter in parameters.items() if (grad := parameter.grad) is not None}
 
 
 def gradient_norms(module: nn.Module, per: Per = "total") -> dict[str, float]:
@@ -96,10 +96,36 @@ def gradient_norms(module: nn.Module, per: Per = "total") -> dict[str, float]:
     return spread(norms, per, module_of(parameters) if per == "module" else {})
 
 
-def trained_parameters(module: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter]:
-    """Give the parameters of a module that require grad and that an optimizer holds, by name."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return {name: p for name, p in named_unique_parameters(module).items() if p.requires_grad and id(p) in held}
+class ParameterNames:
+    """Names what an optimizer holds. The module is only searched again if there is a parameter that has no name yet.
+
+    Args:
+        module: Any module.
+
+    Attributes:
+        modules: For each name the module that it counts towards, see :func:`module_of`.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> list(ParameterNames(net).trained(torch.optim.SGD([net.bias], lr=0.1)))
+        ['bias']
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._look()
+
+    def trained(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """Give the parameters of the module that require grad and that an optimizer holds, by name."""
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if not held <= self._known:
+            self._look()
+        return {name: p for name, p in self._parameters.items() if p.requires_grad and id(p) in held}
+
+    def _look(self) -> None:
+        self._parameters = named_unique_parameters(self._module)
+        self._known = set(map(id, self._parameters.values()))
+        self.modules = module_of(self._parameters)
 
 
 def module_of(names: Iterable[str]) -> dict[str, str]:
@@ -267,20 +293,28 @@ def _ratio(part: float, whole: float) -> float:
 
 def _by_kind(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
     """Group tensors that one call of a ``_foreach`` function can take: it is many times slower on mixed lists."""
+    kinds = list(map(_kind, tensors.values()))
+    if len(set(kinds)) == 1:
+        return [dict(tensors)]
     groups: dict[Hashable, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        kind: tuple[Hashable, ...] = (tensor.device, tensor.dtype)
-        if isinstance(tensor, DTensor):
-            kind += (tensor.device_mesh, tensor.placements)
+    for kind, (name, tensor) in zip(kinds, tensors.items(), strict=True):
         groups.setdefault(kind, {})[name] = tensor
     return list(groups.values())
+
+
+def _kind(tensor: Tensor) -> Hashable:
+    if isinstance(tensor, DTensor):
+        return tensor.device, tensor.dtype, tensor.device_mesh, tensor.placements
+    return tensor.device, tensor.dtype, tensor.layout
 
 
 def _norms(alike: list[Tensor]) -> Tensor:
     if isinstance(alike[0], DTensor):
         return _sharded_norms(alike)
     half = alike[0].dtype in (torch.float16, torch.bfloat16)
-    return torch.stack(torch._foreach_norm([_values(t) for t in alike], 2, dtype=torch.float32 if half else None))
+    if alike[0].layout is not torch.strided:
+        alike = [_values(tensor) for tensor in alike]
+    return torch.stack(torch._foreach_norm(alike, 2, dtype=torch.float32 if half else None))
 
 
 def _sharded_norms(alike: list[Tensor]) -> Tensor:
@@ -299,7 +333,5 @@ def _sharded_norms(alike: list[Tensor]) -> Tensor:
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """Give what a tensor holds, as a strided tensor; duplicate entries of a sparse one add up."""
-    if tensor.layout is torch.strided:
-        return tensor
+    """Give what a sparse tensor holds, as a strided one; duplicate entries add up."""
     return (tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor).values()

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from lightning_freeze.norms import (
     Norms,
+    ParameterNames,
     StepNorms,
     gradient_norms,
     gradients,
@@ -30,7 +31,6 @@ from lightning_freeze.norms import (
     read,
     read_steps,
     spread,
-    trained_parameters,
 )
 from tests.nets import Net, data, moved, same
 from tests.replicas import on_two_processes
@@ -320,7 +320,21 @@ def test_trained_parameters_are_those_that_train_and_that_the_optimizer_holds() 
     net = Net()
     net.neck.bias.requires_grad_(False)
     optimizer = torch.optim.SGD([*net.neck.parameters(), net.head.bias, nn.Parameter(torch.ones(1))], lr=0.1)
-    assert list(trained_parameters(net, optimizer)) == ["neck.weight", "head.bias"]
+    names = ParameterNames(net)
+    assert list(names.trained(optimizer)) == ["neck.weight", "head.bias"]
+    net.neck.bias.requires_grad_(True)
+    assert list(names.trained(optimizer)) == ["neck.weight", "neck.bias", "head.bias"]
+
+
+def test_what_joins_module_and_optimizer_later_gets_its_name() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.head.parameters(), lr=0.1)
+    names = ParameterNames(net)
+    net.head = nn.Sequential(net.head, nn.Linear(3, 3))
+    assert "head.1.weight" not in names.trained(optimizer)
+    optimizer.add_param_group({"params": list(net.head[1].parameters())})
+    assert list(names.trained(optimizer)) == ["head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"]
+    assert names.modules["head.1.bias"] == "head"
 
 
 class TestNamedMetrics:

@@ -18,16 +18,15 @@ from torch.utils.hooks import RemovableHandle
 from lightning_freeze.logs import get_logger
 from lightning_freeze.norms import (
     Norms,
+    ParameterNames,
     Per,
     StepNorms,
     What,
     gradients,
     measure,
-    module_of,
     named_metrics,
     nonfinite,
     read_steps,
-    trained_parameters,
 )
 from lightning_freeze.pickling import without_fit
 from lightning_freeze.selectors import named_unique_parameters
@@ -114,6 +113,7 @@ class NormLogger(Callback):
         self._steps: dict[int, StepNorms] = {}
         self._handles: list[RemovableHandle] = []
         self._unclipped: Norms | None = None
+        self._names: ParameterNames | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be measured rightly."""
@@ -144,8 +144,9 @@ class NormLogger(Callback):
         if index in self._steps or not self._is_due(trainer, index):
             return
         self._logged[index] = self._tick(trainer, 1)
+        self._names = self._names or ParameterNames(pl_module)
         step = StepNorms(
-            trained_parameters(pl_module, optimizer),
+            self._names.trained(optimizer),
             self.what,
             scale=_loss_scale(trainer) if _optimizer_handles_unscaling(optimizer) else None,
             unclipped=self._unclipped,
@@ -164,7 +165,7 @@ class NormLogger(Callback):
         for step in steps.values():
             step.after()  # AMP has skipped those that have not heard of it yet
         several = len(trainer.optimizers) > 1
-        modules = module_of(named_unique_parameters(pl_module)) if self.per == "module" else {}
+        modules = self._names.modules if self._names is not None and self.per == "module" else {}
         metrics: dict[str, float] = {}
         bad: list[str] = []
         for index, norms in zip(steps, read_steps(list(steps.values())), strict=True):
@@ -180,16 +181,16 @@ class NormLogger(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing behind."""
         self._drop()
-        self._logged = {}
+        self._logged, self._names = {}, None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind."""
         self._drop()
-        self._logged = {}
+        self._logged, self._names = {}, None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return without_fit(self.__dict__, _logged={}, _steps={}, _handles=[], _unclipped=None)
+        return without_fit(self.__dict__, _logged={}, _steps={}, _handles=[], _unclipped=None, _names=None)
 
     def _is_due(self, trainer: Trainer, index: int) -> bool:
         """Whether an optimizer's next step is logged: the first one after so many batches that stepped."""
