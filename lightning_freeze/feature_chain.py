@@ -1,7 +1,8 @@
 """Stands in front of modules and answers from memory, as far as they are frozen, and leaves nothing behind.
 
-The modules are one whole, or links of a chain: each runs on what the one before gave. Of a chain, as many links are
-remembered as are frozen from its start, and what the last of them gave is kept.
+The modules are one whole, or links of a chain: each runs on what the one before gave, and may be given beside it what
+the first link was given, such as a mask. Of a chain, as many links are remembered as are frozen from its start, and
+what the last of them gave is kept.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from lightning_freeze.feature_memory import Counts, FeatureMemory, Run
-from lightning_freeze.features import byte_digest, byte_rows
+from lightning_freeze.features import byte_digest, byte_rows, is_plain, why_no_key
 from lightning_freeze.frozen_state import Conditions, Weights, structure_text, why_not_reusable
 from lightning_freeze.stores import Budget, Folder
 
@@ -89,6 +90,74 @@ class Kept:
     counts: dict[str, Counts] = field(default_factory=dict)
 
 
+class _Given:
+    """What the first link was given in one call."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.leaves: list[Any] = tree_flatten((args, kwargs))[0]
+        self._tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
+        self._versions = self._read_versions()
+
+    def written(self) -> bool:
+        """Whether something in it has been written to since. In inference mode that cannot be seen."""
+        return self._versions != self._read_versions()
+
+    def content(self) -> list[bytes | None]:
+        """Give a hash of each tensor in it, None for those that no key can be made of."""
+        return [_digest(tensor) if why_no_key(tensor) is None else None for tensor in self._tensors]
+
+    def _read_versions(self) -> list[int]:
+        return [tensor._version for tensor in self._tensors if not tensor.is_inference()]
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What a link is given beside the output of the one before: tensors that the first link got, and plain values.
+
+    Args:
+        spec: How the leaves stand in ``(args, kwargs)``.
+        leaves: For each the place among the first link's leaves, or -1; its type; and its value if that is plain.
+    """
+
+    spec: TreeSpec
+    leaves: tuple[tuple[int, type, Any], ...]
+
+    @staticmethod
+    def of(args: tuple[Any, ...], kwargs: dict[str, Any], given: _Given) -> _Beside | None:
+        """Describe arguments; None if they are not of this kind."""
+        if not args and not kwargs:
+            return _NOTHING
+        flat, spec = tree_flatten((args, kwargs))
+        leaves: list[tuple[int, type, Any]] = []
+        for leaf in flat:
+            place = next((i for i, known in enumerate(given.leaves) if known is leaf), -1)
+            if not is_plain(leaf) and not (isinstance(leaf, Tensor) and place >= 0):
+                return None
+            leaves.append((-1, type(leaf), leaf) if is_plain(leaf) else (place, type(leaf), None))
+        return _Beside(spec, tuple(leaves))
+
+    def fill(self, given: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give the arguments that are meant, out of those of the first link."""
+        leaves = [value if place < 0 else given[place] for place, _, value in self.leaves]
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return args, kwargs
+
+
+_NOTHING = _Beside(tree_flatten(((), {}))[1], ())
+
+
+@dataclass
+class _Watched:
+    """What link ``index`` has just given, and all that the next one may be given with it."""
+
+    index: int
+    output: Tensor
+    digest: bytes
+    given: _Given
+    content: list[bytes | None]
+
+
 class FeatureChain:
     """Remembers what modules gave for each sample while they are frozen; see :class:`FeatureMemory`.
 
@@ -147,8 +216,10 @@ class FeatureChain:
         self._follow = 1
         self._linked = len(self._links)
         self._unlinked: str | None = None
-        self._watched: tuple[int, Tensor, bytes] | None = None
+        self._watched: _Watched | None = None
         self._passed: tuple[int, Tensor, Any] | None = None
+        # What each link gets beside the output of the one before, as far as they are known to follow.
+        self._beside: dict[int, _Beside] = {}
         if folder is not None:
             self._budget.used = folder.size()
         self._look_anew()
@@ -296,7 +367,8 @@ class FeatureChain:
         memory = self._memories.get(covers)
         if memory is None:
             modules = list(modules)
-            weights, structure = Weights(modules), structure_text(modules)
+            beside = [self._beside[i] for i in range(1, len(covers)) if self._beside[i] is not _NOTHING]
+            weights, structure = Weights(modules), f"{structure_text(modules)}{beside or ''}"
             memory = self._kept.memories.pop(covers, None)
             if memory is None or not memory.wake(weights, structure, self._say):
                 if memory is not None:
@@ -339,11 +411,10 @@ class FeatureChain:
             return self._watch(run, args, kwargs)
         if depth == 0:
             return run(*args, **kwargs)
-        runs = [self._plain(i) for i in range(depth)]
-        answer = self._recall(look, list(self._links.values())[:depth], partial(_one_by_one, runs), args, kwargs, begin)
+        answer = self._recall(look, list(self._links.values())[:depth], self._run_to(depth), args, kwargs, begin)
         if answer is None:
             return run(*args, **kwargs)
-        return self._hand_on(0, depth, answer[0], args, kwargs)
+        return self._hand_on(0, depth, answer[0], _Given(args, kwargs))
 
     def _recall(
         self,
@@ -375,11 +446,13 @@ class FeatureChain:
         if memory.broken is not None:
             self._say(f"{memory.name}: off, because {memory.broken}.")
 
-    def _plain(self, index: int) -> Run:
-        offset = 0 if self._whole is None else 1
-        return self._stand_ins[index + offset].plain
+    def _run_to(self, depth: int) -> Run:
+        """Give what runs so many links."""
+        first = 0 if self._whole is None else 1
+        runs = [stand_in.plain for stand_in in self._stand_ins[first : first + depth]]
+        return partial(_one_by_one, runs, [self._beside[i] for i in range(1, depth)])
 
-    def _hand_on(self, index: int, depth: int, output: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _hand_on(self, index: int, depth: int, output: Any, given: _Given) -> Any:
         """Give what link ``index`` returns when the output of the last link is already there."""
         if index == depth - 1:
             self._passed = None
@@ -387,43 +460,73 @@ class FeatureChain:
 
         def compute() -> Tensor:
             self._unlink(index, f"something other than {self._names[index + 1]} reads what {self._names[index]} gives")
+            if given.written():
+                raise RuntimeError(
+                    f"FeatureCache: what {self._names[0]} was given has been written to before something other than "
+                    f"{self._names[index + 1]} read what {self._names[index]} gives, so that cannot be computed any "
+                    f"more. Name no module after {self._names[index]} in the FeatureCache."
+                )
             self._inside = True
             try:
-                value: Tensor = _one_by_one([self._plain(i) for i in range(index + 1)], *args, **kwargs)
+                value: Tensor = self._run_to(index + 1)(*given.args, **given.kwargs)
             finally:
                 self._inside = False
             return value
 
         later = Later.of(compute)
-        self._passed = index, later, (depth, output, args, kwargs)
+        self._passed = index, later, (depth, output, given)
         return later
 
     def _go_on(self, index: int, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for a link that is not the first."""
         if self._passed is not None:
-            before, later, rest = self._passed
-            if index == before + 1 and len(args) == 1 and args[0] is later and not kwargs:
-                return self._hand_on(index, *rest)
-        if self._watched is not None:
-            before, output, digest = self._watched
-            self._watched = None
-            if index == before + 1:
-                if len(args) != 1 or kwargs or args[0] is not output or _digest(output) != digest:
-                    self._unlink(before, f"{self._names[index]} is not given just what {self._names[before]} gave")
-                else:
-                    self._follow = index + 1
-                    return self._watch(run, args, kwargs, index)
+            before, later, (depth, output, given) = self._passed
+            follows = index == before + 1 and bool(args) and args[0] is later and not given.written()
+            if follows and _Beside.of(args[1:], kwargs, given) == self._beside[index]:
+                return self._hand_on(index, depth, output, given)
+            # Code such as nn.MultiheadAttention's takes another way, with other bits, for tensors of other classes.
+            args, kwargs = _real((args, kwargs))
+        watched, self._watched = self._watched, None
+        if watched is not None and index == watched.index + 1:
+            beside = self._follows(watched, args, kwargs)
+            if beside is not None and self._beside.setdefault(index, beside) == beside:
+                self._follow = index + 1
+                return self._watch(run, args, kwargs, index, watched)
+            self._unlink(
+                watched.index, f"{self._names[index]} is not given just what {self._names[watched.index]} gave"
+            )
         return run(*args, **kwargs)
 
-    def _watch(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], index: int = 0) -> Any:
+    @staticmethod
+    def _follows(watched: _Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Beside | None:
+        """Give what a link gets beside what the one before gave; None if it does not get just that."""
+        if not args or args[0] is not watched.output or _digest(watched.output) != watched.digest:
+            return None
+        beside = _Beside.of(args[1:], kwargs, watched.given)
+        return beside if beside is _NOTHING or watched.given.content() == watched.content else None
+
+    def _watch(
+        self,
+        run: Run,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        index: int = 0,
+        watched: _Watched | None = None,
+    ) -> Any:
         """Run a link, and note what it gave, so that it can be seen whether the next one gets just that."""
+        if watched is None:
+            given = _Given(args, kwargs)
+            content = given.content()
+        else:
+            given, content = watched.given, watched.content
         if self._watched is not None:
-            self._unlink(self._watched[0], f"{self._names[self._watched[0] + 1]} did not run after it")
+            before = self._watched.index
+            self._unlink(before, f"{self._names[before + 1]} did not run after it")
             self._watched = None
         output = run(*args, **kwargs)
         if index + 1 < self._linked:
             if type(output) is Tensor:
-                self._watched = index, output, _digest(output)
+                self._watched = _Watched(index, output, _digest(output), given, content)
             else:
                 self._unlink(index, f"{self._names[index]} gives a {type(output).__name__}")
         return output
@@ -504,8 +607,12 @@ class Later(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Take every stand-in for what it stands for."""
-        args, kwargs = tree_map(lambda leaf: leaf.value() if type(leaf) is Later else leaf, (args, kwargs or {}))
+        args, kwargs = _real((args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def _real(nest: Any) -> Any:
+    return tree_map(lambda leaf: leaf.value() if type(leaf) is Later else leaf, nest)
 
 
 def sequential_links(name: str, module: nn.Module) -> dict[str, nn.Module]:
@@ -529,10 +636,12 @@ def _is_sequential(module: nn.Module) -> bool:
     return own and len(set(children)) == len(children) > 0 and module._compiled_call_impl is None
 
 
-def _one_by_one(runs: list[Run], *args: Any, **kwargs: Any) -> Any:
+def _one_by_one(runs: list[Run], besides: list[_Beside], *args: Any, **kwargs: Any) -> Any:
+    given = tree_flatten((args, kwargs))[0] if any(beside is not _NOTHING for beside in besides) else []
     output = runs[0](*args, **kwargs)
-    for run in runs[1:]:
-        output = run(output)
+    for run, beside in zip(runs[1:], besides, strict=True):
+        rest, options = beside.fill(given)
+        output = run(output, *rest, **options)
     return output
 
 

@@ -361,9 +361,14 @@ class FeatureMemory:
             if form.unlike(small, mark):
                 continue
             before = self.counts.misses
-            with torch.random.fork_rng():
-                _, encoded = self._run(call, run, *call.pick(list(range(size))), size)
-            self.counts.misses = before
+            try:
+                with torch.random.fork_rng():
+                    _, encoded = self._run(call, run, *call.pick(list(range(size))), size)
+            except Exception:  # nobody but us has asked for such a batch
+                form.note(small, mark, -1)
+                return
+            finally:
+                self.counts.misses = before
             if encoded is not None and encoded[0] == form.form:
                 same = np.array_equal(encoded[1], rows[:size])
                 form.note(small, mark, _numbers(encoded[1]) if same else -1)

@@ -104,10 +104,11 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     leaves, spec = tree_flatten((args, kwargs))
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
     for i, leaf in enumerate(leaves):
-        if i not in tensors and not _is_plain(leaf):
+        if i not in tensors and not is_plain(leaf):
             raise NotPerSample(f"it is called with a {type(leaf).__name__}, of which no key can be made")
     for tensor in tensors.values():
-        check_tensor(tensor, "called with")
+        if reason := why_no_key(tensor):
+            raise NotPerSample(f"it is called with {reason}")
     size = next((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), 0)
     if size == 0:
         raise NotPerSample("it is called without a tensor that has a batch dimension")
@@ -115,16 +116,18 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     return Call(leaves, spec, size, samples)
 
 
-def check_tensor(tensor: Tensor, what: str) -> None:
-    """Refuse tensors whose bytes are not all that they are.
+def why_no_key(tensor: Tensor) -> str | None:
+    """Name what a tensor is if its bytes are not all that it is, else None.
 
-    Raises:
-        NotPerSample: For subclasses, sparse, quantized and meta tensors.
+    Example:
+        >>> why_no_key(torch.eye(2)), why_no_key(torch.eye(2).to_sparse())
+        (None, 'a tensor that is sparse, quantized or without data')
     """
     if type(tensor) not in (Tensor, nn.Parameter):
-        raise NotPerSample(f"it is {what} a {type(tensor).__name__}, which is more than its bytes")
+        return f"a {type(tensor).__name__}, which is more than its bytes"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-        raise NotPerSample(f"it is {what} a tensor that is sparse, quantized or without data")
+        return "a tensor that is sparse, quantized or without data"
+    return None
 
 
 @dataclass(frozen=True)
@@ -210,11 +213,12 @@ def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[Ou
     columns: list[Bytes] = []
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
-            if not _is_plain(leaf):
+            if not is_plain(leaf):
                 raise NotPerSample(f"it returns a {type(leaf).__name__}")
             forms.append(leaf)
             continue
-        check_tensor(leaf, "returning")
+        if reason := why_no_key(leaf):
+            raise NotPerSample(f"it is returning {reason}")
         if leaf.requires_grad:
             raise NotPerSample("what it returns requires grad")
         if leaf.dim() == 0 or leaf.shape[0] != size:
@@ -244,7 +248,8 @@ def _bytes(tensor: Tensor) -> Bytes:
     return np.asarray(rows.view(torch.uint8).numpy())
 
 
-def _is_plain(leaf: Any) -> bool:
+def is_plain(leaf: Any) -> bool:
+    """Whether a leaf is no tensor, and equal ones have equal text."""
     return leaf is None or isinstance(leaf, enum.Enum) or type(leaf) in _PLAIN
 
 

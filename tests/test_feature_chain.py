@@ -600,6 +600,193 @@ def test_what_is_between_is_what_it_would_have_been(kind: type[Stages], inferenc
             assert chain.stats().hits > 0
 
 
+class Attends(nn.Module):
+    """Like a language model: blocks that are all given the same masks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        for name in NAMES:
+            self.add_module(name, Counting(Block()))
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        h = self.embed(ids)
+        future = torch.ones(h.shape[1], h.shape[1], dtype=torch.bool).triu(1)
+        for name in NAMES:
+            h = self.block(name, h, mask, future)
+        return h.mean(1)
+
+    def block(self, name: str, h: Tensor, mask: Tensor, future: Tensor) -> Tensor:
+        output: Tensor = getattr(self, name)(h, future, True, mask=(mask, None))
+        return output
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(
+        self,
+        h: Tensor,
+        future: Tensor | None = None,
+        plus: bool = False,
+        *,
+        mask: tuple[Tensor, Any],
+        scale: float = 1.0,
+    ) -> Tensor:
+        after = self.attention(h, h, h, key_padding_mask=mask[0] == 0, attn_mask=future, need_weights=False)[0]
+        return (h + after if plus else after) * scale
+
+
+class OtherMask(Attends):
+    """Gives the third block a mask of its own."""
+
+    def block(self, name: str, h: Tensor, mask: Tensor, future: Tensor) -> Tensor:
+        return super().block(name, h, mask if name != "stage3" else torch.ones_like(mask), future)
+
+
+class WritesMask(Attends):
+    """Writes into the mask before the third block."""
+
+    def block(self, name: str, h: Tensor, mask: Tensor, future: Tensor) -> Tensor:
+        return super().block(name, h, mask.fill_(1) if name == "stage3" else mask, future)
+
+
+class Counted(Attends):
+    """Gives the third block another number in each call."""
+
+    calls = 0
+
+    def block(self, name: str, h: Tensor, mask: Tensor, future: Tensor) -> Tensor:
+        if name != "stage3":
+            return super().block(name, h, mask, future)
+        self.calls += 1
+        output: Tensor = self.stage3(h, future, mask=(mask, None), scale=float(self.calls % 3))
+        return output
+
+
+class OutOfTurn(Attends):
+    """Leaves the second mask out in every other call."""
+
+    calls = 0
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(ids, mask)
+
+    def block(self, name: str, h: Tensor, mask: Tensor, future: Tensor) -> Tensor:
+        output: Tensor = getattr(self, name)(h, future if self.calls % 2 else None, mask=(mask, None))
+        return output
+
+
+def texts(size: int, length: int = 6) -> tuple[Tensor, Tensor]:
+    mask = (torch.arange(length) < torch.randint(3, length + 1, (size, 1))).long()
+    return torch.randint(50, (size, length)), mask
+
+
+@pytest.mark.parametrize("depth", [4, 3, 2])
+@pytest.mark.parametrize("inference", [False, True])
+def test_links_may_be_given_what_the_first_link_was_given(inference: bool, depth: int) -> None:
+    net = Attends().eval().requires_grad_(False)
+    for number, name in enumerate(NAMES):
+        getattr(net, name).requires_grad_(number >= depth)
+    chain = FeatureChain(None, {name: getattr(net, name) for name in NAMES}, limit=10**8)
+    ids, mask = texts(9)
+    ones, order = torch.ones_like(mask), torch.randperm(9)
+    with torch.inference_mode(inference):
+        expected, others, shuffled = net(ids, mask), net(ids, ones), net(ids[order], mask[order])
+        with chain:
+            for _ in range(4):
+                before = [getattr(net, name).samples for name in NAMES]
+                assert_same(net(ids, mask.clone()), expected)
+            ran = [getattr(net, name).samples - old for name, old in zip(NAMES, before, strict=True)]
+            assert ran == [0] * depth + [9] * (4 - depth)
+            assert chain.stats().covers == tuple(NAMES[:depth])
+            assert_same(net(ids, ones), others)
+            hits = chain.stats().hits
+            assert_same(net(ids[order], mask[order]), shuffled)
+            assert chain.stats().hits == hits + 9
+
+
+@pytest.mark.parametrize("kind", [OtherMask, WritesMask, Counted, OutOfTurn])
+@pytest.mark.parametrize("inference", [False, True])
+def test_links_that_are_given_anything_else_end_the_chain(kind: type[Attends], inference: bool) -> None:
+    net, twin = kind().eval().requires_grad_(False), kind().eval().requires_grad_(False)
+    twin.load_state_dict(net.state_dict())
+    batches = [texts(size) for size in (8, 8, 5)]
+    said: list[str] = []
+    chain = FeatureChain(None, {name: getattr(net, name) for name in NAMES}, limit=10**8, say=said.append)
+    with torch.inference_mode(inference), chain:
+        for _ in range(7):
+            for ids, mask in batches:
+                assert_same(net(ids, mask.clone()), twin(ids, mask.clone()))
+        assert any("cached up to" in sentence for sentence in said), said
+        assert chain.stats().hits > 0
+
+
+class Scaled(Attends):
+    """Gives all blocks but the first a number."""
+
+    scale = 1.0
+
+    def block(self, name: str, h: Tensor, mask: Tensor, future: Tensor) -> Tensor:
+        options = {} if name == "stage1" else {"scale": self.scale}
+        output: Tensor = getattr(self, name)(h, future, mask=(mask, None), **options)
+        return output
+
+
+def test_another_chain_does_not_go_on_with_what_links_gave_for_other_arguments() -> None:
+    net, (ids, mask) = Scaled().eval().requires_grad_(False), texts(9)
+    links = {name: getattr(net, name) for name in NAMES}
+    kept = None
+    for scale in (1.0, 2.0, 2.0):
+        net.scale = scale
+        expected = net(ids, mask)
+        chain = FeatureChain(None, links, limit=10**8, kept=kept)
+        with chain:
+            for _ in range(5):
+                assert_same(net(ids, mask), expected)
+            assert chain.stats().covers == tuple(NAMES)
+        kept = chain.leave()
+    assert chain.stats().misses == 9 * 4  # two batches of each scale: a second time only to show that it is not random
+
+
+def test_layers_of_a_transformer_encoder_are_a_chain() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval().requires_grad_(False)
+    x, padded = torch.randn(9, 6, 8), torch.where(torch.arange(6) >= torch.randint(3, 7, (9, 1)), -torch.inf, 0.0)
+    causal = nn.Transformer.generate_square_subsequent_mask(6)
+    expected = net(x, mask=causal, src_key_padding_mask=padded, is_causal=True)
+    with FeatureChain(None, {f"layers.{i}": net.layers[i] for i in range(3)}, limit=10**8) as chain:
+        for _ in range(5):
+            assert_same(net(x, mask=causal, src_key_padding_mask=padded, is_causal=True), expected)
+        assert chain.stats().covers == ("layers.0", "layers.1", "layers.2")
+        assert chain.stats().hits > 0
+
+
+def test_what_cannot_be_computed_any_more_is_an_error() -> None:
+    class Late(Stages):
+        late = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            first = self.stage1(x)
+            last = self.stage4(self.stage3(self.stage2(first)))
+            if self.late:
+                x.zero_()
+                last = last + first
+            return last
+
+    net, x = Late().eval().requires_grad_(False), torch.randn(8, 3, 16, 16)
+    with FeatureChain(None, {name: getattr(net, name) for name in NAMES}, limit=10**8):
+        for _ in range(4):
+            net(x)
+        net.late = True
+        with pytest.raises(RuntimeError, match="Name no module after stage1"):
+            net(x)
+
+
 def test_gradients_behind_a_chain_are_the_same() -> None:
     def trained(cached: bool) -> list[Tensor]:
         torch.manual_seed(0)

@@ -49,10 +49,12 @@ class FeatureCache(Callback):
     requires grad, under FSDP, and while somebody traces or exports the model, it steps aside.
 
     Args:
-        module: The dotted name of the module, such as ``"backbone"``. If it is an ``nn.Sequential``, or a list of names
-            of modules that run one on the output of the other, such as ``["backbone.layer1", "backbone.layer2"]``, the
-            cache reaches up to the deepest one that is still wholly frozen, and moves as phases do. That each gets just
-            what the one before gave is checked; where something else reads what is between, that is computed.
+        module: The dotted name of the module, such as ``"backbone"``. If it is an ``nn.Sequential`` or
+            ``nn.ModuleList``, or a list of names of modules that run one on the output of the other, such as
+            ``["backbone.layer1", "backbone.layer2"]``, the cache reaches up to the deepest one that is still wholly
+            frozen, and moves as phases do. Beside that output they may be given plain values and what the first of them
+            was given, such as a transformer's masks. That each gets just this is checked; where something else reads
+            what is between, that is computed.
         max_bytes: The most bytes to keep; what does not fit is computed. By default half of the memory that is
             available when the fit starts, shared by the processes on this machine, or half of the disk space for a
             folder.
@@ -196,7 +198,7 @@ class FeatureCache(Callback):
             self._say(trainer, f"{self.module}: off, because {why}.")
             return
         found = _modules(pl_module, self.module)
-        whole = next(iter(found.items())) if isinstance(self.module, str) else None
+        whole = next(iter(found.items())) if isinstance(self.module, str) and len(found) == 1 else None
         links = found if whole is None else sequential_links(*whole)
         self._chain = FeatureChain(
             whole,
@@ -255,10 +257,24 @@ def _modules(pl_module: LightningModule, names: str | list[str]) -> dict[str, nn
                 f'FeatureCache(module="{name}") names no module of {type(pl_module).__name__}.{hint}\n'
                 f"Top-level modules: {tops}."
             )
-    found = {name: modules[name] for name in wanted}
+    found: dict[str, nn.Module] = {}
+    for name in wanted:
+        found |= _called(name, modules[name])
     if len(set(found.values())) < len(found):
         raise ValueError(f"FeatureCache(module={wanted!r}): two of these names are the same module. Name each once.")
     return found
+
+
+def _called(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Give a module, or those in an ``nn.ModuleList``, which is not called itself."""
+    if isinstance(module, nn.ModuleList) and len(module):
+        return {below: m for i, child in enumerate(module) for below, m in _called(f"{name}.{i}", child).items()}
+    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+        raise ValueError(
+            f'FeatureCache(module="{name}") names a {type(module).__name__}, which is never called. Name the modules '
+            "in it, in the order in which they run."
+        )
+    return {name: module}
 
 
 def _check_module(module: Any) -> str | list[str]:

@@ -347,6 +347,13 @@ def test_wrong_names_are_errors_at_the_start(module: Any) -> None:
         trainer(callbacks=[FeatureCache(module)]).fit(Frozen(), loader())
 
 
+def test_containers_that_are_never_called_are_errors_at_the_start() -> None:
+    net = Frozen()
+    net.experts = nn.ModuleDict({"a": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="names a ModuleDict, which is never called"):
+        trainer(callbacks=[FeatureCache("experts")]).fit(net, loader())
+
+
 def test_strings_for_yaml() -> None:
     assert FeatureCache("backbone", dtype="float16").dtype is torch.float16
     assert FeatureCache("backbone", max_bytes=4e9).max_bytes == 4_000_000_000  # type: ignore[arg-type]

@@ -132,6 +132,58 @@ def test_gradual_unfreezing_with_a_list_of_layers() -> None:
     assert cache.stats.hits > 40
 
 
+class Reader(LightningModule):
+    """A transformer that classifies texts of several lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(16, 5)
+        self.losses: list[Tensor] = []
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        ids, mask, labels = batch
+        hidden = self.encoder(self.embed(ids), src_key_padding_mask=mask == 0)
+        loss = nn.functional.cross_entropy(self.head(hidden[:, 0]), labels)
+        self.losses.append(loss.detach())
+        return loss
+
+    validation_step = training_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def test_gradual_unfreezing_of_a_transformer_whose_layers_share_a_mask() -> None:
+    mask = (torch.arange(7) < torch.randint(2, 8, (24, 1))).long()
+    data = TensorDataset(torch.randint(40, (24, 7)), mask, torch.randint(5, (24,)))
+    phases = [
+        Phase("head", epochs=4),
+        Phase(["head", "encoder.layers.3"], epochs=4),
+        Phase(["head", "encoder.layers.3", "encoder.layers.2"]),
+    ]
+    results = []
+    for cached in (False, True):
+        torch.manual_seed(0)
+        net, cache, covers = Reader(), FeatureCache("encoder.layers"), []
+        callbacks: list[Callback] = [
+            FreezeSchedule(phases, frozen_mode="eval", verbose=False),
+            *([cache] if cached else []),
+            Probe(end=lambda *_, seen=covers, of=cache: seen.append(len(of.stats.covers))),
+        ]
+        order = torch.Generator().manual_seed(3)
+        trainer(callbacks=callbacks, max_epochs=12).fit(
+            net, DataLoader(data, 8, shuffle=True, generator=order), DataLoader(data, 8)
+        )
+        results.append((torch.stack(net.losses), snapshot(net)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][key], results[1][1][key]) for key in results[0][1])
+    assert covers[::3] == [4] * 4 + [3] * 4 + [2] * 4
+    assert cache.stats.hits > 3 * 24 * 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
 @pytest.mark.parametrize("threads", [1, 2])
