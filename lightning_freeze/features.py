@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from lightning_freeze.arrays import shared_bytes
+
 Bytes: TypeAlias = NDArray[np.uint8]
 
 #: What may stand in arguments and outputs beside tensors: equal values have equal text, in every run.
@@ -234,7 +236,9 @@ def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[Ou
 
 def byte_rows(tensor: Tensor) -> Bytes:
     """Give the bytes of each entry along the first dimension, in memory order: uint8 of shape ``(entries, bytes)``."""
-    return _bytes(tensor.permute(_batch_first(_memory_order(tensor))))
+    if not tensor.is_contiguous():
+        tensor = tensor.permute(_batch_first(_memory_order(tensor)))
+    return _bytes(tensor)
 
 
 def byte_digest(row: Bytes) -> bytes:
@@ -243,9 +247,9 @@ def byte_digest(row: Bytes) -> bytes:
 
 
 def _bytes(tensor: Tensor) -> Bytes:
-    tensor = tensor.detach().resolve_conj().resolve_neg()
-    rows = tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:])).contiguous().cpu()
-    return np.asarray(rows.view(torch.uint8).numpy())
+    row_bytes = math.prod(tensor.shape[1:]) * tensor.itemsize
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().cpu()
+    return shared_bytes(plain).reshape(tensor.shape[0], row_bytes)
 
 
 def is_plain(leaf: Any) -> bool:

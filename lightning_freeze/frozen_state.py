@@ -139,7 +139,7 @@ class Weights:
     def take(self) -> None:
         """Take the content that there is now for what it was."""
         self._marks = self._read_marks()
-        self._digests = [_digest(tensor) for tensor in self._tensors]
+        self._contents = [_content(tensor) for tensor in self._tensors]
 
     def changed(self) -> bool:
         """Whether a tensor has been written to and has other content now."""
@@ -148,15 +148,15 @@ class Weights:
             return False
         pairs = zip(zip(*before, strict=True), zip(*self._marks, strict=True), strict=True)
         moved = [i for i, (old, new) in enumerate(pairs) if old != new]
-        return any(_digest(self._tensors[i]) != self._digests[i] for i in moved)
+        return any(_content(self._tensors[i]) != self._contents[i] for i in moved)
 
     def content_changed(self) -> bool:
         """Whether a tensor has other content, however it was written. Reads all of it."""
-        return any(map(ne, map(_digest, self._tensors), self._digests))
+        return any(map(ne, map(_content, self._tensors), self._contents))
 
     def fingerprint(self) -> bytes:
         """Give 16 bytes for all that the tensors hold, the same in every run."""
-        return xxhash.xxh3_128_digest(b"".join(self._digests))
+        return xxhash.xxh3_128_digest(repr(self._contents).encode())
 
     def _read_marks(self) -> tuple[list[int], list[int]]:
         return list(map(_version, self._tensors)), list(map(Tensor.data_ptr, self._tensors))
@@ -173,9 +173,10 @@ def _tensors(module: nn.Module) -> Iterable[Tensor]:
     return chain(module.parameters(), module.buffers())
 
 
-def _digest(tensor: Tensor) -> bytes:
-    form = f"{tuple(tensor.shape)}{tensor.stride()}{tensor.dtype}{tensor.device}".encode()
-    return xxhash.xxh3_128_digest(form + byte_digest(byte_rows(tensor.detach().reshape(1, -1))))
+def _content(tensor: Tensor) -> tuple[Any, ...]:
+    """Give form and hash of a tensor; those of equal ones have equal text, in every run."""
+    digest = byte_digest(byte_rows(tensor.detach().unsqueeze(0)))
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, digest
 
 
 def _mode_readers(module: nn.Module) -> Iterable[nn.Module]:

@@ -9,6 +9,8 @@ import xxhash
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_freeze.arrays import shared_bytes
+
 
 def digest(tensor: Tensor) -> bytes:
     """Give the 128-bit xxh3 hash of a tensor's values, shape and dtype.
@@ -27,9 +29,7 @@ def digest(tensor: Tensor) -> bytes:
     """
     hasher = xxhash.xxh3_128(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     for plain in _plain(tensor.detach()):
-        host = plain.cpu().contiguous()
-        # Not reshape: what has one element counts as contiguous with any stride.
-        hasher.update(host.as_strided((host.numel(),), (1,)).view(torch.uint8).numpy().data)
+        hasher.update(shared_bytes(plain.cpu().contiguous()).data)
     return hasher.digest()
 
 

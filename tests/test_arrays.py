@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_freeze import to_numpy
+from lightning_freeze.arrays import shared_bytes
 
 Pair = namedtuple("Pair", "left right")
 
@@ -74,3 +75,12 @@ def test_views_of_other_kinds() -> None:
     assert (to_numpy(torch.eye(2).to_sparse()) == np.eye(2)).all()
     assert to_numpy(torch.tensor(3)).shape == ()
     assert to_numpy(torch.nn.Parameter(torch.ones(1)))[0] == 1
+
+
+@pytest.mark.parametrize("dtype", sorted({d for d in DTYPES if castable(d)}, key=str), ids=str)
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3, 4)])
+def test_shared_bytes_are_those_of_numpy_and_leave_no_trace(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = torch.randn(shape).mul(9).to(dtype)
+    expected = tensor.clone().reshape(-1).view(torch.uint8).numpy()
+    assert np.array_equal(shared_bytes(tensor), expected)
+    assert tensor.untyped_storage().resizable()

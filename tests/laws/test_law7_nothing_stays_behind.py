@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase
+from lightning_freeze import FeatureCache, FreezeBatchNorm, FreezeSchedule, GradientAudit, NormLogger, Phase
 from tests.nets import Net, loader, moved, snapshot, trainer
 
 
@@ -28,7 +28,7 @@ class Stopping(Net):
 
 
 def anatomy(net: nn.Module) -> dict[str, Any]:
-    """What could stay behind: flags, modes, instance attributes, hooks and classes of every module."""
+    """What could stay behind: flags, modes, instance attributes, hooks and classes of every module, fixed storages."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
     modules = {
         name: (
@@ -40,7 +40,10 @@ def anatomy(net: nn.Module) -> dict[str, Any]:
         for name, module in net.named_modules()
         if name
     }
-    parameters = {name: (p.requires_grad, type(p), bool(p._backward_hooks)) for name, p in net.named_parameters()}
+    parameters = {
+        name: (p.requires_grad, type(p), bool(p._backward_hooks), p.untyped_storage().resizable())
+        for name, p in net.named_parameters()
+    }
     return {"modules": modules, "parameters": parameters}
 
 
@@ -54,7 +57,8 @@ def test_as_it_was(error: type[BaseException] | None, mode: Any, by_hand: bool) 
     before = anatomy(net)
     net.error = error
     schedule = FreezeSchedule([Phase("*", epochs=1), Phase("head")], frozen_mode=mode)
-    run = trainer(callbacks=[FreezeBatchNorm("backbone.1"), schedule], max_epochs=4)
+    observers = [NormLogger(every_n_steps=1), GradientAudit(), FeatureCache("backbone")]
+    run = trainer(callbacks=[FreezeBatchNorm("backbone.1"), schedule, *observers], max_epochs=4)
     if error is None:
         run.fit(net, loader(), loader())
     else:
