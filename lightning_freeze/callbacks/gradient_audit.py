@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -564,8 +564,8 @@ def _schedules(trainer: Trainer) -> list[FreezeSchedule]:
 
 
 def _averages(callback: Callback) -> bool:
-    """Whether a callback replaces the weights at the end: Lightning has WeightAveraging since 2.6 only."""
-    return any(cls.__name__ in ("WeightAveraging", "StochasticWeightAveraging") for cls in type(callback).__mro__)
+    """Whether a callback replaces the weights at the end."""
+    return isinstance(callback, WeightAveraging | StochasticWeightAveraging)
 
 
 def _optimizers(trainer: Trainer) -> list[Optimizer]:
