@@ -172,15 +172,16 @@ def step_seconds(net: nn.Module, way: str, callbacks: list[Callback], device: st
 
 def compare_in_trainer(net: nn.Module, rounds: int, device: str) -> None:
     for what in ("total", "parameter"):
-        mine: list[float] = []
-        ratios: dict[str, list[float]] = {"grad_norm": [], ".item() loop": []}
+        times: dict[str, list[float]] = {"bare": [], "ours": [], "grad_norm": [], ".item() loop": []}
         for _ in range(rounds):
-            bare = step_seconds(net, "", [], device)
-            logger = NormLogger(per=what, what=("grad",), every_n_steps=1)
-            mine.append(step_seconds(net, "", [logger], device) - bare)
-            for name, values in ratios.items():
-                values.append((step_seconds(net, f"{name}, {what}", [], device) - bare) / mine[-1])
-        report(what, mine, ratios)
+            for way, seconds in times.items():
+                callbacks = [NormLogger(per=what, what=("grad",), every_n_steps=1)] if way == "ours" else []
+                seconds.append(step_seconds(net, f"{way}, {what}", callbacks, device))
+        bare = statistics.median(times.pop("bare"))
+        costs = {way: [value - bare for value in values] for way, values in times.items()}
+        mine = costs.pop("ours")
+        ours = statistics.median(mine)
+        report(what, mine, {way: [value / ours for value in values] for way, values in costs.items()})
 
 
 def main() -> None:
@@ -197,9 +198,9 @@ def main() -> None:
             print(f"{tensors} tensors ({label})")
             compare(model(tensors, shape, options.device), options.repetitions, options.device)
     for tensors in (160, 1000):
-        for label, shape in list(SIZES.items())[:2]:  # beside the step of the large ones nothing else shows
-            print(f"logged in a Trainer, {tensors} tensors ({label})")
-            compare_in_trainer(model(tensors, shape, options.device), options.rounds, options.device)
+        label, shape = next(iter(SIZES.items()))  # beside the step of larger ones nothing else shows
+        print(f"logged in a Trainer, {tensors} tensors ({label})")
+        compare_in_trainer(model(tensors, shape, options.device), options.rounds, options.device)
 
 
 if __name__ == "__main__":
