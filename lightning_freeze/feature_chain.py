@@ -215,7 +215,6 @@ class FeatureChain:
         # How many links are known to run one on the output of the other; what the next one should get.
         self._follow = 1
         self._linked = len(self._links)
-        self._unlinked: str | None = None
         self._watched: _Watched | None = None
         self._passed: tuple[int, Tensor, Any] | None = None
         # What each link gets beside the output of the one before, as far as they are known to follow.
