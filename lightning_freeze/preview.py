@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -39,20 +40,21 @@ def phase_spans(
     for name, value in (("max_epochs", max_epochs), ("steps_per_epoch", steps_per_epoch)):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: at least 1 is needed.")
-    begin, spans = 0.0, list[tuple[float, float] | None]()
+    # Thirds of an epoch have to add up to whole ones.
+    begin, spans = Fraction(0), list[tuple[float, float] | None]()
     for index, phase in enumerate(phases):
-        ends = [float(max_epochs)]
+        ends = [Fraction(max_epochs)]
         if index < len(phases) - 1:
             if phase.epochs is not None:
-                ends.append(float(int(begin) + phase.epochs))
+                ends.append(Fraction(int(begin) + phase.epochs))
             if phase.steps is not None:
                 if steps_per_epoch is None:
                     raise ValueError(f"Phase {phase.label!r} lasts {phase.steps} steps: give steps_per_epoch.")
-                ends.append(begin + phase.steps / steps_per_epoch)
+                ends.append(begin + Fraction(phase.steps, steps_per_epoch))
             if len(ends) == 1:
                 ends.append(begin + (max_epochs - begin) / (len(phases) - index))
         end = min(ends)
-        spans.append((begin, end) if begin < max_epochs else None)
+        spans.append((float(begin), float(end)) if begin < max_epochs else None)
         begin = end
     return spans
 

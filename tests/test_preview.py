@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_freeze import FreezeSchedule, Phase, Plateau
@@ -23,6 +23,7 @@ PHASES = [
 
 
 @settings(max_examples=300, deadline=None)
+@example([(None, 1), (None, 3), (None, 6), (None, 2), (None, 1)], 3, 4)  # thirds that add up to four
 @given(st.lists(ends, min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 8))
 def test_spans_are_where_a_fit_walks(lengths: Any, steps_per_epoch: int, max_epochs: int) -> None:
     phases = [Phase("*", epochs=e, steps=s) for e, s in lengths]
