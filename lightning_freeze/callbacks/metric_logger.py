@@ -44,7 +44,8 @@ class MetricLogger(Callback):
     nothing of it: neither its modules nor its ``state_dict`` change.
 
     A metric that draws random numbers, such as torchmetrics' ``BootStrapper``, draws them from the global generator, as
-    it would anywhere else.
+    it would anywhere else. One that takes logits, such as ``AUROC``, tells them from probabilities anew in each batch:
+    a small batch of logits that all lie from 0 to 1 counts as it is. Give it probabilities to be sure.
 
     Args:
         metrics: A torchmetrics ``Metric``, a ``MetricCollection`` or a dict of name to metric. It is cloned, and itself
