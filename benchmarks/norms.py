@@ -174,9 +174,9 @@ def compare_in_trainer(net: nn.Module, rounds: int, device: str) -> None:
     for what in ("total", "parameter"):
         times: dict[str, list[float]] = {"bare": [], "ours": [], "grad_norm": [], ".item() loop": []}
         for _ in range(rounds):
-            for way, seconds in times.items():
+            for way, values in times.items():
                 callbacks = [NormLogger(per=what, what=("grad",), every_n_steps=1)] if way == "ours" else []
-                seconds.append(step_seconds(net, f"{way}, {what}", callbacks, device))
+                values.append(step_seconds(net, f"{way}, {what}", callbacks, device))
         bare = statistics.median(times.pop("bare"))
         costs = {way: [value - bare for value in values] for way, values in times.items()}
         mine = costs.pop("ours")

@@ -20,7 +20,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from lightning_freeze.feature_memory import Counts, FeatureMemory, Run
-from lightning_freeze.features import byte_digest, byte_rows, is_plain, why_no_key
+from lightning_freeze.features import is_plain, tensor_digest, why_no_key
 from lightning_freeze.frozen_state import Conditions, Weights, structure_text, why_not_reusable
 from lightning_freeze.stores import Budget, Folder
 
@@ -93,9 +93,8 @@ class Kept:
 class _Given:
     """What the first link was given in one call."""
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
-        self.leaves: list[Any] = tree_flatten((args, kwargs))[0]
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> None:
+        self.args, self.kwargs, self.leaves = args, kwargs, leaves
         self._tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self._versions = self._read_versions()
 
@@ -105,7 +104,7 @@ class _Given:
 
     def content(self) -> list[bytes | None]:
         """Give a hash of each tensor in it, None for those that no key can be made of."""
-        return [_digest(tensor) if why_no_key(tensor) is None else None for tensor in self._tensors]
+        return [tensor_digest(tensor) if why_no_key(tensor) is None else None for tensor in self._tensors]
 
     def _read_versions(self) -> list[int]:
         return [tensor._version for tensor in self._tensors if not tensor.is_inference()]
@@ -413,7 +412,8 @@ class FeatureChain:
         answer = self._recall(look, list(self._links.values())[:depth], self._run_to(depth), args, kwargs, begin)
         if answer is None:
             return run(*args, **kwargs)
-        return self._hand_on(0, depth, answer[0], _Given(args, kwargs))
+        output, leaves = answer
+        return self._hand_on(0, depth, output, _Given(args, kwargs, leaves))
 
     def _recall(
         self,
@@ -423,8 +423,8 @@ class FeatureChain:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         begin: float,
-    ) -> tuple[Any] | None:
-        """Give the output in a tuple; None if the modules have to run as if nothing stood before them."""
+    ) -> tuple[Any, list[Any]] | None:
+        """Give the output and the arguments' leaves; None if the modules have to run as if nothing stood before."""
         memory = self._memory(self._covers(look), modules)
         if memory.broken is None and memory.check():
             self._restart_trials()
@@ -439,7 +439,7 @@ class FeatureChain:
             self._inside = False
             memory.counts.all_seconds += time.perf_counter() - begin
         self._say_broken(memory)
-        return (output,)
+        return output, call.leaves
 
     def _say_broken(self, memory: FeatureMemory) -> None:
         if memory.broken is not None:
@@ -499,7 +499,7 @@ class FeatureChain:
     @staticmethod
     def _follows(watched: _Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Beside | None:
         """Give what a link gets beside what the one before gave; None if it does not get just that."""
-        if not args or args[0] is not watched.output or _digest(watched.output) != watched.digest:
+        if not args or args[0] is not watched.output or tensor_digest(watched.output) != watched.digest:
             return None
         beside = _Beside.of(args[1:], kwargs, watched.given)
         return beside if beside is _NOTHING or watched.given.content() == watched.content else None
@@ -514,7 +514,7 @@ class FeatureChain:
     ) -> Any:
         """Run a link, and note what it gave, so that it can be seen whether the next one gets just that."""
         if watched is None:
-            given = _Given(args, kwargs)
+            given = _Given(args, kwargs, tree_flatten((args, kwargs))[0])
             content = given.content()
         else:
             given, content = watched.given, watched.content
@@ -525,7 +525,7 @@ class FeatureChain:
         output = run(*args, **kwargs)
         if index + 1 < self._linked:
             if type(output) is Tensor:
-                self._watched = _Watched(index, output, _digest(output), given, content)
+                self._watched = _Watched(index, output, tensor_digest(output), given, content)
             else:
                 self._unlink(index, f"{self._names[index]} gives a {type(output).__name__}")
         return output
@@ -654,10 +654,6 @@ def _is_special() -> bool:
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
     )
-
-
-def _digest(tensor: Tensor) -> bytes:
-    return byte_digest(byte_rows(tensor.reshape(1, -1)))
 
 
 def _same(plain: Run) -> Run:

@@ -67,7 +67,7 @@ class Call:
         """
         columns = [byte_rows(self.leaves[i]) for i in self.samples]
         shared = b"".join(
-            byte_digest(byte_rows(leaf.reshape(1, -1)))
+            tensor_digest(leaf)
             for i, leaf in enumerate(self.leaves)
             if isinstance(leaf, Tensor) and i not in self.samples
         )
@@ -244,6 +244,11 @@ def byte_rows(tensor: Tensor) -> Bytes:
 def byte_digest(row: Bytes) -> bytes:
     """Give the 128-bit xxh3 hash of bytes."""
     return xxhash.xxh3_128_digest(row)  # type: ignore[arg-type]  # any buffer will do
+
+
+def tensor_digest(tensor: Tensor) -> bytes:
+    """Give the 128-bit xxh3 hash of all numbers of a tensor, in the order of its dimensions."""
+    return byte_digest(byte_rows(tensor.reshape(1, -1)))
 
 
 def _bytes(tensor: Tensor) -> Bytes:

@@ -165,7 +165,7 @@ class NormLogger(Callback):
         for step in steps.values():
             step.after()  # AMP has skipped those that have not heard of it yet
         several = len(trainer.optimizers) > 1
-        modules = self._names.modules if self._names is not None and self.per == "module" else {}
+        modules = self._names.modules if self._names is not None else {}
         metrics: dict[str, float] = {}
         bad: list[str] = []
         for index, norms in zip(steps, read_steps(list(steps.values())), strict=True):
@@ -180,13 +180,11 @@ class NormLogger(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing behind."""
-        self._drop()
-        self._logged, self._names = {}, None
+        self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Leave nothing behind."""
-        self._drop()
-        self._logged, self._names = {}, None
+        self._end()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
@@ -199,6 +197,10 @@ class NormLogger(Callback):
     def _tick(self, trainer: Trainer, ahead: int) -> int:
         every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (_stepped(trainer) + ahead) // every if every else 0
+
+    def _end(self) -> None:
+        self._drop()
+        self._logged, self._names = {}, None
 
     def _drop(self) -> None:
         for handle in self._handles:

@@ -112,22 +112,33 @@ GRADUAL = [
 ]
 
 
-def test_gradual_unfreezing_with_a_list_of_layers() -> None:
+def thawed(
+    make: Callable[[], tuple[Any, DataLoader[Any], DataLoader[Any]]], module: Any, epochs: int, **schedule: Any
+) -> tuple[list[int], FeatureCache]:
+    """Compare bits of a fit without and with a cache; give how many modules it covered after each batch, and it."""
     results = []
     for cached in (False, True):
         torch.manual_seed(0)
-        net = Classifier(resnet18(), 512)
-        cache = FeatureCache(LAYERS)
+        net, *loaders = make()
+        cache = FeatureCache(module)
         covers: list[int] = []
         callbacks: list[Callback] = [
-            FreezeSchedule(GRADUAL, verbose=False),
+            FreezeSchedule(verbose=False, **schedule),
             *([cache] if cached else []),
             Probe(end=lambda *_, seen=covers, of=cache: seen.append(len(of.stats.covers))),
         ]
-        trainer(callbacks=callbacks, max_epochs=10).fit(net, *loaders(12, 32))
+        trainer(callbacks=callbacks, max_epochs=epochs).fit(net, *loaders)
         results.append((torch.stack(net.losses), snapshot(net)))
     assert torch.equal(results[0][0], results[1][0])
     assert all(torch.equal(results[0][1][key], results[1][1][key]) for key in results[0][1])
+    return covers, cache
+
+
+def test_gradual_unfreezing_with_a_list_of_layers() -> None:
+    def make() -> Any:
+        return Classifier(resnet18(), 512), *loaders(12, 32)
+
+    covers, cache = thawed(make, LAYERS, 10, phases=GRADUAL)
     assert covers[::2] == [4, 4, 4, 3, 3, 3, 2, 2, 2, 4]
     assert cache.stats.hits > 40
 
@@ -164,22 +175,12 @@ def test_gradual_unfreezing_of_a_transformer_whose_layers_share_a_mask() -> None
         Phase(["head", "encoder.layers.3"], epochs=4),
         Phase(["head", "encoder.layers.3", "encoder.layers.2"]),
     ]
-    results = []
-    for cached in (False, True):
-        torch.manual_seed(0)
-        net, cache, covers = Reader(), FeatureCache("encoder.layers"), []
-        callbacks: list[Callback] = [
-            FreezeSchedule(phases, frozen_mode="eval", verbose=False),
-            *([cache] if cached else []),
-            Probe(end=lambda *_, seen=covers, of=cache: seen.append(len(of.stats.covers))),
-        ]
+
+    def make() -> Any:
         order = torch.Generator().manual_seed(3)
-        trainer(callbacks=callbacks, max_epochs=12).fit(
-            net, DataLoader(data, 8, shuffle=True, generator=order), DataLoader(data, 8)
-        )
-        results.append((torch.stack(net.losses), snapshot(net)))
-    assert torch.equal(results[0][0], results[1][0])
-    assert all(torch.equal(results[0][1][key], results[1][1][key]) for key in results[0][1])
+        return Reader(), DataLoader(data, 8, shuffle=True, generator=order), DataLoader(data, 8)
+
+    covers, cache = thawed(make, "encoder.layers", 12, phases=phases, frozen_mode="eval")
     assert covers[::3] == [4] * 4 + [3] * 4 + [2] * 4
     assert cache.stats.hits > 3 * 24 * 3
 
