@@ -251,6 +251,20 @@ def uneven(**options: Any) -> Any:
     return {"history": schedule.history, "differ": watch.differ}
 
 
+def idle_in_validation() -> str:
+    """Rank 1 has nothing to validate on, which Lightning allows if it is told so."""
+    net = Reports("unsynchronised")
+    net.allow_zero_length_dataloader_with_multiple_devices = True
+    schedule = FreezeSchedule([Phase("head", until=Plateau("metric")), Phase("*")], verbose=False)
+    validation = DataLoader(data(4), batch_size=4) if dist.get_rank() == 0 else DataLoader([])
+    options = {"strategy": "ddp", "devices": WORLD, "max_epochs": 1, "use_distributed_sampler": False}
+    try:
+        trainer(callbacks=[schedule], **options).fit(net, share(), validation)
+    except MisconfigurationException as error:
+        return str(error)
+    return ""
+
+
 def disagreement(make: Callable[[], list[Phase]]) -> str:
     try:
         trainer(callbacks=[FreezeSchedule(make())], strategy="ddp", devices=WORLD).fit(Even(), loader())
@@ -293,6 +307,7 @@ def everything() -> dict[str, Any]:
         "uneven": uneven(),
         "uneven, but stopped": uneven(max_steps=2),
         "uneven, but limited": uneven(limit_train_batches=2),
+        "idle in validation": idle_in_validation(),
         "disagreement": disagreement(lambda: ranks[dist.get_rank()]),
         "batchnorm": batchnorm_alone(),
         "means": means(),
@@ -354,6 +369,11 @@ def test_uneven_training_data_of_which_every_rank_takes_as_much(both: Any) -> No
     for rank in both:
         assert rank["uneven, but stopped"] == {"history": [(0, 0, 0), (0, 1, 1)], "differ": [[]] * 3}
         assert rank["uneven, but limited"] == {"history": [(0, 0, 0), (0, 1, 1), (1, 2, 2)], "differ": [[]] * 4}
+
+
+def test_a_rank_without_validation_is_refused_before_the_others_wait_for_it(both: Any) -> None:
+    for validates, rank in zip((True, False), both, strict=True):
+        assert f"validates = {validates}" in rank["idle in validation"]
 
 
 def test_ranks_with_other_schedules_are_told_apart(both: Any) -> None:

@@ -443,6 +443,14 @@ class FreezeSchedule(Callback):
                 "Ranks have different numbers of training batches, and Lightning waits forever for those that run out. "
                 f"Give every rank as many, for example by limit_train_batches=…. {error}"
             ) from None
+        if any(phase.until is not None for phase in self.phases):
+            try:
+                check_agreement(trainer.strategy, validates=sum(trainer.num_val_batches) > 0)
+            except RuntimeError as error:
+                raise MisconfigurationException(
+                    "A rank has no validation batches, and those that have some would wait for it forever to agree on "
+                    f"the Plateau's metric. Give every rank some. {error}"
+                ) from None
 
     # Words
 
