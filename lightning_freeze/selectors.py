@@ -8,15 +8,16 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-Predicate: TypeAlias = Callable[[str, Tensor], bool]
+Predicate: TypeAlias = Callable[[str, Any], bool]
 
 #: What to select: a name, a glob, ``"re:…"``, ``"type:…"``, ``"!…"``, ``"*"``, a predicate, or a list of them.
-Selector: TypeAlias = str | Predicate | Sequence[str | Predicate]
+# Lists come before predicates: LightningCLI writes a value into its config.yaml as the first kind that it could be.
+Selector: TypeAlias = str | Sequence[str | Predicate] | Predicate
 
 # The segments that torch.compile, FSDP1 and activation checkpointing put into names.
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -36,10 +37,14 @@ def clean_name(name: str) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Give the module inside a (Distributed)DataParallel wrapper, or the module itself."""
-    while isinstance(module, DataParallel | DistributedDataParallel):
-        module = module.module
-    return module
+    """Give the module inside wrappers, of (Distributed)DataParallel and ``torch.compile``, or the module itself."""
+    while True:
+        if isinstance(module, DataParallel | DistributedDataParallel):
+            module = module.module
+        elif isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
+            module = inner
+        else:
+            return module
 
 
 def named_unique_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
