@@ -8,8 +8,10 @@ what the last of them gave is kept.
 from __future__ import annotations
 
 import time
+import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
+from torch.optim import Optimizer
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from lightning_freeze.feature_memory import Counts, FeatureMemory, Run
@@ -91,12 +94,13 @@ class Kept:
 
 
 class _Given:
-    """What the first link was given in one call."""
+    """What the first link was given in one call, and the autocast state it ran in."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any]) -> None:
         self.args, self.kwargs, self.leaves = args, kwargs, leaves
         self._tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self._versions = self._read_versions()
+        self._autocast = self._read_autocast()
 
     def written(self) -> bool:
         """Whether something in it has been written to since. In inference mode that cannot be seen."""
@@ -105,6 +109,23 @@ class _Given:
     def content(self) -> list[bytes | None]:
         """Give a hash of each tensor in it, None for those that no key can be made of."""
         return [tensor_digest(tensor) if why_no_key(tensor) is None else None for tensor in self._tensors]
+
+    def other_autocast(self) -> bool:
+        """Whether autocast is not what it was: what runs now is computed in another dtype."""
+        return self._autocast != self._read_autocast()
+
+    @contextmanager
+    def circumstances(self) -> Iterator[None]:
+        """Run with autocast as it was, and without gradients, which nothing that is frozen needs."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            for kind, on, dtype in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=on))
+            yield
+
+    def _read_autocast(self) -> list[tuple[str, bool, torch.dtype]]:
+        kinds = sorted({"cpu", *(tensor.device.type for tensor in self._tensors)})
+        return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
 
     def _read_versions(self) -> list[int]:
         return [tensor._version for tensor in self._tensors if not tensor.is_inference()]
@@ -215,7 +236,9 @@ class FeatureChain:
         self._follow = 1
         self._linked = len(self._links)
         self._watched: _Watched | None = None
-        self._passed: tuple[int, Tensor, Any] | None = None
+        self._passed: tuple[int, Later, Any] | None = None
+        # What stands for outputs between links, as far as somebody may still hold it.
+        self._laters: list[weakref.ref[Later]] = []
         # What each link gets beside the output of the one before, as far as they are known to follow.
         self._beside: dict[int, _Beside] = {}
         if folder is not None:
@@ -231,10 +254,12 @@ class FeatureChain:
 
     def __exit__(self, *_: object) -> None:
         """Step aside; what is remembered stays until :meth:`close`."""
+        self._passed = None
+        self.settle()
         for stand_in in self._stand_ins:
             stand_in.remove()
         self._stand_ins = []
-        self._passed = self._watched = None
+        self._watched = None
 
     def close(self) -> None:
         """Forget everything; what lies in a folder stays there."""
@@ -258,12 +283,28 @@ class FeatureChain:
         memories = {**self._kept.memories, **self._memories}
         return Kept(self._budget, memories, {stage: lane.counts for stage, lane in self._lanes.items()})
 
-    def refresh(self) -> None:
-        """Read all weights, to see also what was written through ``tensor.data``; exchange rows with other ranks."""
+    def suspect(self) -> None:
+        """Read all weights before the next answer, to see also what does not count as written to."""
         for memory in self._memories.values():
-            if memory.check(content=True):
-                self._restart_trials()
+            memory.suspect()
+
+    def suspect_step(self, optimizer: Optimizer) -> None:
+        """Do so if an optimizer is about to change a weight: fused ones do not count what they write."""
+        held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        if any(id(parameter) in self._parameters and parameter.grad is not None for parameter in held):
+            self.suspect()
+
+    def exchange(self) -> None:
+        """Exchange rows with other ranks that use the same folder."""
+        for memory in self._memories.values():
             memory.refresh()
+
+    def settle(self) -> None:
+        """Compute what stands for outputs between links and is still held by somebody, who may read it at any time."""
+        laters, self._laters = self._laters, []
+        for reference in laters:
+            if (later := reference()) is not None:
+                later.value()
 
     def end_epoch(self, stage: str) -> Counts:
         """Judge whether the samples of a stage come back; give what has been done for it so far."""
@@ -273,9 +314,12 @@ class FeatureChain:
         known = counts.known - lane.known
         lane.samples, lane.known = counts.hits + counts.misses, counts.known
         if lane.epochs >= 1 and samples and known < _WORTH * samples:
+            refused = [memory.refused for memory in self._memories.values() if memory.refused and not memory.rows]
             lane.off = (
-                f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they are "
-                "augmented at random, or there is too little room for them"
+                refused[0]
+                if refused
+                else f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they "
+                "are augmented at random, or there is too little room for them"
             )
             self._say(f"{self._name}: off for {stage}, because {lane.off}.")
             self.close()
@@ -322,6 +366,7 @@ class FeatureChain:
         modules = [self._whole[1]] if self._whole is not None else []
         self._conditions = Conditions([*modules, *self._links.values()])
         self._trains = self._conditions.trains()
+        self._parameters = {id(p) for module in (*modules, *self._links.values()) for p in module.parameters()}
         self._looks: dict[tuple[bool, ...], _Look] = {}
 
     def _look(self) -> _Look:
@@ -403,7 +448,10 @@ class FeatureChain:
             answer = self._recall(look, [self._whole[1]], run, args, kwargs, begin)
             return run(*args, **kwargs) if answer is None else answer[0]
         if index == _WHOLE:
-            return run(*args, **kwargs)
+            output = run(*args, **kwargs)
+            self._passed = None
+            self.settle()  # nobody but those who keep it holds what was between links now
+            return output
         depth = min(look.depth, self._linked)
         if depth > self._follow:
             return self._watch(run, args, kwargs)
@@ -413,7 +461,8 @@ class FeatureChain:
         if answer is None:
             return run(*args, **kwargs)
         output, leaves = answer
-        return self._hand_on(0, depth, output, _Given(args, kwargs, leaves))
+        memory = self._memories[self._covers(look)]
+        return self._hand_on(0, (depth, output, _Given(args, kwargs, leaves), memory))
 
     def _recall(
         self,
@@ -451,38 +500,43 @@ class FeatureChain:
         runs = [stand_in.plain for stand_in in self._stand_ins[first : first + depth]]
         return partial(_one_by_one, runs, [self._beside[i] for i in range(1, depth)])
 
-    def _hand_on(self, index: int, depth: int, output: Any, given: _Given) -> Any:
+    def _hand_on(self, index: int, call: tuple[int, Any, _Given, FeatureMemory]) -> Any:
         """Give what link ``index`` returns when the output of the last link is already there."""
+        depth, output, given, memory = call
         if index == depth - 1:
             self._passed = None
             return output
 
         def compute() -> Tensor:
             self._unlink(index, f"something other than {self._names[index + 1]} reads what {self._names[index]} gives")
-            if given.written():
+            if given.written() or memory.check():
                 raise RuntimeError(
-                    f"FeatureCache: what {self._names[0]} was given has been written to before something other than "
-                    f"{self._names[index + 1]} read what {self._names[index]} gives, so that cannot be computed any "
-                    f"more. Name no module after {self._names[index]} in the FeatureCache."
+                    f"FeatureCache: what {self._names[0]} was given, or its weights, have been written to before "
+                    f"something other than {self._names[index + 1]} read what {self._names[index]} gives, so that "
+                    f"cannot be computed any more. Name no module after {self._names[index]} in the FeatureCache."
                 )
             self._inside = True
             try:
-                value: Tensor = self._run_to(index + 1)(*given.args, **given.kwargs)
+                with given.circumstances():
+                    value: Tensor = self._run_to(index + 1)(*given.args, **given.kwargs)
             finally:
                 self._inside = False
             return value
 
         later = Later.of(compute)
-        self._passed = index, later, (depth, output, given)
+        self._laters.append(weakref.ref(later))
+        self._passed = index, later, call
         return later
 
     def _go_on(self, index: int, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer for a link that is not the first."""
         if self._passed is not None:
-            before, later, (depth, output, given) = self._passed
-            follows = index == before + 1 and bool(args) and args[0] is later and not given.written()
+            before, later, call = self._passed
+            given = call[2]
+            follows = index == before + 1 and bool(args) and args[0] is later and not later.is_there
+            follows = follows and not given.written() and not given.other_autocast()
             if follows and _Beside.of(args[1:], kwargs, given) == self._beside[index]:
-                return self._hand_on(index, depth, output, given)
+                return self._hand_on(index, call)
             # Code such as nn.MultiheadAttention's takes another way, with other bits, for tensors of other classes.
             args, kwargs = _real((args, kwargs))
         watched, self._watched = self._watched, None
@@ -492,7 +546,7 @@ class FeatureChain:
                 self._follow = index + 1
                 return self._watch(run, args, kwargs, index, watched)
             self._unlink(
-                watched.index, f"{self._names[index]} is not given just what {self._names[watched.index]} gave"
+                watched.index, f"{self._names[index]} does not run on just what {self._names[watched.index]} gave"
             )
         return run(*args, **kwargs)
 
@@ -500,6 +554,8 @@ class FeatureChain:
     def _follows(watched: _Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Beside | None:
         """Give what a link gets beside what the one before gave; None if it does not get just that."""
         if not args or args[0] is not watched.output or tensor_digest(watched.output) != watched.digest:
+            return None
+        if watched.given.other_autocast():
             return None
         beside = _Beside.of(args[1:], kwargs, watched.given)
         return beside if beside is _NOTHING or watched.given.content() == watched.content else None
@@ -584,7 +640,7 @@ class StandIn:
 class Later(Tensor):
     """A tensor that is computed when somebody looks at it."""
 
-    _compute: Callable[[], Tensor]
+    _compute: Callable[[], Tensor] | None
     _value: Tensor | None
 
     @staticmethod
@@ -595,10 +651,16 @@ class Later(Tensor):
         later._value = None
         return later
 
+    @property
+    def is_there(self) -> bool:
+        """Whether it has been computed."""
+        return self._value is not None
+
     def value(self) -> Tensor:
         """Give the tensor itself."""
         if self._value is None:
-            self._value = self._compute()
+            assert self._compute is not None
+            self._value, self._compute = self._compute(), None
         return self._value
 
     @classmethod

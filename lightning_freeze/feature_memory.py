@@ -3,17 +3,21 @@
 The bits of an output can depend on the circumstances, above all on the size of the batch, because kernels are chosen by
 shape. So each row is kept with a mark of its circumstances, and serves others only after both were seen to give the
 same bits for the same samples. That holds for the same circumstances, too: the first samples that come back are
-computed a second time, which shows a module that is random or looks at the whole batch.
+computed a second time, and the first that come back in the company of others, which shows a module that is random or
+looks at the whole batch. Later on that is repeated ever more seldom.
 """
 
 from __future__ import annotations
 
 import platform
+import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import compress
+from operator import is_
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -21,8 +25,18 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from lightning_freeze.features import Bytes, Call, NotPerSample, OutputForm, TensorForm, encode, read_call
+from lightning_freeze.features import (
+    Bytes,
+    Call,
+    NotPerSample,
+    OutputForm,
+    TensorForm,
+    encode,
+    read_call,
+    tensor_digest,
+)
 from lightning_freeze.frozen_state import Weights
 from lightning_freeze.stores import Budget, Damaged, Folder, Shelf, Slots
 
@@ -30,6 +44,7 @@ Run: TypeAlias = Callable[..., Any]
 
 _ENOUGH = 256  # numbers that have to be equal, over all comparisons, before two circumstances count as alike
 _ROUNDING = 16  # machine epsilons, of the largest number, by which a kernel may differ from itself
+_FIRST_PROOF, _RARER = 128, 4  # the batch answered from memory that is computed all the same, and the growth of that
 _MOST_FORMS = 512
 _MOST_WRITES = 8
 
@@ -69,12 +84,20 @@ class _Form:
     Args:
         form: Of the outputs.
         shelf: Their bytes.
+        inherited: Whether rows are there that come from another fit or run, and none of them has been proved yet.
         equal: For two marks, how many numbers were seen to be equal in both; -1 after one that was not.
+        mixed: For each mark, how many numbers were seen to be equal in batches that were put together anew.
+        begins: The first slots of batches that were kept whole.
+        fits: For each mark, whether outputs had this form.
     """
 
     form: OutputForm
     shelf: Shelf
+    inherited: bool
     equal: dict[tuple[int, int], int] = field(default_factory=dict)
+    mixed: dict[int, int] = field(default_factory=dict)
+    begins: set[int] = field(default_factory=set)
+    fits: dict[int, bool] = field(default_factory=dict)
 
     def alike(self, a: int, b: int) -> bool:
         """Whether the bits of two circumstances are the same."""
@@ -101,6 +124,14 @@ class _Form:
                 if not self.alike(other, mark):
                     usable &= marks != other
         return usable
+
+    def trusts(self, slots: Slots, mark: int) -> bool:
+        """Whether samples that were in other batches are known to have given the same, or these were in one batch."""
+        return self.mixed.get(mark, 0) >= _ENOUGH or self.are_together(slots)
+
+    def are_together(self, slots: Slots) -> bool:
+        """Whether the slots are those of one batch, in its order."""
+        return int(slots[0]) in self.begins and bool((np.diff(slots) == 1).all())
 
     def look_apart(self, keys: list[bytes], slots: Slots, mark: int) -> bool:
         """Where what is there is known to differ under ``mark``, look under a key of its own; give whether any is."""
@@ -150,6 +181,7 @@ class FeatureMemory:
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         self.broken: str | None = None
+        self.refused: str | None = None
         self.counts = counts or Counts()
         self.weights = weights
         self.name = name
@@ -161,6 +193,9 @@ class FeatureMemory:
         self._forms: dict[str, _Form] = {}
         self._writes = 0
         self._rests = b""
+        self._suspicious = False
+        self._runs: Counter[tuple[Any, ...]] = Counter()
+        self._answered, self._next_proof = 0, _FIRST_PROOF
 
     @property
     def rows(self) -> int:
@@ -172,13 +207,15 @@ class FeatureMemory:
         """The bytes that they take."""
         return sum(form.shelf.size for form in self._forms.values())
 
-    def check(self, *, content: bool = False) -> bool:
-        """Forget everything if weights have changed; give whether they have.
+    def suspect(self) -> None:
+        """Read all weights at the next check, to see also what was written through ``tensor.data``."""
+        self._suspicious = True
 
-        Args:
-            content: Read all of them, to see also what was written through ``tensor.data``.
-        """
-        if not (self.weights.content_changed() if content else self.weights.changed()):
+    def check(self) -> bool:
+        """Forget everything if weights have changed; give whether they have."""
+        changed = self.weights.changed() or (self._suspicious and self.weights.content_changed())
+        self._suspicious = False
+        if not changed:
             return False
         self.close()
         self.weights.take()
@@ -198,10 +235,15 @@ class FeatureMemory:
         self.weights = Weights([])
 
     def wake(self, weights: Weights, structure: str, say: Callable[[str], None]) -> bool:
-        """Go on if weights and structure are the same; give whether they are."""
+        """Go on if weights and structure are the same; give whether they are. What is kept has to prove itself anew."""
         if structure != self._structure or weights.fingerprint() != self._rests:
             return False
         self.weights, self._say, self._writes = weights, say, 0
+        for form in self._forms.values():
+            form.inherited = True
+            form.equal.clear()
+            form.mixed.clear()
+            form.begins.clear()
         return True
 
     def close(self) -> None:
@@ -237,32 +279,36 @@ class FeatureMemory:
         mark = _mark(call.size, circumstances)
         keys = call.keys()
         if form is None:
-            return self._begin(call, keys, run, mark, text)
+            return self._begin(call, keys, run, mark, circumstances, text)
         slots = form.shelf.find(keys)
         self.counts.known += int(np.count_nonzero(slots >= 0))
         usable = form.usable(slots, mark)
         if not usable.all() and form.look_apart(keys, slots, mark):
             usable = form.usable(slots, mark)
         missing = call.size - int(np.count_nonzero(usable))
-        if missing == 0:
+        trusted = missing < call.size and form.trusts(slots[usable], mark)
+        if missing == 0 and trusted and not self._is_proof_due():
             self.counts.hits += call.size
             return form.form.decode(torch.from_numpy(form.shelf.read(slots)))
-        if 2 * missing <= call.size:
+        if 0 < 2 * missing <= call.size and trusted:
             output = self._part(call, keys, run, mark, form, slots, usable, circumstances)
             if output is not None:
                 return form.form.decode(output)
-        output, rows = self._whole(call, run, form)
+        output, rows = self._whole(call, run, form, mark, circumstances)
         if rows is not None:
-            self._compare(form, slots, rows, mark)
-            if self.broken is None:
-                if 2 * missing <= call.size:
+            if not self._compare(form, slots, rows, mark):
+                self._disown(text, form)
+            elif self.broken is None:
+                if 0 < 2 * missing <= call.size:
                     self._probe(call, run, form, rows, mark, circumstances, missing)
                 self._keep(form, keys, slots, rows, mark)
         return output
 
-    def _begin(self, call: Call, keys: list[bytes], run: Run, mark: int, text: str) -> Any:
+    def _begin(
+        self, call: Call, keys: list[bytes], run: Run, mark: int, circumstances: tuple[Any, ...], text: str
+    ) -> Any:
         """Run on the first batch of its form."""
-        output, encoded = self._run(call, run, *_whole_args(call))
+        output, encoded = self._run(call, run, circumstances)
         if encoded is None:
             return output
         if len(self._forms) >= _MOST_FORMS:
@@ -274,36 +320,70 @@ class FeatureMemory:
         except OSError as error:
             self._break(f"the folder cannot be written to: {error}")
             return output
-        form = self._forms[text] = _Form(outputs, shelf)
+        form = self._forms[text] = _Form(outputs, shelf, len(shelf) > 0, fits={mark: True})
         slots = shelf.find(keys)
         self.counts.known += int(np.count_nonzero(slots >= 0))
-        self._compare(form, slots, rows, mark)
-        if self.broken is None:
+        if not self._compare(form, slots, rows, mark):
+            self._disown(text, form)
+        elif self.broken is None:
             self._keep(form, keys, slots, rows, mark)
         return output
 
-    def _whole(self, call: Call, run: Run, form: _Form) -> tuple[Any, Bytes | None]:
+    def _is_proof_due(self) -> bool:
+        """Whether to compute a batch although it is there."""
+        self._answered += 1
+        if self._answered < self._next_proof:
+            return False
+        self._next_proof *= _RARER
+        return True
+
+    def _disown(self, text: str, form: _Form) -> None:
+        """Forget what another fit or run has left."""
+        del self._forms[text]
+        form.shelf.discard()
+        self._say(f"{self.name}: features of an earlier fit are not what it gives now, and are computed anew.")
+
+    def _whole(
+        self, call: Call, run: Run, form: _Form, mark: int, circumstances: tuple[Any, ...]
+    ) -> tuple[Any, Bytes | None]:
         """Run on the whole batch, as it would have been without a memory."""
-        output, encoded = self._run(call, run, *_whole_args(call))
-        return output, encoded[1] if encoded is not None and encoded[0] == form.form else None
+        output, encoded = self._run(call, run, circumstances)
+        if encoded is None:
+            return output, None
+        fits = encoded[0] == form.form
+        if form.fits.setdefault(mark, fits) != fits:
+            self._break("the shape of what it gives, or a plain value in it, depends on the batch")
+            return output, None
+        return output, encoded[1] if fits else None
 
     def _run(
-        self, call: Call, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any], size: int | None = None
+        self, call: Call, run: Run, circumstances: tuple[Any, ...], picked: list[int] | None = None
     ) -> tuple[Any, tuple[OutputForm, Bytes] | None]:
-        """Run; give the output, rounded if a dtype asks for it, and its rows unless they must not be kept."""
-        size = size or call.size
-        given = [leaf for leaf in call.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
-        versions = [leaf._version for leaf in given]
+        """Run; give the output, rounded if a dtype asks for it, and its rows unless they must not be kept.
+
+        Args:
+            call: The call.
+            run: The modules.
+            circumstances: What :meth:`recall` has been given, and the like.
+            picked: The samples to run on; all if not given.
+        """
+        size = call.size if picked is None else len(picked)
+        args, kwargs = _whole_args(call) if picked is None else call.pick(picked)
+        # In its first run a module may set up what it keeps for good.
+        second = self._runs[circumstances[1:]] == 1
+        self._runs[circumstances[1:]] += 1
+        before = SideEffects((args, kwargs), self.weights if second else None)
         begin = time.perf_counter()
         output = run(*args, **kwargs)
         self.counts.run_seconds += time.perf_counter() - begin
         self.counts.misses += size
-        if versions != [leaf._version for leaf in given]:
-            self._break("it writes into what it is given")
+        if effect := before.found(output):
+            self._break(effect)
             return output, None
         try:
             form, rows = encode(output, size, self._dtype)
         except NotPerSample as reason:
+            self.refused = str(reason)
             self._say(f"{self.name}: such calls are not cached: {reason}.")
             return output, None
         if any(isinstance(leaf, TensorForm) and leaf.stored != leaf.dtype for leaf in form.leaves):
@@ -334,7 +414,7 @@ class FeatureMemory:
         if size is None:
             return None
         picked = np.resize(missing, size).tolist()
-        _, encoded = self._run(call, run, *call.pick(picked), size)
+        _, encoded = self._run(call, run, circumstances, picked)
         if encoded is None or encoded[0] != form.form:
             return None
         self.counts.misses -= size - len(missing)
@@ -363,7 +443,7 @@ class FeatureMemory:
             before = self.counts.misses
             try:
                 with torch.random.fork_rng():
-                    _, encoded = self._run(call, run, *call.pick(list(range(size))), size)
+                    _, encoded = self._run(call, run, circumstances, list(range(size)))
             except Exception:  # nobody but us has asked for such a batch
                 form.note(small, mark, -1)
                 return
@@ -374,11 +454,15 @@ class FeatureMemory:
                 form.note(small, mark, _numbers(encoded[1]) if same else -1)
             return
 
-    def _compare(self, form: _Form, slots: Slots, rows: Bytes, mark: int) -> None:
-        """Learn from samples that were there before and have been computed again."""
+    def _compare(self, form: _Form, slots: Slots, rows: Bytes, mark: int) -> bool:
+        """Learn from samples that were there before and have been computed again.
+
+        Returns:
+            False if that shows that rows from another fit or run are not those of these modules.
+        """
         found = np.flatnonzero(slots >= 0)
         if not len(found):
-            return
+            return True
         kept = form.shelf.read(slots[found])
         same = (kept == rows[found]).all(axis=1)
         marks = form.shelf.marks[slots[found]]
@@ -386,32 +470,39 @@ class FeatureMemory:
             here = marks == other
             equal = bool(same[here].all())
             if not equal and other == mark:
-                equal = self._is_rounding(form, kept[here], rows[found][here])
+                difference, allowed = _difference(form.form, kept[here], rows[found][here])
+                equal = difference <= allowed
+                if not equal and form.inherited:
+                    return False
+                self._note_difference(difference, equal)
                 if not equal:
-                    return
+                    return True
+            form.inherited = form.inherited and not equal
             form.note(other, mark, _numbers(rows[found][here]) if equal else -1)
+        if same.all() and not form.are_together(slots[found]):
+            form.mixed[mark] = form.mixed.get(mark, 0) + _numbers(rows[found])
+        return True
 
-    def _is_rounding(self, form: _Form, a: Bytes, b: Bytes) -> bool:
-        """Whether two computations of the same differ as kernels do; if not, nothing is remembered any more."""
-        difference, allowed = _difference(form.form, a, b)
+    def _note_difference(self, difference: float, is_rounding: bool) -> None:
+        """Say by how much two computations of the same differ; if not as kernels do, nothing is remembered any more."""
         self.counts.difference = max(self.counts.difference, difference)
-        if difference <= allowed:
+        if is_rounding:
             self._say(
                 f"{self.name}: the same samples in other places of a batch give outputs that differ by rounding, up to "
                 f"{difference:.1e} of the largest; those computed first are kept."
             )
-            return True
-        self._break(
-            f"it gave other outputs for samples that had been there before, by {difference:.1e} of the largest: they "
-            "are random, or depend on the batch"
-        )
-        return False
+        else:
+            self._break(
+                f"it gave other outputs for samples that had been there before, by {difference:.1e} of the largest: "
+                "they are random, depend on the batch, or come from code that has changed"
+            )
 
     def _keep(self, form: _Form, keys: list[bytes], slots: Slots, rows: Bytes, mark: int) -> None:
         """Keep the rows of new samples."""
         new = slots < 0
         if new.all():
             kept = form.shelf.put(keys, mark, rows)
+            form.begins.update(form.shelf.find(keys[:1]).tolist())
         elif new.any():
             kept = form.shelf.put(list(compress(keys, new)), mark, rows[new])
         else:
@@ -437,6 +528,53 @@ class FeatureMemory:
     def _break(self, why: str) -> None:
         self.broken = why
         self.close()
+
+
+class SideEffects:
+    """Sees what a run does beside giving an output, which would be missing where the output comes from memory.
+
+    Args:
+        given: All that the run is given.
+        weights: Of the modules, to see what they keep aside; None to leave that out.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> before = SideEffects(x, None)
+        >>> before.found(torch.nn.functional.dropout(x))
+        'it draws random numbers'
+    """
+
+    def __init__(self, given: Any, weights: Weights | None) -> None:
+        self._given = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        self._weights = weights
+        self._written = self._read_given()
+        self._generators = self._read_generators()
+        self._aside = weights.aside() if weights is not None else {}
+
+    def found(self, output: Any) -> str | None:
+        """Say what has happened, None if nothing has."""
+        if self._written != self._read_given():
+            return "it writes into what it is given"
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
+            return "what it gives requires grad though no parameter in it does: something else trains with it"
+        if self._generators != self._read_generators():
+            return "it draws random numbers"
+        for name, tensors in (self._weights.aside() if self._weights is not None else {}).items():
+            before = self._aside.get(name, [])
+            if len(before) != len(tensors) or not all(map(is_, before, tensors)):
+                return f"it puts what it computes into {name}, too, where others could look for it"
+        return None
+
+    def _read_given(self) -> list[int | bytes]:
+        # Tensors made in inference mode do not count what is written to them.
+        return [tensor_digest(leaf) if leaf.is_inference() else leaf._version for leaf in self._given]
+
+    def _read_generators(self) -> tuple[Any, ...]:
+        devices = {leaf.device for leaf in self._given if leaf.device.type == "cuda"}
+        states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        legacy: Any = np.random.get_state()
+        name, numbers, *rest = legacy
+        return [state.numpy().tobytes() for state in states], random.getstate(), name, numbers.tobytes(), rest
 
 
 def _whole_args(call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -114,6 +114,8 @@ def read_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     size = next((tensor.shape[0] for tensor in tensors.values() if tensor.dim()), 0)
     if size == 0:
         raise NotPerSample("it is called without a tensor that has a batch dimension")
+    if len(tensors) < len(leaves) and _has_plain_list(size, args, kwargs):
+        raise NotPerSample(f"it is called with {size} samples and a list of {size} plain values, which may be theirs")
     samples = tuple(i for i, tensor in tensors.items() if tensor.dim() and tensor.shape[0] == size)
     return Call(leaves, spec, size, samples)
 
@@ -165,6 +167,13 @@ class TensorForm:
 
 
 @dataclass(frozen=True)
+class _Again:
+    """A tensor that stands in an output before, at ``place`` among its leaves."""
+
+    place: int
+
+
+@dataclass(frozen=True)
 class OutputForm:
     """All that the outputs of a batch have in common: the nest, its plain values and the form of each tensor."""
 
@@ -183,11 +192,13 @@ class OutputForm:
             rows: uint8, ``(samples, row_bytes)``, contiguous; it may become the output's own memory.
         """
         start = 0
-        leaves = []
+        leaves: list[Any] = []
         for leaf in self.leaves:
             if isinstance(leaf, TensorForm):
                 leaves.append(_tensor(rows[:, start : start + leaf.row_bytes], leaf))
                 start += leaf.row_bytes
+            elif isinstance(leaf, _Again):
+                leaves.append(leaves[leaf.place])
             else:
                 leaves.append(leaf)
         return tree_unflatten(leaves, self.spec)
@@ -213,11 +224,15 @@ def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[Ou
     leaves, spec = tree_flatten(output)
     forms: list[Any] = []
     columns: list[Bytes] = []
-    for leaf in leaves:
+    places = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves)))}
+    for place, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             if not is_plain(leaf):
                 raise NotPerSample(f"it returns a {type(leaf).__name__}")
             forms.append(leaf)
+            continue
+        if places[id(leaf)] < place:
+            forms.append(_Again(places[id(leaf)]))
             continue
         if reason := why_no_key(leaf):
             raise NotPerSample(f"it is returning {reason}")
@@ -229,6 +244,8 @@ def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[Ou
         order = _memory_order(leaf)
         forms.append(TensorForm(tuple(leaf.shape[1:]), order, _strides(leaf), leaf.dtype, stored, leaf.device))
         columns.append(_bytes(leaf.permute(_batch_first(order)).to(stored)))
+    if _overlap([leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and places[id(leaf)] == place]):
+        raise NotPerSample("it returns tensors of which one is a view into another")
     if not any(column.size for column in columns):
         raise NotPerSample("it returns no numbers")
     return OutputForm(spec, tuple(forms)), columns[0] if len(columns) == 1 else np.concatenate(columns, axis=1)
@@ -260,6 +277,37 @@ def _bytes(tensor: Tensor) -> Bytes:
 def is_plain(leaf: Any) -> bool:
     """Whether a leaf is no tensor, and equal ones have equal text."""
     return leaf is None or isinstance(leaf, enum.Enum) or type(leaf) in _PLAIN
+
+
+def _overlap(tensors: list[Tensor]) -> bool:
+    """Whether two tensors have an element in common."""
+    owners: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        owners.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    for views in owners.values():
+        if len(views) == 1:
+            continue
+        taken = torch.zeros(views[0].untyped_storage().nbytes(), dtype=torch.bool)
+        for view in views:
+            dims = [(n, stride * view.itemsize) for n, stride in zip(view.shape, view.stride(), strict=True) if stride]
+            sizes, strides = zip(*dims, (view.itemsize, 1), strict=True)
+            mine = taken.as_strided(sizes, strides, view.storage_offset() * view.itemsize)
+            if mine.any():
+                return True
+            mine.fill_(True)
+    return False
+
+
+def _has_plain_list(size: int, *nests: Any) -> bool:
+    """Whether there is a list or tuple of so many plain values somewhere."""
+    for nest in nests:
+        if isinstance(nest, dict):
+            nest = list(nest.values())  # never plain itself: its keys tell values apart
+        elif isinstance(nest, list | tuple) and len(nest) == size and all(map(is_plain, nest)):
+            return True
+        if isinstance(nest, list | tuple) and _has_plain_list(size, *nest):
+            return True
+    return False
 
 
 def _leaf_text(leaf: Any, first: int) -> str:

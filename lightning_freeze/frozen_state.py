@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
-from functools import cache
 from itertools import chain
 from operator import attrgetter, is_, ne
-from types import CodeType
 from typing import Any
 
 import xxhash
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.jit import ScriptModule
+from torch.utils._pytree import tree_leaves
 
 from lightning_freeze.features import byte_digest, byte_rows
 
@@ -24,6 +21,8 @@ _training = attrgetter("training")
 
 # Where classes that are random in train mode keep the probability, by the names torch, torchvision and timm use.
 _PROBABILITIES = ("p", "drop_prob", "dropout")
+# What every module keeps itself.
+_OWN = frozenset(vars(nn.Module()))
 _RANDOM_NAMES = ("Dropout", "DropPath", "StochasticDepth", "DropBlock")
 
 
@@ -76,7 +75,7 @@ def _why_mode_matters(name: str, layer: nn.Module) -> str | None:
 
 
 class Conditions:
-    """Reads cheaply what decides whether outputs may be reused: what trains, modes that matter, forward hooks.
+    """Reads cheaply what decides whether outputs may be reused: what trains, train modes, forward hooks.
 
     Args:
         modules: The modules.
@@ -84,7 +83,7 @@ class Conditions:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
-        layers = list(dict.fromkeys(layer for module in modules for layer in module.modules()))
+        layers = _layers(modules)
         self._dicts: list[dict[str, Any]] = [
             d for layer in layers for d in (layer._parameters, layer._buffers, layer._modules)
         ]
@@ -92,7 +91,7 @@ class Conditions:
         self._dicts = [d for d in self._dicts if d]
         self._objects = self._gather()
         self._hooks = [d for layer in layers for d in (layer._forward_hooks, layer._forward_pre_hooks)]
-        self._mode_readers = list(dict.fromkeys(chain.from_iterable(map(_mode_readers, modules))))
+        self._layers = layers
         self._parameters = [list(module.parameters()) for module in modules]
 
     def hold(self) -> bool:
@@ -106,8 +105,8 @@ class Conditions:
         return tuple(any(map(_requires_grad, parameters)) for parameters in self._parameters)
 
     def modes(self) -> tuple[bool, ...]:
-        """Give the train modes that can matter, and which modules have forward hooks."""
-        return (*map(_training, self._mode_readers), *map(bool, self._hooks))
+        """Give the train mode of each module, since any code can read it, and which modules have forward hooks."""
+        return (*map(_training, self._layers), *map(bool, self._hooks))
 
     def _gather(self) -> tuple[Any, ...]:
         return tuple(chain.from_iterable(map(dict.values, self._dicts)))
@@ -133,7 +132,8 @@ class Weights:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._tensors = list(dict.fromkeys(chain.from_iterable(map(_tensors, modules))))
+        self._layers = _layers(modules)
+        self._tensors = list(dict.fromkeys(chain.from_iterable(map(_tensors, self._layers))))
         self.take()
 
     def take(self) -> None:
@@ -158,6 +158,15 @@ class Weights:
         """Give 16 bytes for all that the tensors hold, the same in every run."""
         return xxhash.xxh3_128_digest(repr(self._contents).encode())
 
+    def aside(self) -> dict[str, list[Tensor]]:
+        """Give the tensors that layers keep in attributes which are neither parameters nor buffers."""
+        return {
+            f"{type(layer).__name__}.{name}": tensors
+            for layer in self._layers
+            for name, value in vars(layer).items()
+            if name not in _OWN and (tensors := [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)])
+        }
+
     def _read_marks(self) -> tuple[list[int], list[int]]:
         return list(map(_version, self._tensors)), list(map(Tensor.data_ptr, self._tensors))
 
@@ -169,6 +178,10 @@ def structure_text(modules: Iterable[nn.Module]) -> str:
     return f"{modules!r}{kinds}"
 
 
+def _layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return list(dict.fromkeys(layer for module in modules for layer in module.modules()))
+
+
 def _tensors(module: nn.Module) -> Iterable[Tensor]:
     return chain(module.parameters(), module.buffers())
 
@@ -177,29 +190,3 @@ def _content(tensor: Tensor) -> tuple[Any, ...]:
     """Give form and hash of a tensor; those of equal ones have equal text, in every run."""
     digest = byte_digest(byte_rows(tensor.detach().unsqueeze(0)))
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, digest
-
-
-def _mode_readers(module: nn.Module) -> Iterable[nn.Module]:
-    """Give the modules whose train mode can matter: those whose code reads ``training``, and all below them."""
-    if _reads_mode(type(module)):  # type: ignore[arg-type]
-        return module.modules()
-    return chain.from_iterable(map(_mode_readers, module.children()))
-
-
-@cache
-def _reads_mode(kind: type[nn.Module]) -> bool:
-    if issubclass(kind, ScriptModule):
-        return True
-    own = [base for base in kind.__mro__ if base not in (nn.Module, object)]
-    return any(_mentions_training(method) for base in own for name, method in vars(base).items() if name != "__init__")
-
-
-def _mentions_training(method: Any) -> bool:
-    code = getattr(inspect.unwrap(method) if callable(method) else getattr(method, "fget", None), "__code__", None)
-    return code is not None and _names_training(code)
-
-
-def _names_training(code: CodeType) -> bool:
-    return "training" in code.co_names or any(
-        _names_training(inner) for inner in code.co_consts if isinstance(inner, CodeType)
-    )

@@ -172,6 +172,12 @@ class Shelf:
             self._taken = (self._end - self._next) * self._each  # what was reserved and not used
         self._budget.used -= self._taken
 
+    def discard(self) -> None:
+        """Give the memory back, and remove the rows from the disk."""
+        self.close()
+        if self._journal is not None:
+            self._journal.delete()
+
     def _add_block(self, rows: Bytes) -> None:
         self._blocks.append(rows)
         self._starts.append(self._starts[-1] + len(rows))

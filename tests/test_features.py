@@ -110,6 +110,8 @@ def test_memory_format_is_part_of_the_form() -> None:
         ((torch.zeros(2, 3, device="meta"),), "without data"),
         ((torch.eye(3).to_sparse(),), "sparse"),
         ((np.zeros(3),), "ndarray"),
+        ((torch.zeros(2, 3), ["a", "b"]), "may be theirs"),
+        ((torch.zeros(2, 3), {"more": [None, (1, 2)]}), "may be theirs"),
     ],
 )
 def test_calls_without_samples_say_why(args: Any, says: str) -> None:
@@ -117,12 +119,25 @@ def test_calls_without_samples_say_why(args: Any, says: str) -> None:
         read_call(args, {})
 
 
+@pytest.mark.parametrize("other", [["a"], [torch.zeros(2), "a"], (1, 2, 3), {"a": 1, "b": 2}, "ab"])
+def test_what_cannot_belong_to_one_sample_each_is_no_obstacle(other: Any) -> None:
+    assert read_call((torch.zeros(2, 3), other), {}).size == 2
+
+
+@pytest.mark.parametrize("view", [lambda x: x[:, 0], lambda x: x.flatten(1), lambda x: x.expand(2, 5, 4, 6)[1]])
+def test_a_view_into_another_output_is_none_that_can_come_back(view: Any) -> None:
+    x = torch.randn(5, 4, 6)
+    with pytest.raises(NotPerSample, match="a view into another"):
+        encode((x, view(x)), 5)
+
+
 OUTPUTS = {
     "tensor": lambda x: x,
-    "tuple": lambda x: (x, x[:, 0]),
+    "tuple": lambda x: (x[:, 1:], x[:, 0]),
+    "the same twice": lambda x: (x, [x, x + 1]),
     "dict": lambda x: {"last_hidden_state": x, "pooler": x.mean(1), "none": None, "n": 3},
     "named tuple": lambda x: Pair(x, [x + 1]),
-    "views": lambda x: (x.transpose(1, 2), x[:, ::2], x.unsqueeze(1).expand(-1, 3, -1, -1)),
+    "views": lambda x: (x.transpose(1, 2), (x + 1)[:, ::2], (x + 1).unsqueeze(1).expand(-1, 3, -1, -1)),
 }
 
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_freeze.feature_chain import FeatureChain, FeatureStats, Kept, sequential_links
 from lightning_freeze.logs import get_logger
@@ -34,9 +35,11 @@ class FeatureCache(Callback):
     Whether the conditions hold is looked up in every call, not assumed: a parameter that trains, a layer in train mode
     whose output is then random or depends on the batch, or another module, weight or buffer turns the cache off or
     empties it. So it works beside :class:`FreezeSchedule` and :class:`FreezeBatchNorm`, in any order, and beside
-    ``requires_grad_(False)`` by hand. Weights written to in place, or by ``load_state_dict``, are seen at the next
-    call; a write through ``tensor.data``, which PyTorch does not count, at the next start of an epoch or of validation.
-    What a layer keeps in plain attributes, such as ``layer.eps``, is not watched: call :meth:`clear` if you change it.
+    ``requires_grad_(False)`` by hand. Weights written to in place, by ``load_state_dict`` or by an optimizer, are seen
+    at the next call; a write through ``tensor.data``, which PyTorch does not count, at the first call of the next epoch
+    or validation. What a layer reads from plain attributes, such as ``layer.eps``, is not watched: call :meth:`clear`
+    if you change it. A module that does more than give an output is found out in its second run, and not cached: one
+    that draws random numbers, writes into its input or keeps tensors aside for others to read.
 
     The bits of an output can depend on the size of the batch, because kernels are chosen by shape. Features therefore
     serve batches of another size only after both were seen to give the same bits, and the first samples that come back
@@ -138,7 +141,7 @@ class FeatureCache(Callback):
         self._begin(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See what was written through ``tensor.data``."""
+        """Distrust the weights: what is written through ``tensor.data`` does not count as written."""
         self._refresh()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,14 +165,17 @@ class FeatureCache(Callback):
         trainer.logged_metrics.update(tensors)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stand in front of the module if that is not done, and see what was written through ``tensor.data``."""
+        """Stand in front of the module if that is not done, and distrust the weights."""
         self._begin(trainer, pl_module)
         self._refresh()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Judge whether samples come back."""
-        if self._chain is not None and not trainer.sanity_checking:
+        """Judge whether samples come back, and distrust the weights: averaged ones may have been there meanwhile."""
+        if self._chain is None:
+            return
+        if not trainer.sanity_checking:
             self._chain.end_epoch("validate")
+        self._chain.suspect()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stand in front of the module."""
@@ -178,6 +184,27 @@ class FeatureCache(Callback):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stand in front of the module."""
         self._begin(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Distrust the weights that the optimizer is about to change."""
+        if self._chain is not None:
+            self._chain.suspect_step(optimizer)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Compute what the user keeps of what is between the modules of a chain."""
+        self._settle()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Compute what the user keeps of what is between the modules of a chain."""
+        self._settle()
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        """Compute what the user keeps of what is between the modules of a chain."""
+        self._settle()
+
+    def on_predict_batch_end(self, *_: Any) -> None:
+        """Compute what the user keeps of what is between the modules of a chain."""
+        self._settle()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Step aside."""
@@ -214,7 +241,12 @@ class FeatureCache(Callback):
 
     def _refresh(self) -> None:
         if self._chain is not None:
-            self._chain.refresh()
+            self._chain.suspect()
+            self._chain.exchange()
+
+    def _settle(self) -> None:
+        if self._chain is not None:
+            self._chain.settle()
 
     def _limit(self, trainer: Trainer) -> int:
         if self.max_bytes is not None:
