@@ -6,7 +6,8 @@ and ``track_running_stats`` are left alone: they show in checkpoints, and changi
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -53,20 +54,24 @@ class StayInEval:
     Args:
         module: The module that is held.
         wants_training: Whether the module would be in training mode were it not held.
+        own: What ``module.train`` was, if somebody else had put something in its place already.
         holders: Who holds it; for a holder that freezes the affine parameters too, the names of those it found
             trainable, else None.
     """
 
     module: nn.Module
     wants_training: bool
+    own: Callable[[bool], object] | None = None
     holders: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
 
     def __call__(self, mode: bool = True) -> nn.Module:
         """Pass the mode on to the children and stay in eval mode."""
         self.wants_training = self.wants_training or mode
+        plain = _plain(self.module, self.own)
         for child in self.module.children():
-            child.train(mode)
-        _set_mode(self.module, False)
+            if plain or _held(child) is None:  # else only the module's own train() knows what they would be asked
+                child.train(mode)
+        _set_mode(self.module, False, self.own)
         return self.module
 
 
@@ -76,14 +81,17 @@ def hold_eval(modules: Iterable[nn.Module], holder: str) -> None:
         _hold(module, holder)
 
 
-def release_eval(module: nn.Module, holder: str, *, keep: Container[nn.Module] = ()) -> None:
+def release_eval(
+    module: nn.Module, holder: str, *, keep: Container[nn.Module] = (), root: nn.Module | None = None
+) -> None:
     """Give back to ``train()`` what ``holder`` holds at or below ``module``, except what is in ``keep``.
 
-    A module that nobody holds any longer is in training mode again if ``module`` is and it would have been.
+    A module that nobody holds any longer is in training mode again if ``root``, else ``module``, is and it would have
+    been.
     """
     for child in every_module(module):
         if child not in keep:
-            _let_go(child, holder, root=module)
+            _let_go(child, holder, root=module if root is None else root)
 
 
 def is_held(module: nn.Module) -> bool:
@@ -104,13 +112,19 @@ def held_affine(module: nn.Module) -> set[int]:
 def freeze_batchnorm(module: nn.Module, select: Selector = "*", *, train_affine: bool = False) -> dict[str, nn.Module]:
     """Freeze BatchNorm layers: their running statistics never move, whatever calls ``train()``.
 
+    A second call for the same layers brings them in line with it: ``train_affine=True`` gives back the affine
+    parameters that the first one froze, without it those freeze that train.
+
+    What makes new layers loses this: ``SyncBatchNorm.convert_sync_batchnorm`` (and so ``sync_batchnorm=True``) and
+    ``torch.jit.script``. Convert first, or use the :class:`FreezeBatchNorm` callback.
+
     Args:
         module: Any module; layers are found at any depth, also subclasses (SyncBatchNorm, timm's).
         select: Which layers, see :data:`Selector`; a layer counts when one of its parameters or buffers is selected.
         train_affine: Leave the affine parameters (``weight`` and ``bias``) trainable.
 
     Returns:
-        Name to layer, for the layers that were not frozen in this way before.
+        Name to layer, for the layers that this changed.
 
     Raises:
         ValueError: If ``select`` matches nothing, or no layer with running statistics.
@@ -156,16 +170,12 @@ def hold_batchnorm(
     """Like :func:`freeze_batchnorm`, under a holder's name, so that several can freeze one layer."""
     changed = {}
     for name, layer in _batchnorm_layers(module, select, given).items():
-        if (before := _held(layer)) is not None and holder in before.holders:
-            continue
+        before = _held(layer)
+        is_new = before is None or holder not in before.holders
         stay = _hold(layer, holder)
-        if not train_affine:
-            own = dict(layer.named_parameters(recurse=False))
-            stay.holders[holder] = tuple(name for name, parameter in own.items() if parameter.requires_grad)
-            for parameter in own.values():
-                parameter.requires_grad = False
-                parameter.grad = None
-        changed[name] = layer
+        follows = _free_affine(layer, stay, holder) if train_affine else _freeze_affine(layer, stay, holder)
+        if is_new or follows:
+            changed[name] = layer
     return changed
 
 
@@ -189,13 +199,69 @@ def _batchnorm_layers(module: nn.Module, select: Selector, given: str) -> dict[s
     return layers
 
 
-def _set_mode(module: nn.Module, training: bool) -> None:
+def _freeze_affine(layer: nn.Module, stay: StayInEval, holder: str) -> bool:
+    """Freeze the affine parameters for a holder; give whether that changed anything."""
+    before, own = stay.holders[holder], dict(layer.named_parameters(recurse=False))
+    found = [name for name, parameter in own.items() if parameter.requires_grad]
+    stay.holders[holder] = tuple(dict.fromkeys([*(before or ()), *found]))
+    for parameter in own.values():
+        parameter.requires_grad = False
+        parameter.grad = None
+    return bool(found) or (before is None and bool(own))
+
+
+def _free_affine(layer: nn.Module, stay: StayInEval, holder: str) -> bool:
+    """Give back the affine parameters that a holder froze; give whether it had frozen them."""
+    found_trainable, stay.holders[holder] = stay.holders[holder], None
+    _give_back(layer, stay, found_trainable or ())
+    return found_trainable is not None and any(True for _ in layer.parameters(recurse=False))
+
+
+def _give_back(layer: nn.Module, stay: StayInEval, found_trainable: Iterable[str]) -> None:
+    """Make affine parameters trainable again, or leave that to whoever else keeps them frozen."""
+    heir = next((other for other, names in stay.holders.items() if names is not None), None)
+    if heir is not None:  # still frozen: whoever releases it last makes it trainable again
+        stay.holders[heir] = tuple({*(stay.holders[heir] or ()), *found_trainable})
+        return
+    for name in found_trainable:
+        if (parameter := layer._parameters.get(name)) is not None:  # a parametrization takes it away
+            parameter.requires_grad = True
+
+
+def _plain(module: nn.Module, own: Callable[[bool], object] | None) -> bool:
+    """Whether a module's ``train`` sets flags and nothing else."""
+    return own is None and type(module).train is nn.Module.train
+
+
+def _set_mode(module: nn.Module, training: bool, own: Callable[[bool], object] | None) -> None:
+    """Set the mode of one module and not of those below, by its own ``train()`` if it has one: that may do more."""
+    if not _plain(module, own):
+        with _left_alone(every_module(module)[1:]):
+            own(training) if own is not None else type(module).train(module, training)
+        if training:
+            return
     if type(module).__setattr__ is nn.Module.__setattr__:
         object.__setattr__(
             module, "training", training
         )  # without the search among parameters that nn.Module begins with
     else:
         module.training = training
+
+
+@contextmanager
+def _left_alone(modules: list[nn.Module]) -> Iterator[None]:
+    """Let calls of ``train()`` and ``eval()`` on these modules do nothing."""
+    covered = [(module, module.__dict__.get("train")) for module in modules]
+    for module in modules:
+        module.__dict__["train"] = lambda mode=True, module=module: module
+    try:
+        yield
+    finally:
+        for module, own in covered:
+            if own is None:
+                del module.__dict__["train"]
+            else:
+                module.__dict__["train"] = own
 
 
 def _held(module: nn.Module) -> StayInEval | None:
@@ -206,10 +272,10 @@ def _held(module: nn.Module) -> StayInEval | None:
 def _hold(module: nn.Module, holder: str) -> StayInEval:
     stay = _held(module)
     if stay is None:
-        stay = StayInEval(module, module.training)
+        stay = StayInEval(module, module.training, module.__dict__.get("train"))
         module.__dict__["train"] = stay
     stay.holders.setdefault(holder, None)
-    _set_mode(module, False)
+    _set_mode(module, False, stay.own)
     return stay
 
 
@@ -221,14 +287,10 @@ def _let_go(module: nn.Module, holder: str, *, root: nn.Module) -> bool:
     found_trainable = stay.holders.pop(holder) or ()
     if not stay.holders:
         del module.__dict__["train"]
-        _set_mode(module, stay.wants_training and (module is root or root.training))
-    heir = next((other for other, names in stay.holders.items() if names is not None), None)
-    if heir is not None:  # still frozen: whoever releases it last makes it trainable again
-        stay.holders[heir] = tuple({*(stay.holders[heir] or ()), *found_trainable})
-        return True
-    for name in found_trainable:
-        if (parameter := module._parameters[name]) is not None:
-            parameter.requires_grad = True
+        if stay.own is not None:
+            module.__dict__["train"] = stay.own
+        _set_mode(module, stay.wants_training and (module is root or root.training), stay.own)
+    _give_back(module, stay, found_trainable)
     return True
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_freeze import freeze_batchnorm, unfreeze_batchnorm
+from lightning_freeze import freeze_batchnorm, unfreeze, unfreeze_batchnorm
 from lightning_freeze.batchnorm import (
+    every_module,
     frozen_running_statistics,
     has_running_statistics,
     held_affine,
@@ -138,6 +139,45 @@ def test_evaluation_by_the_user_is_kept() -> None:
     assert [layer.training for layer in net] == [True, True]
 
 
+def test_a_second_call_is_what_holds() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False))
+    net[1].bias.requires_grad = False
+
+    def flags() -> list[bool]:
+        return [p.requires_grad for p in net.parameters()]
+
+    before = flags()
+    assert list(freeze_batchnorm(net, train_affine=True)) == ["0", "1", "2"]
+    assert flags() == before
+    assert list(freeze_batchnorm(net)) == ["0", "1"]
+    assert not any(flags())
+    assert freeze_batchnorm(net) == {}
+    unfreeze(net, "0.bias")
+    assert list(freeze_batchnorm(net)) == ["0"]
+    assert not any(flags())
+    assert list(freeze_batchnorm(net, "1", train_affine=True)) == ["1"]
+    assert flags() == [False, False, *before[2:]]
+    assert freeze_batchnorm(net, "1", train_affine=True) == {}
+    hold_batchnorm(net, "0", holder="somebody else", train_affine=False)
+    assert list(freeze_batchnorm(net, train_affine=True)) == ["0"]
+    assert flags() == [False, False, *before[2:]]  # still frozen by somebody else
+    release_batchnorm(net, "0", holder="somebody else")
+    assert flags() == before
+    freeze_batchnorm(net)
+    unfreeze_batchnorm(net)
+    assert flags() == before
+    assert modes(net) == {"": True, "0": True, "1": True, "2": True}
+
+
+def test_a_parametrization_put_on_a_frozen_layer() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    freeze_batchnorm(net)
+    nn.utils.parametrize.register_parametrization(net[0], "weight", nn.Identity())
+    assert list(unfreeze_batchnorm(net)) == ["0"]
+    assert net[0].training
+    assert net[0].bias.requires_grad
+
+
 def test_copies_are_frozen_on_their_own() -> None:
     net = nn.Sequential(nn.BatchNorm1d(2))
     freeze_batchnorm(net)
@@ -162,6 +202,48 @@ def test_children_of_a_held_module_still_change_mode() -> None:
     assert is_held(net[0])
     release_eval(net, "me")
     assert net[0].training
+
+
+class Switched(nn.Sequential):
+    """Does something when its mode changes, as feature extractors of torchvision do, and keeps a child in eval mode."""
+
+    graph = "train"
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        self.graph = "train" if mode else "eval"
+        self[1].eval()
+        return self
+
+
+def disabled_train(mode: bool = True) -> None:
+    """Stands in the place of ``module.train``: what many do to keep an encoder in eval mode."""
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["the module alone", "and all below"])
+def test_a_module_with_a_train_of_its_own(whole: bool) -> None:
+    net = nn.Sequential(Switched(Switched(nn.Dropout(), nn.ReLU()), nn.Dropout()), nn.Sequential(nn.Dropout()))
+    net[1].eval().train = disabled_train
+    net.train()
+    before, inside = modes(net), net[0][0]
+    assert before == {"": True, "0": True, "0.0": True, "0.0.0": True, "0.0.1": False, "0.1": False, "1": False} | {
+        "1.0": False
+    }
+    held = every_module(net)[1:] if whole else [net[0]]
+    hold_eval(held, "me")
+    for act in (lambda: net, net.train, lambda: net.eval().train()):
+        act()
+        assert (net[0].training, net[0].graph) == (False, "eval")
+        assert (inside.training, inside.graph) == ((False, "eval") if whole else (True, "train"))
+        assert inside[0].training == (not whole)
+        assert not net[1][0].training
+    release_eval(net, "me")
+    if not whole:
+        assert modes(net)["0.1"]  # asked for training mode while its parent was held
+        net.train()
+    assert modes(net) == before
+    assert (net[0].graph, inside.graph) == ("train", "train")
+    assert [name for name, child in net.named_modules() if "train" in child.__dict__] == ["1"]
 
 
 def test_errors() -> None:
