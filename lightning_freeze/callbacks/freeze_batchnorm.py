@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_freeze.averagers import refuse_new_statistics
 from lightning_freeze.batchnorm import hold_batchnorm, release_layers
+from lightning_freeze.hyperparameters import give_back_modules
 from lightning_freeze.pickling import without_fit
 from lightning_freeze.selectors import Selector, selector_text
 from lightning_freeze.strategies import check_strategy, follow_trainable_set
@@ -72,6 +73,11 @@ class FreezeBatchNorm(Callback):
         """Put the layers in eval mode."""
         for layer in self._layers.values():
             layer.training = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save modules among the hyperparameters as they are after the fit."""
+        if self._layers:
+            give_back_modules(checkpoint, pl_module, self.state_key)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the layers back."""

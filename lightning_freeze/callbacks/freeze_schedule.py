@@ -28,6 +28,7 @@ from lightning_freeze.batchnorm import (
     release_eval,
 )
 from lightning_freeze.gradients import percent, scalars, set_trainable
+from lightning_freeze.hyperparameters import give_back_modules
 from lightning_freeze.logs import get_logger
 from lightning_freeze.optimizers import HomeGroups, OptimizerState, check_optimizer, homeless, strangers
 from lightning_freeze.phases import Phase, PlateauWatch, as_phases, describe, walk
@@ -179,7 +180,10 @@ class FreezeSchedule(Callback):
         self._loaded = state_dict if state_dict["history"] else None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Leave the checkpoint as the user's own: LR schedulers without entries for the groups that only show here."""
+        """Leave the checkpoint as the user's own: LR schedulers without entries for the groups that only show here.
+
+        Modules among the hyperparameters are saved as they are after the fit.
+        """
         if self._fit is None:
             return
         if not trainer.validating and trainer.fit_loop.epoch_loop._num_ready_batches_reached():
@@ -192,6 +196,7 @@ class FreezeSchedule(Callback):
             else state
             for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True)
         ]
+        give_back_modules(checkpoint, pl_module, _HOLDER, self._fit.flags)
 
     # When
 

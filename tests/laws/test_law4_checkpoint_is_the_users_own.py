@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from torch import nn
 from torch.optim import lr_scheduler as lrs
 
-from lightning_freeze import FreezeSchedule, Phase
-from tests.nets import Net, adamw, loader, trainer
+from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, freeze, freeze_batchnorm
+from tests.nets import Backbone, Net, adamw, loader, moved, sgd, snapshot, trainer
 
 PHASES = [
     Phase("head", epochs=1),
@@ -140,3 +142,64 @@ def test_adopted_parameters_between_schedules(tmp_path: Path, wrote: Any, reads:
     heads = {"head.weight", "head.bias"}
     assert steps.keys() - heads == adopted_then & wanted - heads
     assert set(steps.values()) == {6.0}
+
+
+class Given(Net):
+    """Was built with its backbone, and keeps it among its hyperparameters."""
+
+    def __init__(self, backbone: nn.Module, width: int = 4) -> None:
+        super().__init__(sgd)
+        self.save_hyperparameters()
+        self.backbone = backbone
+
+
+class Saves(Callback):
+    """Saves where ModelCheckpoint does: when validation ends and when an epoch ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}-validation.ckpt")
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}-epoch.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'backbone' is an instance of:UserWarning")
+@pytest.mark.filterwarnings("ignore:Found 1 module")
+@pytest.mark.parametrize("mode", ["batchnorm", "eval"])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("by_hand", [False, True], ids=["all trainable", "partly frozen by hand"])
+def test_modules_among_hyperparameters(tmp_path: Path, by_hand: bool, swapped: bool, mode: Any) -> None:
+    """They are those of a plain run, and `load_from_checkpoint` gives a model that is not frozen any more."""
+    callbacks = [FreezeSchedule([Phase("head", epochs=1), Phase("*")], frozen_mode=mode), FreezeBatchNorm("backbone.1")]
+    found: list[dict[str, Any]] = []
+    for folder, kinds in (("plain", []), ("frozen", callbacks[::-1] if swapped else callbacks)):
+        torch.manual_seed(0)
+        backbone = Backbone()
+        if by_hand:
+            freeze(backbone, "4.weight")
+            freeze_batchnorm(backbone, "5")
+        net = Given(backbone)
+        run = trainer(callbacks=[*kinds, Saves(tmp_path / folder)], max_epochs=2)
+        run.fit(net, loader(), loader())
+        found.append({})
+        for path in sorted((tmp_path / folder).iterdir()):
+            checkpoint = torch.load(path, weights_only=False)
+            module = checkpoint["hyper_parameters"]["backbone"]
+            assert checkpoint["hyper_parameters"]["width"] == 4
+            weights = {name.removeprefix("backbone."): p for name, p in checkpoint["state_dict"].items()}
+            assert all(torch.equal(p, weights[name]) for name, p in module.state_dict().items())
+            found[-1][path.name] = (
+                {name: p.requires_grad for name, p in module.named_parameters()},
+                {name: (child.training, "train" in vars(child)) for name, child in module.named_modules()},
+            )
+        assert net.hparams.backbone is net.backbone
+    assert len(found[0]) == 4
+    assert found[1] == found[0]
+    again = Given.load_from_checkpoint(path, weights_only=False)
+    before = snapshot(again)
+    trainer(max_epochs=1).fit(again.train(), loader())
+    still = {"backbone.0.bias", "backbone.4.bias"} | ({"backbone.4.weight"} if by_hand else set())
+    assert {name for name in before if not (by_hand and ".5." in name)} - moved(before, snapshot(again)) <= still
