@@ -1,12 +1,14 @@
 from __future__ import annotations
 
-from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
+from collections import OrderedDict, UserDict, defaultdict, deque, namedtuple
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lightning_freeze import to_numpy
 from lightning_freeze.arrays import shared_bytes
@@ -18,6 +20,35 @@ Pair = namedtuple("Pair", "left right")
 class Outputs:
     logits: Any
     label: str
+
+
+@dataclass(frozen=True)
+class Frozen:
+    logits: Any
+
+
+@dataclass
+class Late:
+    label: str
+    logits: Any = field(init=False)
+
+
+@dataclass
+class Record(OrderedDict):
+    """Both a dict and a dataclass, as the outputs of Hugging Face's models are."""
+
+    logits: Any
+
+    def __post_init__(self) -> None:
+        self["logits"] = self.logits
+
+    def __reduce__(self) -> Any:
+        return Record, (self.logits,)
+
+
+class Two(tuple):
+    def __new__(cls, left: Any, right: Any) -> Two:
+        return super().__new__(cls, (left, right))
 
 
 DTYPES = [
@@ -46,33 +77,64 @@ def test_every_dtype(dtype: torch.dtype) -> None:
         assert array.dtype == known.get(dtype, np.float32)
 
 
-def test_any_nest() -> None:
-    leaf = torch.tensor([1.5], requires_grad=True)
-    nest = {
-        "list": [leaf, (leaf, 3)],
-        "pair": Pair(leaf, "text"),
-        "ordered": OrderedDict(a=leaf),
-        "data": Outputs(leaf * 2, "x"),
-        "none": None,
-    }
+@pytest.mark.parametrize("dtype", sorted({d for d in DTYPES if castable(d)}, key=str), ids=str)
+def test_copies(dtype: torch.dtype) -> None:
+    """A snapshot does not move with training, nor does what is done to it reach the tensor."""
+    tensor = torch.ones(2).to(dtype)
+    array = to_numpy(nn.Parameter(tensor, requires_grad=False))
+    assert tensor.untyped_storage().resizable()
+    tensor.copy_(torch.tensor(0 if dtype == torch.bool else 2))
+    assert (array == 1).all()
+    expected = to_numpy(tensor)
+    array[:] = 0
+    assert np.array_equal(to_numpy(tensor), expected)
+
+
+@pytest.mark.parametrize(
+    ("nest", "inner"),
+    [
+        (Frozen(torch.ones(2)), lambda found: found.logits),
+        (Record(torch.ones(2)), lambda found: found.logits),
+        (Record(torch.ones(2)), lambda found: found["logits"]),
+        (Two(1, torch.ones(2)), lambda found: found[1]),
+        (deque([torch.ones(2)], maxlen=3), lambda found: found[0]),
+        (UserDict(a=torch.ones(2)), lambda found: found["a"]),
+        (defaultdict(list, a=[torch.ones(2)]), lambda found: found["a"][0]),
+        (MappingProxyType({"a": torch.ones(2)}), lambda found: found["a"]),
+        (torch.ones(2, 2).max(0), lambda found: found.values),
+        (nn.utils.rnn.pack_sequence([torch.ones(2)]), lambda found: found.data),
+    ],
+    ids=lambda case: type(case).__name__,
+)
+def test_containers_keep_their_kind(nest: Any, inner: Any) -> None:
     found = to_numpy(nest)
-    assert type(found["list"][1]) is tuple
-    assert found["list"][1][1] == 3
-    assert type(found["pair"]) is Pair
-    assert type(found["ordered"]) is OrderedDict
-    assert found["pair"].right == "text"
-    assert found["data"].label == "x"
-    assert found["data"].logits == np.array([3.0], np.float32)
-    assert found["none"] is None
-    assert isinstance(nest["data"].logits, torch.Tensor)  # what was given is not changed
-    assert leaf.requires_grad
+    assert type(found) is type(nest)
+    assert isinstance(inner(found), np.ndarray)
+    assert (inner(found) == 1).all()
+    assert isinstance(inner(nest), torch.Tensor)
+
+
+def test_fields_that_come_late_and_what_is_passed_on() -> None:
+    late = Late("x")
+    assert vars(to_numpy(late)) == {"label": "x"}
+    late.logits = torch.ones(1)
+    assert isinstance(to_numpy(late).logits, np.ndarray)
+    for other in (range(3), memoryview(b"ab"), bytearray(b"ab"), "ab", {1}, nn.Linear(1, 1), Frozen):
+        assert to_numpy([other])[0] is other
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of what is experimental or deprecated
+def test_dtypes_that_numpy_has_not() -> None:
+    assert to_numpy(torch.ones(2, dtype=torch.complex32)).dtype == np.complex64
+    assert (to_numpy(torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8)) == 1).all()
 
 
 def test_views_of_other_kinds() -> None:
     value = torch.tensor([1 + 2j])
     assert to_numpy(value.conj())[0] == 1 - 2j
     assert to_numpy(value.conj().imag)[0] == -2
-    assert (to_numpy(torch.eye(2).to_sparse()) == np.eye(2)).all()
+    for other in (torch.eye(2).to_sparse(), torch.eye(2).to_mkldnn()):
+        assert (to_numpy(other) == np.eye(2)).all()
     assert to_numpy(torch.tensor(3)).shape == ()
     assert to_numpy(torch.nn.Parameter(torch.ones(1)))[0] == 1
 
