@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -82,14 +82,13 @@ def frozen(module: nn.Module, select: Selector = "*") -> Iterator[None]:
         >>> net.bias.grad is None, net.bias.requires_grad
         (True, True)
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in select_parameters(module, select).values()]
-    try:
-        for parameter, _ in flags:
+    parameters = select_parameters(module, select).values()
+    with ExitStack() as restore:  # every flag, also where one cannot be: what became of an integer dtype, say
+        for parameter in parameters:
+            restore.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+        for parameter in parameters:
             parameter.requires_grad = False
         yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad = flag
 
 
 def can_train(parameter: nn.Parameter) -> bool:

@@ -102,5 +102,22 @@ def test_lazy_parameters() -> None:
     assert trainable_summary(net).total == 9
 
 
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_every_flag_is_restored_though_one_cannot_be(index: int) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    converted = list(net.parameters())[index]
+    with pytest.raises(RuntimeError, match="floating point"), frozen(net):
+        converted.data = converted.data.to(torch.int8)
+    assert [p.requires_grad for p in net.parameters()] == [place != index for place in range(4)]
+
+
+def test_summary_through_wrappers() -> None:
+    net = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    expected = trainable_summary(net)
+    parallel = nn.DataParallel(net)
+    for wrapped in (parallel, *(torch.compile(module, backend="eager") for module in (net, parallel))):
+        assert trainable_summary(wrapped) == expected
+
+
 def test_percent_of_nothing() -> None:
     assert percent(0, 0) == "0.0 %"
