@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lightning_freeze.batchnorm import has_running_statistics
+from lightning_freeze.batchnorm import every_module, has_running_statistics, held_affine, is_held
 from lightning_freeze.gradients import percent, scalars
 from lightning_freeze.phases import Phase
 from lightning_freeze.plan import FrozenMode, held_modules, phase_scales, phase_trains
@@ -65,12 +65,13 @@ def preview_table(
     """Give a row for each phase: when, what trains, how much that is, how many BatchNorm are frozen, at which rate."""
     model = unwrapped(model)
     total = sum(scalars(parameter) for parameter in named_unique_parameters(model).values())
-    layers = sum(has_running_statistics(layer) for layer in model.modules())
+    layers = [layer for layer in every_module(model) if has_running_statistics(layer)]
+    by_hand = {layer for layer in layers if is_held(layer)}
     rows = []
     for number, (phase, span) in enumerate(zip(phases, phase_spans(phases, max_epochs, steps_per_epoch)), 1):  # noqa: B905
-        trains = phase_trains(model, phase)
+        trains = _trains(model, phase)
         phase_scales(model, phase)
-        held = held_modules(model, {id(parameter) for parameter in trains.values()}, frozen_mode)
+        held = by_hand.union(held_modules(model, {id(parameter) for parameter in trains.values()}, frozen_mode))
         count = sum(scalars(parameter) for parameter in trains.values())
         rows.append(
             (
@@ -79,7 +80,7 @@ def preview_table(
                 _epochs(phase, span, last=number == len(phases)),
                 f"{count:,}",
                 percent(count, total),
-                f"{sum(map(has_running_statistics, held))}/{layers}",
+                f"{sum(map(has_running_statistics, held))}/{len(layers)}",
                 ", ".join(f"{selector_text(select)}: {factor:g}" for select, factor in phase.scales.items()) or "1",
             )
         )
@@ -108,7 +109,7 @@ def draw_schedule(
     for phase, span in zip(phases, spans, strict=True):
         if span is None:
             continue
-        trains, scales = phase_trains(model, phase), phase_scales(model, phase)
+        trains, scales = _trains(model, phase), phase_scales(model, phase)
         begin, end = span
         for row, top in enumerate(tops):
             own = {name: p for name, p in parameters.items() if name.split(".")[0] == top}
@@ -127,12 +128,25 @@ def draw_schedule(
         axes.annotate(
             phase.label if phase.until is None else f"{phase.label} (until {phase.until.monitor} plateaus)",
             (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(3, 4), textcoords="offset points", fontsize=9,
+            parse_math=False,
         )  # fmt: skip
-    axes.set_yticks(range(len(tops)), tops)
+    axes.set_yticks(range(len(tops)), tops, parse_math=False)
     axes.invert_yaxis()
     axes.set_xlim(0, max_epochs)
     axes.set_xlabel("epoch")
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def _trains(model: nn.Module, phase: Phase) -> dict[str, nn.Parameter]:
+    """Give what a phase trains: what it selects, but for the affine part of BatchNorm that is frozen by hand."""
+    held = held_affine(model)
+    trains = {name: parameter for name, parameter in phase_trains(model, phase).items() if id(parameter) not in held}
+    if not trains:
+        raise ValueError(
+            f"Phase {phase.label!r} trains nothing: all it selects is the affine part of frozen BatchNorm layers. "
+            "Give freeze_batchnorm train_affine=True or select more."
+        )
+    return trains
 
 
 def _epochs(phase: Phase, span: tuple[float, float] | None, *, last: bool) -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import logging
 from itertools import pairwise
 from typing import Any
 
@@ -7,8 +9,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
-from lightning_freeze import FreezeSchedule, Phase, Plateau
+from lightning_freeze import FreezeSchedule, Phase, Plateau, freeze_batchnorm
 from lightning_freeze.phases import walk
 from lightning_freeze.preview import draw_schedule, phase_spans
 from tests.nets import Net, Probe, loader, trainer
@@ -116,6 +119,40 @@ def test_bars_cover_the_fit(lengths: Any, steps_per_epoch: int, max_epochs: int)
     assert axes.get_xlim() == (0, max_epochs)
     assert {text.get_text() for text in axes.texts} >= {"lr ×0.5", "head"}
     figure.canvas.draw()
+
+
+@pytest.mark.filterwarnings("ignore:Found 1 module")
+@pytest.mark.parametrize("train_affine", [False, True])
+def test_batchnorm_frozen_by_hand(train_affine: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """The table says what the fit's own lines say, and the picture shows it."""
+    net = Net()
+    freeze_batchnorm(net, "backbone.5", train_affine=train_affine)
+    schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")])
+    rows = schedule.preview(net, 2).rows
+    assert [row[5] for row in rows] == ["2/2", "1/2"]
+    with caplog.at_level(logging.INFO, "lightning_freeze"):
+        trainer(callbacks=[schedule], max_epochs=2).fit(net, loader())
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("phase")]
+    for row, line in zip(rows, lines, strict=True):
+        assert f"trains {row[3]} of " in line
+        assert line.endswith(f"{row[5].replace('/', ' of ')} BatchNorm frozen")
+    pytest.importorskip("matplotlib")
+    (axes,) = schedule.plot(net, 2).axes
+    assert any("%" in text.get_text() for text in axes.texts) == (not train_affine)
+    with pytest.raises(ValueError, match="trains nothing") if not train_affine else contextlib.nullcontext():
+        FreezeSchedule([Phase("backbone.5")]).preview(net, 2)
+
+
+def test_labels_are_no_formulas() -> None:
+    pytest.importorskip("matplotlib")
+    net = nn.ModuleDict({"a$x$": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
+    schedule = FreezeSchedule(
+        [Phase([r"re:a.*\d$|a.*$", "re:b.*$"], name=None, until=Plateau("$\\loss$")), Phase("*")][:1]
+    )
+    figure = schedule.plot(net, 2)
+    figure.canvas.draw()  # it raises for a formula that is none
+    texts = [*figure.axes[0].texts, *figure.axes[0].get_yticklabels()]
+    assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())
 
 
 def test_drawn_into_axes_of_the_user() -> None:
