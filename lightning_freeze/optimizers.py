@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
 from lightning_freeze.schedulers import MEMBERS, Scheduler, follow_groups, is_rate, scaled, scaled_rates
-from lightning_freeze.selectors import Selector, named_unique_parameters, resolve, select_parameters, selector_text
+from lightning_freeze.selectors import Selector, named_unique_parameters, resolve, selector_text
 
 OptimizerState = Literal["keep", "drop", "offload"]
 
@@ -327,23 +328,26 @@ def fit_adopted(state: dict[str, Any], own: int, adopted: Sequence[str]) -> dict
 
 def parameter_groups(
     module: nn.Module,
-    options: Mapping[Selector, Mapping[str, Any]],
+    options: Mapping[Any, Mapping[str, Any]],  # of selectors; a Mapping of them would refuse a dict[str, …]
     *,
-    no_decay: Sequence[str] = ("*.bias", "type:_NormBase", "type:LayerNorm"),
+    no_decay: Selector = ("*.bias", "type:_NormBase", "type:LayerNorm"),
 ) -> list[dict[str, Any]]:
     """Give optimizer groups from selectors: disjoint, and together all parameters of a module.
 
     Args:
         module: Any module. Frozen parameters are in the groups too: they may train later.
         options: Selector to the options of its group, for example ``{"backbone": {"lr": 1e-5}}``. Where selectors
-            overlap the later one holds. What none selects is in a group without options of its own.
-        no_decay: Selectors of what gets ``weight_decay=0.0``, in a group beside; those that match nothing are fine.
+            overlap the later one holds. What none selects is in a group without options of its own. A tuple is a list
+            of selectors: ``{("*", "!head"): {"lr": 1e-5}}``.
+        no_decay: What gets ``weight_decay=0.0``, in a group beside. A pattern that matches nothing is passed over.
 
     Returns:
-        Groups for any ``torch.optim`` optimizer, each with ``params``, a ``name`` and its options; no empty ones.
+        Groups for any ``torch.optim`` optimizer, each with ``params``, a ``name`` of its own and its options; no empty
+        ones. A tensor among the options, a learning rate say, is copied for each group.
 
     Raises:
-        ValueError: If a selector matches nothing, or if later ones leave it nothing.
+        TypeError: If the options of a selector are no dict.
+        ValueError: If a selector matches nothing, if later ones leave it nothing, or if options have ``params``.
 
     Example:
         >>> net = nn.ModuleDict({"backbone": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
@@ -352,16 +356,12 @@ def parameter_groups(
         [('backbone', 0.0001, 0.1, 1), ('backbone/no_decay', 0.0001, 0.0, 1), ('rest', None, None, 1), \
 ('rest/no_decay', None, 0.0, 1)]
     """
+    _check_options(options)
     everything = named_unique_parameters(module)
     owner = overlay(module, list(options), given="parameter_groups({{{}: …}})")
-    undecayed: set[str] = set()
-    for pattern in no_decay:
-        try:
-            undecayed |= set(select_parameters(module, pattern))
-        except ValueError:  # the defaults name layers that not every network has
-            continue
-    sections = [(selector_text(select), dict(values), select) for select, values in options.items()]
-    groups = []
+    undecayed = resolve(module, no_decay, given="parameter_groups(no_decay={})", partial=True)
+    sections = [(values.get("name", selector_text(select)), values, select) for select, values in options.items()]
+    groups: dict[str, dict[str, Any]] = {}
     for title, values, select in [*sections, ("rest", {}, None)]:
         members = [name for name in everything if owner.get(name) == select]
         for suffix, names, extra in (
@@ -369,9 +369,30 @@ def parameter_groups(
             ("/no_decay", [name for name in members if name in undecayed], {"weight_decay": 0.0}),
         ):
             if names:
-                group = {"params": [everything[name] for name in names], "name": f"{title}{suffix}", **values, **extra}
-                groups.append(group)
-    return groups
+                own = {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
+                name = _unlike(f"{title}{suffix}", groups)
+                groups[name] = {"params": [everything[name] for name in names], **own, **extra, "name": name}
+    return list(groups.values())
+
+
+def _check_options(options: Mapping[Any, Any]) -> None:
+    if not isinstance(options, Mapping):
+        raise TypeError(
+            f'parameter_groups: options are a dict of selectors, for example {{"head": {{"lr": 1e-3}}}}, '
+            f"not {options!r}."
+        )
+    for select, values in options.items():
+        shown = f"parameter_groups({{{selector_text(select)!r}: {values!r}}})"
+        if not isinstance(values, Mapping):
+            raise TypeError(f'{shown}: the options of a group are a dict, for example {{"lr": 1e-3}}.')
+        if "params" in values:
+            raise ValueError(f"{shown}: what a group holds follows from its selector. Leave params out.")
+
+
+def _unlike(name: str, taken: Collection[str]) -> str:
+    """Give a name that is not taken: LearningRateMonitor refuses two groups of one name."""
+    numbered = (f"{name}-{number}" for number in count(2))
+    return name if name not in taken else next(one for one in numbered if one not in taken)
 
 
 def overlay(module: nn.Module, selects: Sequence[Selector], *, given: str = "select={}") -> dict[str, Selector]:
@@ -385,6 +406,13 @@ def overlay(module: nn.Module, selects: Sequence[Selector], *, given: str = "sel
         owner.update(dict.fromkeys(resolve(module, select, given=given), select))
     for select in selects:
         if not any(holder is select for holder in owner.values()):
+            mine = resolve(module, select, given=given)
+            for other in selects:
+                if other is not select and resolve(module, other, given=given).keys() == mine.keys():
+                    raise ValueError(
+                        f"{given.format(repr(selector_text(select)))} names the same parameters as "
+                        f"{selector_text(other)!r}: {', '.join(mine)}. Tied parameters are one. Keep one of the two."
+                    )
             raise ValueError(
                 f"{given.format(repr(selector_text(select)))} is left with no parameter: later selectors name all of "
                 "them, and the later one holds. Put the wider selector first."

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -22,6 +22,8 @@ Selector: TypeAlias = str | Sequence[str | Predicate] | Predicate
 # The segments that torch.compile, FSDP1 and activation checkpointing put into names.
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPED = re.compile("|".join(_WRAPPER_SEGMENTS))
+
+_KINDS = "A selector is a string, a callable or a list of them"
 
 
 def clean_name(name: str) -> str:
@@ -90,11 +92,20 @@ def select_parameters(module: nn.Module, select: Selector) -> dict[str, nn.Param
     return resolve(module, select)
 
 
-def resolve(module: nn.Module, select: Selector, *, given: str = "select={}") -> dict[str, nn.Parameter]:
-    """Like :func:`select_parameters`; ``given`` is how an error shows the selector, with ``{}`` for the pattern."""
+def resolve(
+    module: nn.Module, select: Selector, *, given: str = "select={}", partial: bool = False
+) -> dict[str, nn.Parameter]:
+    """Like :func:`select_parameters`.
+
+    Args:
+        module: Any module.
+        select: One selector or a list of them.
+        given: How an error shows the selector, with ``{}`` for the pattern.
+        partial: A pattern that matches nothing is passed over, and it is fine if none is left.
+    """
     module = unwrapped(module)
     entries = _entries(module.named_parameters(remove_duplicate=False))
-    chosen = _chosen(entries, _named_modules(module), select, given, "parameter")
+    chosen = _chosen(entries, _named_modules(module), select, given, "parameter", partial=partial)
     return {entry.name: entry.tensor for entry in entries if id(entry.tensor) in chosen}  # type: ignore[misc]
 
 
@@ -133,6 +144,36 @@ def selector_text(select: Selector) -> str:
     return ", ".join(selector_text(one) for one in select)
 
 
+def as_patterns(select: Selector) -> list[str | Predicate]:
+    """Give a selector as a list of its patterns.
+
+    Raises:
+        TypeError: If it is neither a string, a callable nor a list of them; a module and a class are neither.
+
+    Example:
+        >>> as_patterns("head"), as_patterns(("*", "!head"))
+        (['head'], ['*', '!head'])
+    """
+    patterns = [select] if isinstance(select, str) or callable(select) else select
+    if not isinstance(patterns, Iterable) or isinstance(patterns, Mapping):
+        raise TypeError(f"{_KINDS}, not {select!r}.")
+    patterns = list(patterns)
+    for pattern in patterns:
+        if isinstance(pattern, type):
+            raise TypeError(
+                f'{_KINDS}, not the class {pattern.__name__}. Give "type:{pattern.__name__}" for its layers.'
+            )
+        if isinstance(pattern, nn.Module):
+            kind = type(pattern).__name__
+            raise TypeError(
+                f'{_KINDS}, not a module ({kind}). Give its dotted name, for example "backbone.layer4", or '
+                f'"type:{kind}" for all of its class.'
+            )
+        if not isinstance(pattern, str) and not callable(pattern):
+            raise TypeError(f"{_KINDS}, not {pattern!r} in {select!r}.")
+    return patterns
+
+
 @dataclass(frozen=True)
 class _Entry:
     """One tensor with all the names it has; the first one is the one it is called by."""
@@ -159,80 +200,76 @@ def _named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _chosen(
-    entries: list[_Entry], modules: list[tuple[str, nn.Module]], select: Selector, given: str, kind: str
+    entries: list[_Entry],
+    modules: list[tuple[str, nn.Module]],
+    select: Selector,
+    given: str,
+    kind: str,
+    *,
+    partial: bool = False,
 ) -> set[int]:
     chosen: set[int] = set()
-    patterns = _as_list(select)
-    for position, pattern in enumerate(patterns):
-        if isinstance(pattern, str) and pattern.startswith("!"):
-            if position == 0:
-                raise ValueError(
-                    f"{given.format(_quote(pattern))} takes away from nothing: it comes first. "
-                    f'Say what it takes away from, for example ["*", {_quote(pattern)}].'
-                )
-            chosen -= _matches(pattern[1:], pattern, entries, modules, given, kind)
-        else:
-            chosen |= _matches(pattern, pattern, entries, modules, given, kind)
-    if not chosen:
-        shown = ", ".join(_quote(pattern) for pattern in patterns)
-        raise ValueError(f"{given.format(f'[{shown}]')} selects nothing: what it adds, it takes away again.")
+    patterns = as_patterns(select)
+    for position, written in enumerate(patterns):
+        shown = given.format(_quote(written))
+        takes_away = isinstance(written, str) and written.startswith("!")
+        if takes_away and position == 0:
+            raise ValueError(
+                f"{shown} takes away from nothing: it comes first. "
+                f'Say what it takes away from, for example ["*", {_quote(written)}].'
+            )
+        pattern = written[1:] if isinstance(written, str) and takes_away else written
+        found = _matches(pattern, shown, entries, modules)
+        if not found and not partial:
+            raise ValueError(f"{shown} matches no {kind}.{_hint(pattern, entries, modules)}")
+        chosen = chosen - found if takes_away else chosen | found
+    if not chosen and not partial:
+        shown = given.format(f"[{', '.join(map(_quote, patterns))}]")
+        why = "what it adds, it takes away again" if patterns else 'it is empty. For everything, give "*"'
+        raise ValueError(f"{shown} selects nothing: {why}.")
     return chosen
 
 
-def _as_list(select: Selector) -> list[str | Predicate]:
-    patterns = [select] if isinstance(select, str) or callable(select) else select
-    if not isinstance(patterns, Iterable) or isinstance(patterns, Mapping):
-        raise TypeError(f"A selector is a string, a callable or a list of them, not {select!r}.")
-    patterns = list(patterns)
-    for pattern in patterns:
-        if not isinstance(pattern, str) and not callable(pattern):
-            raise TypeError(f"A selector is a string, a callable or a list of them, not {pattern!r} in {select!r}.")
-    return patterns
-
-
 def _matches(
-    pattern: str | Predicate,
-    written: str | Predicate,
-    entries: list[_Entry],
-    modules: list[tuple[str, nn.Module]],
-    given: str,
-    kind: str,
+    pattern: str | Predicate, shown: str, entries: list[_Entry], modules: list[tuple[str, nn.Module]]
 ) -> set[int]:
-    shown = given.format(_quote(written))
     if callable(pattern):
-        found = {id(entry.tensor) for entry in entries if pattern(entry.name, entry.tensor)}
-    elif pattern.startswith("type:"):
-        wanted = pattern.removeprefix("type:").strip()
-        found = {
-            id(tensor)
-            for _, module in modules
-            if wanted in _class_names(type(module))
-            for tensor in (*module.parameters(), *module.buffers())
+        return {id(entry.tensor) for entry in entries if pattern(entry.name, entry.tensor)}
+    if pattern.startswith("type:"):
+        return {
+            id(tensor) for module in _of_class(pattern, modules) for tensor in (*module.parameters(), *module.buffers())
         } & {id(entry.tensor) for entry in entries}
-    else:
-        accepts = _name_test(pattern, shown)
-        found = {id(entry.tensor) for entry in entries if any(accepts(name) for name in entry.names)}
-    if not found:
-        raise ValueError(f"{shown} matches no {kind}.{_hint(pattern, entries, modules)}")
-    return found
+    for accepts in _name_tests(pattern, shown):
+        if found := {id(entry.tensor) for entry in entries if any(accepts(name) for name in entry.names)}:
+            return found
+    return set()
 
 
-def _name_test(pattern: str, shown: str) -> Callable[[str], bool]:
+def _of_class(pattern: str, modules: list[tuple[str, nn.Module]]) -> list[nn.Module]:
+    wanted = pattern.removeprefix("type:").strip()
+    return [module for _, module in modules if wanted in _class_names(type(module))]
+
+
+def _name_tests(pattern: str, shown: str) -> Iterator[Callable[[str], bool]]:
+    """Give what a name must pass, the next one for when none passes the one before."""
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern.removeprefix("re:"))
         except re.error as error:
             raise ValueError(f"{shown} is no regular expression: {error}.") from error
-        return lambda name: expression.fullmatch(name) is not None
+        yield lambda name: expression.fullmatch(name) is not None
+        return
     pattern = clean_name(pattern)
     if pattern == "*":
-        return lambda name: True
-    if not _is_glob(pattern):
-        return lambda name: name == pattern or name.startswith(f"{pattern}.")
-    # A leading "*." also stands for no module at all, so that "*.bias" finds the bias of a bare layer.
-    globs = [pattern, pattern.removeprefix("*.")]
-    glob = re.compile("|".join(fnmatch.translate(one) for one in globs))
-    return lambda name: any(glob.match(part) for part in _self_and_ancestors(name))
+        yield lambda name: True
+        return
+    # Before globs: a key of a ParameterDict can have brackets in it.
+    yield lambda name: name == pattern or name.startswith(f"{pattern}.")
+    if _is_glob(pattern):
+        # A leading "*." also stands for no module at all, so that "*.bias" finds the bias of a bare layer.
+        globs = [pattern, pattern.removeprefix("*.")]
+        glob = re.compile("|".join(fnmatch.translate(one) for one in globs))
+        yield lambda name: any(glob.match(part) for part in _self_and_ancestors(name))
 
 
 def _self_and_ancestors(name: str) -> Iterable[str]:
@@ -258,14 +295,18 @@ def _quote(pattern: str | Predicate) -> str:
 
 def _hint(pattern: str | Predicate, entries: list[_Entry], modules: list[tuple[str, nn.Module]]) -> str:
     """Say what would have been right: the closest names and the top-level modules."""
-    names = sorted({name for name, _ in modules if name} | {name for entry in entries for name in entry.names})
+    below = [name for name, _ in modules if name]
     hint = ""
     if isinstance(pattern, str):
-        if pattern in names:
+        if pattern in below:
             hint += f' There is a module "{pattern}", but it has none.'
-        elif close := _closest(pattern, names, modules):
+        elif pattern.startswith("type:") and _of_class(pattern, modules):
+            hint += " There are modules of that class, but they have none."
+        elif close := _closest(
+            pattern, sorted({*below, *(name for entry in entries for name in entry.names)}), modules
+        ):
             hint += f" Did you mean {' or '.join(_quote(name) for name in close)}?"
-    tops = list(dict.fromkeys(name.split(".")[0] for name, _ in modules if name))
+    tops = list(dict.fromkeys(name.split(".")[0] for name in below))
     if tops:
         hint += f"\nTop-level modules: {', '.join(tops)}."
     elif entries:
@@ -278,27 +319,42 @@ def _hint(pattern: str | Predicate, entries: list[_Entry], modules: list[tuple[s
 def _closest(pattern: str, names: list[str], modules: list[tuple[str, nn.Module]]) -> list[str]:
     if pattern.startswith("type:"):
         classes = sorted({base.__name__ for _, module in modules for base in type(module).__mro__} - {"object"})
-        close = difflib.get_close_matches(pattern.removeprefix("type:"), classes, n=2)
-        return [f"type:{name}" for name in close]
+        return [f"type:{name}" for name in _close(pattern.removeprefix("type:").rpartition(".")[2], classes, 2)]
     if pattern.startswith("re:"):
-        return []
+        return _close(_literal(pattern.removeprefix("re:")), names, 2)
     mended = _mended(pattern, names)
     if mended:
         return [mended]
-    return [] if _is_glob(pattern) else difflib.get_close_matches(pattern, names, n=2)
+    return [] if _is_glob(pattern) else _close(pattern, names, 2)
+
+
+def _close(word: str, names: list[str], most: int) -> list[str]:
+    """Give the names that are closest to a word, whatever their case."""
+    folded = {name.casefold(): name for name in names}
+    return [folded[name] for name in difflib.get_close_matches(word.casefold(), folded, n=most)]
+
+
+def _literal(expression: str) -> str:
+    """Give what is left of a regular expression when everything that stands for something else is left out."""
+    text = re.sub(r"(?<!\\)\.[*+?]?|\\\w|[][(){}^$|?*+]", "", expression)
+    return text.replace("\\", "").strip(".")
 
 
 def _mended(pattern: str, names: list[str]) -> str | None:
     """Replace each literal segment that occurs nowhere by the closest one that does, if that then matches."""
     segments = sorted({segment for name in names for segment in name.split(".")})
+
+    def nearest(text: str) -> str:
+        return text if text in segments else next(iter(_close(text, segments, 1)), text)
+
     parts = []
     for part in pattern.split("."):
-        if part in segments or _is_glob(part):
+        if not _is_glob(part):
+            parts.append(nearest(part))
+        elif any(fnmatch.fnmatchcase(segment, part) for segment in segments):
             parts.append(part)
-        elif close := difflib.get_close_matches(part, segments, n=1):
-            parts.append(close[0])
         else:
-            return None
+            parts.append(re.sub(r"[^*?[\]]+", lambda literal: nearest(literal[0]), part))
     mended = ".".join(parts)
-    accepts = _name_test(mended, mended)
-    return mended if mended != pattern and any(accepts(name) for name in names) else None
+    fits = any(accepts(name) for accepts in _name_tests(mended, mended) for name in names)
+    return mended if mended != pattern and fits else None

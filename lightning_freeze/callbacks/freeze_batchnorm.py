@@ -11,7 +11,7 @@ from lightning_freeze.averagers import refuse_new_statistics
 from lightning_freeze.batchnorm import hold_batchnorm, release_layers
 from lightning_freeze.hyperparameters import give_back_modules
 from lightning_freeze.pickling import without_fit
-from lightning_freeze.selectors import Selector, selector_text
+from lightning_freeze.selectors import Selector, as_patterns, selector_text
 from lightning_freeze.strategies import check_strategy, follow_trainable_set
 
 
@@ -26,6 +26,7 @@ class FreezeBatchNorm(Callback):
         train_affine: Leave the affine parameters (``weight`` and ``bias``) trainable.
 
     Raises:
+        TypeError: If ``select`` is no selector.
         ValueError: At fit start, if ``select`` matches nothing, or no layer with running statistics.
         MisconfigurationException: At fit start, if affine parameters cannot freeze with the Trainer's strategy, or if
             the Trainer also has Lightning's StochasticWeightAveraging.
@@ -36,7 +37,8 @@ class FreezeBatchNorm(Callback):
     """
 
     def __init__(self, select: Selector = "*", *, train_affine: bool = False) -> None:
-        self.select = select
+        patterns = as_patterns(select)
+        self.select = select if isinstance(select, str) or callable(select) else patterns
         self.train_affine = train_affine
         self._layers: dict[str, nn.Module] = {}
 

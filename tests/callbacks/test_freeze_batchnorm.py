@@ -61,6 +61,15 @@ def test_flags_return_beside_a_schedule(swapped: bool) -> None:
     assert flags == {name: p.requires_grad for name, p in net.named_parameters()}
 
 
+def test_a_generator_is_kept_as_a_list() -> None:
+    net = Net(sgd)
+    callback = FreezeBatchNorm(name for name in ("backbone", "!backbone.5"))
+    assert callback.select == ["backbone", "!backbone.5"]
+    before = snapshot(net)
+    trainer(callbacks=[callback], max_epochs=1).fit(net, loader())
+    assert AFFINE - moved(before, snapshot(net)) == {"backbone.1.weight", "backbone.1.bias"}
+
+
 def test_a_selector_keeps_its_key() -> None:
     """The key by which a checkpoint knows the callback does not depend on the run."""
     callback = FreezeBatchNorm(["backbone", lambda name, _: True])
