@@ -44,9 +44,14 @@ def check_strategy(strategy: Strategy) -> None:
 
     Raises:
         MisconfigurationException: If the strategy is not for one device, DDP, FSDP or FSDP2, nor a subclass of those;
-            or if it is FSDP with ``use_orig_params=False``.
+            if it is FSDP with ``use_orig_params=False``; or if it is one of the package ``pytorch_lightning``.
     """
     name = type(strategy).__name__
+    if any(base.__module__.startswith("pytorch_lightning.") for base in type(strategy).__mro__):
+        raise MisconfigurationException(
+            f"{name} comes from the package pytorch_lightning, whose classes are not those of lightning.pytorch. "
+            "Import Trainer and LightningModule from lightning.pytorch."
+        )
     if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, _UNSUPPORTED):
         raise MisconfigurationException(
             f"Parameters cannot freeze during a fit with {name} and stay exact. Use one device, strategy='ddp', "

@@ -59,6 +59,15 @@ def test_refused(cls: type[Strategy]) -> None:
         check_strategy(unbuilt(cls))
 
 
+def test_the_other_package_is_named() -> None:
+    theirs = type("DDPStrategy", (OfMyOwn,), {"__module__": "pytorch_lightning.strategies.ddp"})
+    for cls in (theirs, type("MyDDP", (theirs,), {})):
+        with pytest.raises(
+            MisconfigurationException, match=r"Import Trainer and LightningModule from lightning\.pytorch"
+        ):
+            check_strategy(unbuilt(cls))
+
+
 @pytest.mark.parametrize("cls", [SingleDeviceStrategy, DDPStrategy, MyDDP, FSDPStrategy, ModelParallelStrategy])
 def test_accepted(cls: type[Strategy]) -> None:
     check_strategy(unbuilt(cls))
