@@ -93,7 +93,7 @@ class FeatureCache(Callback):
         self,
         module: str | Sequence[str],
         *,
-        max_bytes: int | None = None,
+        max_bytes: float | None = None,
         storage: str | Path = "memory",
         dtype: torch.dtype | str | None = None,
     ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EMAWeightAveraging,
@@ -26,7 +26,7 @@ from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
 
-from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau
+from lightning_freeze import FreezeBatchNorm, FreezeSchedule, GradientAudit, Phase, Plateau
 from tests.nets import Net, Probe, adamw, loader, members, moved, same, sgd, snapshot, trainer
 
 
@@ -599,6 +599,61 @@ def test_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     cli.trainer.fit(cli.model, loader(), loader())
     assert schedule.history == [(0, 0, 0), (1, 6, 1), (1, 10, 2)]
+
+
+LISTS = """
+seed_everything: 0
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_freeze.FreezeSchedule
+      init_args:
+        phases:
+          - {train: [head, "backbone.*", "!*.bias"], epochs: 1, lr_scale: {backbone: 1e-1}}
+          - {train: "*", until: {monitor: val_loss, min_delta: 1e-3}, lr_scale: 1e-1}
+    - class_path: lightning_freeze.FreezeBatchNorm
+      init_args: {select: [backbone.1, backbone.5], train_affine: true}
+    - class_path: lightning_freeze.GradientAudit
+      init_args: {ignore: [backbone, "!backbone.5"]}
+"""
+
+
+class Loads(LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return loader()
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_config_that_lightning_saves_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cli_module = pytest.importorskip("lightning.pytorch.cli")
+    found = []
+    (tmp_path / "first.yaml").write_text(LISTS)
+    for config, folder in (("first.yaml", "one"), ("one/config.yaml", "two")):
+        root = f"--trainer.default_root_dir={tmp_path / folder}"
+        monkeypatch.setattr("sys.argv", ["train.py", "fit", "--config", str(tmp_path / config), root])
+        cli = cli_module.LightningCLI(Configured, Loads)
+        schedule, batchnorm, audit = [
+            next(callback for callback in cli.trainer.callbacks if isinstance(callback, kind))
+            for kind in (FreezeSchedule, FreezeBatchNorm, GradientAudit)
+        ]
+        assert schedule.history == [(0, 0, 0), (1, 6, 1)]
+        found.append((schedule.phases, batchnorm.select, audit.ignore))
+    assert found[0] == found[1]
+    assert found[0] == (
+        [
+            Phase(["head", "backbone.*", "!*.bias"], epochs=1, lr_scale={"backbone": 0.1}),
+            Phase("*", until=Plateau("val_loss", min_delta=1e-3), lr_scale=0.1),
+        ],
+        ["backbone.1", "backbone.5"],
+        ["backbone", "!backbone.5"],
+    )
 
 
 # Words
