@@ -13,9 +13,10 @@ class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Give the logger of a module of this package."""
+    """Give the logger of a module of this package; a level that the user has set on the package's is kept."""
     package = logging.getLogger("lightning_freeze")
     if not any(isinstance(handler, _UnlessConfigured) for handler in package.handlers):
         package.addHandler(_UnlessConfigured())
-        package.setLevel(logging.INFO)
+        if package.level == logging.NOTSET:
+            package.setLevel(logging.INFO)
     return logging.getLogger(name)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from numbers import Integral, Real
+from typing import Any, Literal, TypeGuard
 
-from lightning_freeze.selectors import Selector, selector_text
+from lightning_freeze.selectors import Selector, as_patterns, selector_text
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Plateau:
         min_delta: What counts as an improvement: more than this, in the metric's own unit, at least 0.
 
     Raises:
+        TypeError: If a number is none.
         ValueError: If an argument is out of range.
 
     Example:
@@ -41,9 +44,12 @@ class Plateau:
     def __post_init__(self) -> None:
         if not isinstance(self.monitor, str) or not self.monitor:
             raise ValueError(f"Plateau(monitor={self.monitor!r}): name a logged metric, for example 'val_loss'.")
-        _check_count("Plateau", "patience", self.patience)
+        object.__setattr__(self, "patience", whole_number("Plateau", "patience", self.patience))
         if self.mode not in ("min", "max"):
             raise ValueError(f"Plateau(mode={self.mode!r}): mode is 'min' or 'max'.")
+        object.__setattr__(
+            self, "min_delta", _number(f"Plateau(min_delta={self.min_delta!r}): min_delta", self.min_delta)
+        )
         if not self.min_delta >= 0:
             raise ValueError(
                 f"Plateau(min_delta={self.min_delta!r}): min_delta is 0 or more; mode tells the direction."
@@ -78,7 +84,8 @@ class Phase:
             optimizers each one's step counts.
         until: The plateau that ends it.
         lr_scale: A factor on the learning rate that the user's optimizer and scheduler give, for all that trains or,
-            as ``{selector: factor}``, for a part of it; where two selectors overlap the later one holds.
+            as ``{selector: factor}``, for a part of it; where two selectors overlap the later one holds. A tuple is a
+            list of selectors: ``{("*", "!head"): 0.1}``.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -97,21 +104,23 @@ class Phase:
     epochs: int | None = None
     steps: int | None = None
     until: Plateau | None = None
-    lr_scale: float | Mapping[str, float] | None = None
+    # Keys are selectors; a Mapping of them would refuse a variable that is a dict[str, float].
+    lr_scale: float | Mapping[Any, float] | None = None
 
     def __post_init__(self) -> None:
         for end in ("epochs", "steps"):
             if getattr(self, end) is not None:
-                _check_count("Phase", end, getattr(self, end))
+                object.__setattr__(self, end, whole_number("Phase", end, getattr(self, end)))
         if self.until is not None and not isinstance(self.until, Plateau):
             raise TypeError(f"Phase(until={self.until!r}): until is a Plateau, for example Plateau('val_loss').")
         if not self.train or not (isinstance(self.train, str | Sequence) or callable(self.train)):
             raise ValueError(
                 f"Phase(train={self.train!r}): say what trains, for example 'head', ['head', 'neck'] or '*'."
             )
-        for factor in self.scales.values():
-            if isinstance(factor, bool) or not isinstance(factor, int | float):
-                raise TypeError(f"Phase(lr_scale={self.lr_scale!r}): a factor is a number.")
+        as_patterns(self.train)
+        for select, factor in self.scales.items():
+            as_patterns(select)
+            factor = _number(f"Phase(lr_scale={self.lr_scale!r}): a factor", factor)
             if not (factor > 0 and math.isfinite(factor)):
                 raise ValueError(
                     f"Phase(lr_scale={self.lr_scale!r}): a factor is above 0 and finite. "
@@ -119,7 +128,7 @@ class Phase:
                 )
 
     @property
-    def scales(self) -> Mapping[str, float]:
+    def scales(self) -> Mapping[Selector, float]:
         """``lr_scale`` as ``{selector: factor}``."""
         if self.lr_scale is None:
             return {}
@@ -233,7 +242,10 @@ def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:
     if "train" not in options:
         raise ValueError(f"Phase {index + 1}, {dict(phase)!r}, does not say what trains: add 'train'.")
     if isinstance(options.get("until"), Mapping):
-        options["until"] = Plateau(**_known(Plateau, dict(options["until"]), f"Phase {index + 1}: until"))
+        until = _known(Plateau, dict(options["until"]), f"Phase {index + 1}: until")
+        if "monitor" not in until:
+            raise ValueError(f"Phase {index + 1}: until={until!r} does not say which metric: add 'monitor'.")
+        options["until"] = Plateau(**until)
     return Phase(**options)
 
 
@@ -247,11 +259,30 @@ def _known(cls: Callable[..., Any], options: dict[str, Any], where: str) -> dict
     return options
 
 
-def _check_count(cls: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{cls}({name}={value!r}): {name} is a whole number.")
+def whole_number(where: str, name: str, value: object) -> int:
+    """Give a number of times as an int, also one of NumPy's, which a checkpoint could not hold.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{where}({name}={value!r}): {name} is a whole number.")
     if value < 1:
-        raise ValueError(f"{cls}({name}={value}): {name} is at least 1.")
+        raise ValueError(f"{where}({name}={value}): {name} is at least 1.")
+    return int(value)
+
+
+def _number(given: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        text = f" YAML takes {value} for text: write {value.replace('e', '.0e', 1)}." if _is_yaml_text(value) else ""
+        raise TypeError(f"{given} is a number.{text}")
+    return float(value)
+
+
+def _is_yaml_text(value: object) -> TypeGuard[str]:
+    """Whether a text is what YAML 1.1 gives for a number such as 1e-3, in which it misses the point."""
+    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value) is not None
 
 
 @dataclass

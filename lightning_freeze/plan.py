@@ -62,7 +62,7 @@ def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float]:
     """
     parameters = named_unique_parameters(module)
     owner = overlay(module, list(phase.scales), given="Phase(lr_scale={{{}: …}})")
-    return {id(parameters[name]): float(phase.scales[select]) for name, select in owner.items()}  # type: ignore[index]
+    return {id(parameters[name]): float(phase.scales[select]) for name, select in owner.items()}
 
 
 def held_modules(module: nn.Module, trains: Collection[int], mode: FrozenMode) -> list[nn.Module]:

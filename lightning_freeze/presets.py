@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from lightning_freeze.phases import Phase
+from lightning_freeze.phases import Phase, whole_number
+from lightning_freeze.selectors import Selector
 
 
 def linear_probe_then_finetune(
@@ -26,7 +27,8 @@ def linear_probe_then_finetune(
         ['linear probe', 'finetune']
     """
     heads = _names("head", head)
-    scales = {} if backbone_scale == 1.0 else {"*": backbone_scale, **dict.fromkeys(heads, 1.0)}
+    one = heads[0] if len(heads) == 1 else tuple(heads)
+    scales: dict[Selector, float] = {} if backbone_scale == 1.0 else {"*": backbone_scale, one: 1.0}
     return [
         Phase(heads, name="linear probe", epochs=probe_epochs),
         Phase("*", name="finetune", lr_scale=scales or None),
@@ -89,7 +91,7 @@ def chain_thaw(layers: Sequence[str], *, epochs_per_phase: int = 1) -> list[Phas
 
 def layerwise_sampling(
     layers: Sequence[str],
-    always: Sequence[str] = (),
+    always: str | Sequence[str] = (),
     *,
     total_steps: int,
     count: int = 2,
@@ -115,16 +117,17 @@ def layerwise_sampling(
         (3, 20, None)
     """
     names = _names("layers", layers)
-    if not 1 <= count <= len(names):
+    stay = [always] if isinstance(always, str) else list(always)
+    total_steps = whole_number("layerwise_sampling", "total_steps", total_steps)
+    every_n_steps = whole_number("layerwise_sampling", "every_n_steps", every_n_steps)
+    count = whole_number("layerwise_sampling", "count", count)
+    if count > len(names):
         raise ValueError(f"layerwise_sampling(count={count}): between 1 and {len(names)}, the number of layers.")
-    for name, value in (("total_steps", total_steps), ("every_n_steps", every_n_steps)):
-        if value < 1:
-            raise ValueError(f"layerwise_sampling({name}={value}): at least 1.")
     draw = random.Random(seed)
     draws = [sorted(draw.sample(range(len(names)), count)) for _ in range(-(-total_steps // every_n_steps))]
     return [
         Phase(
-            [*always, *(names[index] for index in chosen)],
+            [*stay, *(names[index] for index in chosen)],
             name=f"draw {number}",
             steps=every_n_steps if number < len(draws) else None,
         )
@@ -133,6 +136,8 @@ def layerwise_sampling(
 
 
 def _names(argument: str, names: str | Sequence[str]) -> list[str]:
+    if not isinstance(names, Iterable):
+        raise TypeError(f"{argument}={names!r}: give names, for example ['backbone.layer4', 'head'].")
     listed = [names] if isinstance(names, str) else list(names)
     if not listed or not all(isinstance(name, str) and name for name in listed):
         raise ValueError(f"{argument}={names!r}: give at least one name, for example ['backbone.layer4', 'head'].")

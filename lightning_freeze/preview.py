@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_freeze.batchnorm import every_module, has_running_statistics, held_affine, is_held
 from lightning_freeze.gradients import percent, scalars
-from lightning_freeze.phases import Phase
+from lightning_freeze.phases import Phase, whole_number
 from lightning_freeze.plan import FrozenMode, held_modules, phase_scales, phase_trains
 from lightning_freeze.selectors import named_unique_parameters, selector_text, unwrapped
 from lightning_freeze.tables import Table
@@ -31,15 +31,16 @@ def phase_spans(
     left of the fit.
 
     Raises:
+        TypeError: If a number is no whole one.
         ValueError: If a phase lasts a number of steps and ``steps_per_epoch`` is not given, or a number is below 1.
 
     Example:
         >>> phase_spans([Phase("a", steps=15), Phase("b", epochs=9), Phase("c")], 4, steps_per_epoch=10)
         [(0.0, 1.5), (1.5, 4.0), None]
     """
-    for name, value in (("max_epochs", max_epochs), ("steps_per_epoch", steps_per_epoch)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is needed.")
+    max_epochs = whole_number("preview", "max_epochs", max_epochs)
+    if steps_per_epoch is not None:
+        steps_per_epoch = whole_number("preview", "steps_per_epoch", steps_per_epoch)
     # Thirds of an epoch have to add up to whole ones.
     begin, spans = Fraction(0), list[tuple[float, float] | None]()
     for index, phase in enumerate(phases):

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -112,6 +115,19 @@ def test_from_dicts_and_back(options: list[dict[str, Any]]) -> None:
     described = describe(phases)
     assert json.loads(json.dumps(described)) == described == describe(pickle.loads(pickle.dumps(phases)))
     assert [phase.has_end for phase in phases[:-1]] == [True] * (len(phases) - 1)
+
+
+def test_numbers_of_numpy_are_plain_ones(tmp_path: Path) -> None:
+    """A checkpoint holds them, and loads with `weights_only=True`."""
+    until = Plateau("x", patience=np.int64(2), min_delta=np.float64(0.5))
+    phases = [Phase("a", epochs=np.int64(3), steps=np.uint8(4), until=until, lr_scale=np.float32(0.5))]
+    assert [type(v) for v in (phases[0].epochs, phases[0].steps, until.patience, until.min_delta)] == [int] * 3 + [
+        float
+    ]
+    torch.save(describe(phases), tmp_path / "phases.pt")
+    assert torch.load(tmp_path / "phases.pt", weights_only=True) == describe(phases)
+    with pytest.raises(TypeError, match="epochs is a whole number"):
+        Phase("a", epochs=np.float64(2))
 
 
 def test_phases_do_not_change() -> None:

@@ -60,7 +60,9 @@ def test_layerwise_sampling(layers: list[str], total: int, every: int, seed: int
 def test_linear_probe_then_finetune() -> None:
     probe, rest = linear_probe_then_finetune(["head", "neck"], probe_epochs=3, backbone_scale=0.1)
     assert (probe.train, probe.epochs, rest.train, rest.has_end) == (["head", "neck"], 3, "*", False)
-    assert rest.scales == {"*": 0.1, "head": 1.0, "neck": 1.0}
+    assert rest.scales == {"*": 0.1, ("head", "neck"): 1.0}
+    assert linear_probe_then_finetune("head", backbone_scale=0.1)[1].scales == {"*": 0.1, "head": 1.0}
+    assert layerwise_sampling(["a"], "head", total_steps=1, count=1)[0].train == ["head", "a"]
     assert linear_probe_then_finetune()[1].scales == {}
 
 
@@ -83,6 +85,23 @@ def test_errors(build: Any, match: str) -> None:
         build()
 
 
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (lambda: gradual_unfreezing(None), "layers=None: give names"),
+        (lambda: layerwise_sampling(["a"], total_steps=1e3, count=1), r"total_steps=1000.0\): total_steps is a whole"),
+        (
+            lambda: layerwise_sampling(["a"], total_steps=9, count=1, every_n_steps=2.5),
+            "every_n_steps is a whole number",
+        ),
+        (lambda: layerwise_sampling(["a"], total_steps=9, count=1.0), "count is a whole number"),
+    ],
+)
+def test_types(build: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        build()
+
+
 LAYERS = ["backbone.0", "backbone.4", "neck", "head"]
 
 
@@ -90,6 +109,7 @@ LAYERS = ["backbone.0", "backbone.4", "neck", "head"]
     ("phases", "last"),
     [
         (linear_probe_then_finetune(backbone_scale=0.1), 1),
+        (linear_probe_then_finetune(["head", "!head.bias"], backbone_scale=0.1), 1),
         (gradual_unfreezing(LAYERS, lr_decay=2.6), 3),
         (chain_thaw(LAYERS), 4),
         (layerwise_sampling(LAYERS[:3], ["head"], total_steps=36, every_n_steps=5), 7),

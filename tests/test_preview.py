@@ -91,8 +91,8 @@ def test_words_of_the_table() -> None:
     ("phases", "options", "match"),
     [
         (PHASES, {"max_epochs": 3}, "lasts 9 steps: give steps_per_epoch"),
-        (PHASES, {"max_epochs": 0}, "max_epochs=0: at least 1"),
-        (PHASES, {"max_epochs": 3, "steps_per_epoch": 0}, "steps_per_epoch=0: at least 1"),
+        (PHASES, {"max_epochs": 0}, "max_epochs is at least 1"),
+        (PHASES, {"max_epochs": 3, "steps_per_epoch": 0}, "steps_per_epoch is at least 1"),
         ([Phase("hed")], {"max_epochs": 3}, 'Did you mean "head"'),
         ([Phase("*", lr_scale={"hed": 0.1})], {"max_epochs": 3}, 'Did you mean "head"'),
     ],
@@ -101,6 +101,9 @@ def test_errors(phases: Any, options: Any, match: str) -> None:
     for give in (FreezeSchedule(phases).preview, FreezeSchedule(phases).plot):
         with pytest.raises(ValueError, match=match):
             give(Net(), **options)
+        for value in (None, 1.5, "3"):
+            with pytest.raises(TypeError, match="max_epochs is a whole number"):
+                give(Net(), value)
 
 
 @settings(max_examples=20, deadline=None)

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_freeze import select_parameters
+from lightning_freeze import FreezeBatchNorm, Phase, freeze_batchnorm, select_parameters
 from lightning_freeze.batchnorm import has_running_statistics
 from lightning_freeze.selectors import clean_name, select_layers, selector_text
 from tests.nets import Net
@@ -125,7 +125,8 @@ def test_wrappers_do_not_show(data: st.DataObject) -> None:
     compiled = torch.compile(module, backend="eager")
     assert {n: id(p) for n, p in select_parameters(compiled, selector).items()} == {n: id(p) for n, p in plain.items()}
     parallel = nn.DataParallel(module)
-    assert select_parameters(parallel, selector).keys() == plain.keys()
+    for around in (parallel, torch.compile(parallel, backend="eager")):
+        assert select_parameters(around, selector).keys() == plain.keys()
     name, child = next(iter(module.named_children()))
     setattr(module, name, torch.compile(child, backend="eager"))
     assert {n: id(p) for n, p in select_parameters(module, selector).items()} == {n: id(p) for n, p in plain.items()}
@@ -145,7 +146,17 @@ def test_names_are_those_of_the_module() -> None:
         ("hed.weight", 'Did you mean "head.weight"?'),
         ("backbone.2", 'There is a module "backbone.2", but it has none.'),
         ("type:BatchNorm3d", 'select="type:BatchNorm3d" matches no parameter. Did you mean "type:BatchNorm2d"'),
-        ("re:nothing.*", 'select="re:nothing.*" matches no parameter.'),
+        ("re:nothing.*", 'select="re:nothing.*" matches no parameter.\n'),
+        (r"re:backbon\..*\.weight", 'matches no parameter. Did you mean "backbone.'),
+        ("re:(?i)hed", 'Did you mean "head"'),
+        ("backbone.*.wieght", 'Did you mean "backbone.*.weight"?'),
+        ("backbone.*.wieght*", 'Did you mean "backbone.*.weight*"?'),
+        ("bakcbone.?", 'Did you mean "backbone.?"?'),
+        ("Backbone.4.WEIGHT", 'Did you mean "backbone.4.weight"?'),
+        ("type:Dropout", 'select="type:Dropout" matches no parameter. There are modules of that class, but they have'),
+        ("type:torch.nn.Linaer", 'Did you mean "type:Linear"?'),
+        ("type:linear", 'Did you mean "type:Linear"?'),
+        ([], 'select=[] selects nothing: it is empty. For everything, give "*".'),
         ("re:(", 'select="re:(" is no regular expression'),
         (["*", "!hed"], 'select="!hed" matches no parameter. Did you mean "head"?'),
         ("!head", 'Say what it takes away from, for example ["*", "!head"]'),
@@ -161,10 +172,44 @@ def test_errors_name_the_nearest(select: Any, message: str) -> None:
         assert str(caught.value).endswith("\nTop-level modules: backbone, neck, head.")
 
 
-@pytest.mark.parametrize("select", [3, None, ["head", 3], [["head"]], {"head": 1}], ids=str)
-def test_what_is_no_selector(select: Any) -> None:
-    with pytest.raises(TypeError, match="A selector is a string, a callable or a list of them"):
-        select_parameters(Net(), select)
+@pytest.mark.parametrize(
+    ("select", "message"),
+    [
+        (3, "not 3."),
+        (None, "not None."),
+        (["head", 3], "not 3 in ['head', 3]."),
+        ([["head"]], "not ['head'] in [['head']]."),
+        ({"head": 1}, "not {'head': 1}."),
+        (
+            nn.Linear(1, 1),
+            'not a module (Linear). Give its dotted name, for example "backbone.layer4", or "type:Linear"',
+        ),
+        ([nn.ReLU()], "not a module (ReLU)."),
+        (nn.BatchNorm2d, 'not the class BatchNorm2d. Give "type:BatchNorm2d" for its layers.'),
+    ],
+    ids=str,
+)
+def test_what_is_no_selector(select: Any, message: str) -> None:
+    expected = re.escape(f"A selector is a string, a callable or a list of them, {message}")
+    for act in (select_parameters, freeze_batchnorm):
+        with pytest.raises(TypeError, match=expected):
+            act(Net(), select)
+    with pytest.raises(TypeError, match=expected):
+        FreezeBatchNorm(select)
+    if select and not isinstance(select, int | dict):
+        with pytest.raises(TypeError, match=expected):
+            Phase(select)
+
+
+def test_names_with_brackets() -> None:
+    net = nn.ParameterDict({name: nn.Parameter(torch.ones(1)) for name in ("a[0]", "a0", "b")})
+    assert list(select_parameters(net, "a[0]")) == ["a[0]"]
+    assert list(select_parameters(net, ["*", "!a[0]"])) == ["a0", "b"]
+    assert list(select_parameters(net, "a[!0]*")) == ["a[0]"]
+    assert set(select_parameters(nn.ModuleDict({"m[0]": net}), "m[0]")) == {"m[0].a[0]", "m[0].a0", "m[0].b"}
+    with pytest.raises(ValueError, match=r'"b\[0\]" matches no parameter\.') as caught:
+        select_parameters(net, "b[0]")
+    assert "There is a module" not in str(caught.value)
 
 
 def test_modules_without_children_or_parameters() -> None:
