@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -197,7 +197,7 @@ class TargetNetwork(Callback):
     # What
 
     def _after_step(self, optimizer: Optimizer, sources: set[int]) -> None:
-        if self._fit is None or not _holds(optimizer, sources):
+        if self._fit is None or not _holds(optimizer, sources) or _skips(optimizer):
             return
         self.steps += 1
         if self.tau is not None:
@@ -260,6 +260,15 @@ class _Fit:
 
 def _holds(optimizer: Optimizer, parameters: set[int]) -> bool:
     return any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _skips(optimizer: Optimizer) -> bool:
+    """Whether AMP has a fused optimizer skip this step: it is called all the same, and lent what AMP has found.
+
+    To ask waits for the device, so nothing else is asked.
+    """
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf.item())
 
 
 def _check_names(source: str, target: str) -> None:

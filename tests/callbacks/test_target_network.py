@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
@@ -147,6 +149,19 @@ def test_a_step_that_is_skipped_is_none() -> None:
     callback = TargetNetwork("online", "target", every_n_steps=2)
     fit(Skipping(), callback, max_epochs=1)
     assert callback.steps == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_nor_is_one_that_mixed_precision_skips(fused: bool) -> None:
+    class Overflowing(Student):
+        def loss(self, batch: Any) -> Any:
+            loss = nn.functional.cross_entropy(self.online(batch[0]), batch[1])
+            return loss * math.inf if self.trainer.fit_loop.total_batch_idx % 2 else loss
+
+    callback = TargetNetwork("online", "target", tau=0.5)
+    student = Overflowing(lambda params: torch.optim.SGD(params, lr=0.1, fused=fused))
+    fit(student, callback, plugins=MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0)))
+    assert callback.steps == 6
 
 
 def test_lbfgs_steps_once_a_batch() -> None:
