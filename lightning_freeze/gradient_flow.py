@@ -15,6 +15,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -55,7 +56,7 @@ class Received:
         self.names: set[str] = set()
         self._parameters = dict(parameters)
         self._handles: dict[str, RemovableHandle] = {}
-        self._before = {name: _gradient_mark(parameter) for name, parameter in parameters.items()}
+        self._before = {name: gradient_mark(parameter) for name, parameter in parameters.items()}
         self.follow()
 
     def follow(self) -> None:
@@ -69,7 +70,7 @@ class Received:
         """Count gradients that are not those from the beginning, such as one set by hand."""
         given = {id(parameter) for parameter in parameters}
         for name, parameter in self._parameters.items():
-            mark = _gradient_mark(parameter)
+            mark = gradient_mark(parameter)
             if id(parameter) in given and mark is not None and mark != self._before[name]:
                 self.names.add(name)
 
@@ -83,11 +84,14 @@ class Received:
         self.names.add(name)
 
 
-def _gradient_mark(parameter: nn.Parameter) -> tuple[int, int] | None:
+def gradient_mark(parameter: nn.Parameter) -> tuple[int, ...] | None:
+    """Give what changes whenever a gradient is set or written to."""
     gradient = parameter.grad
     if gradient is None or gradient.is_inference():
         return None
-    return id(gradient), gradient._version
+    # FSDP2 adds to what is inside a DTensor, whose own version does not tell of that.
+    inside = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
+    return id(gradient), gradient._version, inside._version
 
 
 @dataclass

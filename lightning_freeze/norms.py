@@ -7,14 +7,15 @@ All norms are Euclidean.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from lightning_freeze.selectors import named_unique_parameters
 
@@ -68,6 +69,17 @@ def read(measured: Sequence[Norms]) -> list[dict[str, float]]:
         return [{} for _ in measured]
     numbers = iter(torch.cat([vector.to(vectors[0].device) for vector in vectors]).tolist())
     return [{name: next(numbers) for name in norms.names} for norms in measured]
+
+
+def combined(norms: Norms, more: Norms) -> Norms:
+    """Give two measurements as one; of a name that both have, the later norm is read.
+
+    Example:
+        >>> first, later = measure({"a": torch.ones(1), "b": torch.ones(1)}), measure({"b": torch.zeros(1)})
+        >>> read([combined(first, later)])
+        [{'a': 1.0, 'b': 0.0}]
+    """
+    return Norms(norms.names + more.names, norms.values + more.values)
 
 
 def gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -171,8 +183,48 @@ def spread(norms: Mapping[str, float], per: Per, modules: Mapping[str, str]) -> 
     return joined
 
 
+def when_gradients_are_ready(optimizer: Optimizer, call: Callable[[], None]) -> RemovableHandle:
+    """Call back in each step of an optimizer when the gradients are as it is going to use them.
+
+    That is at its beginning, or each time that its closure, which computes and clips them, has run. What an optimizer
+    itself does to gradients comes later: ``SGD(nesterov=True, foreach=True)`` adds its momentum to them in place.
+
+    Example:
+        >>> net = nn.Linear(1, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> hook = when_gradients_are_ready(optimizer, lambda: print("ready"))
+        >>> optimizer.step()
+        ready
+        >>> optimizer.step(lambda: print("compute"))
+        compute
+        ready
+    """
+
+    def told(closure: Callable[[], Any]) -> Callable[[], Any]:
+        def closure_and_call() -> Any:
+            result = closure()
+            call()
+            return result
+
+        return closure_and_call
+
+    def hook(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        this, *positional = args
+        if callable(kwargs.get("closure")):
+            kwargs = {**kwargs, "closure": told(kwargs["closure"])}
+        elif positional and callable(positional[0]):
+            args = (this, told(positional[0]), *positional[1:])
+        else:
+            call()
+        return args, kwargs
+
+    return optimizer.register_step_pre_hook(hook)
+
+
 class StepNorms:
     """Measures one optimizer step: made before it, told :meth:`after` it, read whenever there is time to wait.
+
+    Told of :meth:`ready`, it measures the clipped gradients then, and otherwise after the step.
 
     Between the two it holds a copy of the parameters if ``what`` has ``"update"``. It keeps no graph.
 
@@ -181,8 +233,8 @@ class StepNorms:
         what: What to measure.
         scale: What the gradients have been multiplied by, if the optimizer divides them itself (a fused one under AMP).
             They then count as not clipped.
-        unclipped: The norms of the gradients before clipping, if that may have happened already; they can be of more
-            parameters than these.
+        unclipped: The norms of gradients before clipping, if that may have happened already; they can be of more
+            parameters than these, or of fewer.
 
     Example:
         >>> net = nn.Linear(1, 1, bias=False)
@@ -211,11 +263,21 @@ class StepNorms:
         self.measured: dict[str, Norms] = {}
         self._scale = scale
         self._over = False
+        self.with_gradient: set[str] = set()
         if "grad" in what:
-            self.measured["grad"] = unclipped or measure(gradients(parameters), scale=scale)
+            unclipped, here = unclipped or Norms((), ()), gradients(parameters)
+            self.with_gradient, known = set(here), set(unclipped.names)
+            missing = {name: gradient for name, gradient in here.items() if name not in known}
+            self.measured["grad"] = combined(unclipped, measure(missing, scale=scale))
         if "weight" in what or "update" in what:
             self.measured["weight"] = measure(parameters)
         self._before = {name: p.detach().clone() for name, p in parameters.items()} if "update" in what else {}
+
+    def ready(self) -> None:
+        """Measure gradients as the step is going to use them. A second call does nothing."""
+        if "grad" in self.what and "grad_clipped" not in self.measured:
+            unclipped = self._scale is not None
+            self.measured["grad_clipped"] = self.measured["grad"] if unclipped else measure(gradients(self.parameters))
 
     @torch.no_grad()
     def after(self) -> None:
@@ -223,14 +285,16 @@ class StepNorms:
         if self._over:
             return
         self._over = True
-        if "grad" in self.what:
-            unclipped = self._scale is not None
-            self.measured["grad_clipped"] = self.measured["grad"] if unclipped else measure(gradients(self.parameters))
+        self.ready()
         if "update" in self.what:
             for group in _by_kind(self._before):
                 torch._foreach_sub_(list(group.values()), [self.parameters[name] for name in group])
             self.measured["update"] = measure(self._before)
             self._before = {}
+
+    def counted(self, what: str) -> Collection[str]:
+        """Give the parameters that count for a quantity: what was measured before clipping may be of more."""
+        return self.with_gradient if what in ("grad", "grad_clipped") else self.parameters.keys()
 
     def read(self) -> dict[str, dict[str, float]]:
         """Wait for the device and give the norm of each parameter, for each quantity that was measured."""
@@ -241,8 +305,10 @@ def read_steps(steps: Sequence[StepNorms]) -> list[dict[str, dict[str, float]]]:
     """Like :meth:`StepNorms.read` for several steps, with one wait for all."""
     values = iter(read([norms for step in steps for norms in step.measured.values()]))
     return [
-        # What was measured before clipping may be of more parameters than this optimizer's.
-        {what: {name: norm for name, norm in next(values).items() if name in step.parameters} for what in step.measured}
+        {
+            what: {name: norm for name, norm in next(values).items() if name in step.counted(what)}
+            for what in step.measured
+        }
         for step in steps
     ]
 

@@ -31,6 +31,7 @@ from lightning_freeze.norms import (
     read,
     read_steps,
     spread,
+    when_gradients_are_ready,
 )
 from tests.nets import Net, data, moved, same
 from tests.replicas import on_two_processes
@@ -289,6 +290,45 @@ class TestStepNorms:
         first, second = read_steps(steps)
         assert len(waits) == 1
         assert first["grad"]["head.weight"] == second["grad"]["weight"]
+
+    def test_what_the_optimizer_does_to_gradients_does_not_count(self) -> None:
+        net = with_gradients()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+        step = StepNorms(dict(net.named_parameters()))
+        hook = when_gradients_are_ready(optimizer, step.ready)
+        optimizer.step()
+        step.after()
+        norms = step.read()
+        assert norms["grad_clipped"] == norms["grad"]
+        assert norms["grad"] != pytest.approx({name: exact(p.grad) for name, p in net.named_parameters()})
+        hook.remove()
+        assert not optimizer._optimizer_step_pre_hooks
+
+    @pytest.mark.parametrize("named", [True, False])
+    def test_gradients_are_ready_each_time_that_the_closure_is_done(self, named: bool) -> None:
+        net, told = Net(), []
+        optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
+        when_gradients_are_ready(optimizer, lambda: told.append("ready"))
+
+        def closure() -> Tensor:
+            told.append("closure")
+            optimizer.zero_grad()
+            loss = net(torch.ones(2, 2, 4, 4)).square().sum()
+            loss.backward()
+            return loss
+
+        assert (optimizer.step(closure=closure) if named else optimizer.step(closure)) > 0
+        assert told == ["closure", "ready"] * (len(told) // 2)
+        assert len(told) > 2
+
+    def test_unclipped_norms_may_be_of_fewer_parameters(self) -> None:
+        net = with_gradients()
+        parameters = dict(net.named_parameters())
+        unclipped = measure({"head.bias": 2 * net.head.bias.grad})
+        expected = {name: exact(p.grad) for name, p in parameters.items()}
+        step = StepNorms(parameters, unclipped=unclipped)
+        step.after()
+        assert step.read()["grad"] == pytest.approx({**expected, "head.bias": 2 * expected["head.bias"]})
 
     def test_unclipped_norms_may_be_of_more_parameters(self) -> None:
         net = with_gradients()

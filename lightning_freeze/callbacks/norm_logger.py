@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable
 from typing import Any, get_args
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_freeze.gradient_flow import gradient_mark
 from lightning_freeze.logs import get_logger
 from lightning_freeze.norms import (
     Norms,
@@ -22,17 +24,20 @@ from lightning_freeze.norms import (
     Per,
     StepNorms,
     What,
+    combined,
     gradients,
     measure,
     named_metrics,
     nonfinite,
     read_steps,
+    when_gradients_are_ready,
 )
 from lightning_freeze.pickling import without_fit
 from lightning_freeze.selectors import named_unique_parameters
 
 _log = get_logger(__name__)
 _SHOWN = 5
+_NOTHING = Norms((), ())
 
 
 class NormLogger(Callback):
@@ -43,7 +48,7 @@ class NormLogger(Callback):
     ============================ ===================================================================================
     ``norm/grad``                the gradient that the step is made of: accumulated, without the AMP loss scale, not
                                  yet clipped
-    ``norm/grad_clipped``        the gradient as the optimizer used it
+    ``norm/grad_clipped``        the gradient as the optimizer was given it
     ``norm/nonfinite_grads``     nothing: it counts the parameters whose gradient holds an infinity or NaN (or a value
                                  too large to square); the log names them
     ``norm/weight``              the weights before the step
@@ -63,7 +68,9 @@ class NormLogger(Callback):
     ``"update"``) that lives until the optimizer has stepped, and one wait for the device at the end of the batch,
     however many optimizers there are; counting the entries of a sparse gradient waits too. A step that is not logged
     costs next to nothing. With manual optimization, every backward of a batch that may be logged is measured, because
-    clipping there comes before the step; where an optimizer steps several times in a batch, the first step is shown.
+    clipping there comes before the step. Call ``self.manual_backward(loss)``: of ``loss.backward()`` Lightning tells
+    nobody, and ``norm/grad`` is then what it is at the step. Where an optimizer steps several times in a batch, or
+    calls its closure several times, the first is shown.
 
     Args:
         every_n_steps: Log every so many batches that step; if None, as often as the Trainer logs, see its
@@ -112,7 +119,8 @@ class NormLogger(Callback):
         self._logged: dict[int, int] = {}
         self._steps: dict[int, StepNorms] = {}
         self._handles: list[RemovableHandle] = []
-        self._unclipped: Norms | None = None
+        self._unclipped = _NOTHING
+        self._before: dict[str, tuple[int, ...] | None] = {}
         self._names: ParameterNames | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,13 +137,26 @@ class NormLogger(Callback):
                     "torch.optim.Optimizer, which would do that. Derive it from that class."
                 )
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Ask to be told when gradients are clipped."""
+        self._drop()
+        if "grad" in self.what:
+            for index, optimizer in enumerate(trainer.optimizers):
+                if self._is_due(trainer, index):
+                    ready = functools.partial(self._ready, index)
+                    self._handles.append(when_gradients_are_ready(optimizer, ready))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """With manual optimization, note which gradients there are already: the user may have clipped them."""
+        if self._measures_backward(trainer, pl_module):
+            self._before = {name: gradient_mark(p) for name, p in named_unique_parameters(pl_module).items()}
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With manual optimization, measure gradients before the user clips them."""
-        if pl_module.automatic_optimization or "grad" not in self.what:
-            return
-        if any(self._is_due(trainer, index) for index in range(len(trainer.optimizers))):
-            trainable = {name: p for name, p in named_unique_parameters(pl_module).items() if p.requires_grad}
-            self._unclipped = measure(gradients(trainable), scale=_loss_scale(trainer))
+        """With manual optimization, measure the gradients that are new, before the user clips them."""
+        if self._measures_backward(trainer, pl_module):
+            parameters, known = named_unique_parameters(pl_module), set(self._unclipped.names)
+            new = {n: p for n, p in parameters.items() if n not in known or gradient_mark(p) != self._before.get(n)}
+            self._unclipped = combined(self._unclipped, measure(gradients(new), scale=_loss_scale(trainer)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure gradients and weights, and ask to be told when the step is done."""
@@ -188,7 +209,18 @@ class NormLogger(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return without_fit(self.__dict__, _logged={}, _steps={}, _handles=[], _unclipped=None, _names=None)
+        return without_fit(
+            self.__dict__, _logged={}, _steps={}, _handles=[], _unclipped=_NOTHING, _before={}, _names=None
+        )
+
+    def _ready(self, index: int) -> None:
+        if index in self._steps:
+            self._steps[index].ready()
+
+    def _measures_backward(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        if pl_module.automatic_optimization or "grad" not in self.what:
+            return False
+        return any(self._is_due(trainer, index) for index in range(len(trainer.optimizers)))
 
     def _is_due(self, trainer: Trainer, index: int) -> bool:
         """Whether an optimizer's next step is logged: the first one after so many batches that stepped."""
@@ -205,7 +237,7 @@ class NormLogger(Callback):
     def _drop(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._steps, self._handles, self._unclipped = {}, [], None
+        self._steps, self._handles, self._unclipped, self._before = {}, [], _NOTHING, {}
 
 
 def _stepped(trainer: Trainer) -> int:

@@ -61,6 +61,11 @@ def half_sgd(params: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=0.5)
 
 
+def nesterov(params: Any) -> torch.optim.Optimizer:
+    """One that adds its momentum to the gradients in place."""
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, nesterov=True, foreach=True)
+
+
 def fit(
     net: LightningModule, callback: NormLogger | None, samples: int = 24, data: Any = None, **options: Any
 ) -> Recorder:
@@ -100,7 +105,7 @@ def by_hand(net: Plain, *, accumulate: int = 1, clip: float | None = None) -> li
 
 
 class TestValues:
-    @pytest.mark.parametrize("optimizer", [half_sgd, adamw])
+    @pytest.mark.parametrize("optimizer", [half_sgd, adamw, nesterov])
     @pytest.mark.parametrize("accumulate", [1, 3])
     @pytest.mark.parametrize("clip", [None, 0.05])
     def test_are_those_of_a_loop_by_hand(self, optimizer: Any, accumulate: int, clip: float | None) -> None:
@@ -128,6 +133,7 @@ class TestValues:
         recorder = fit(net, NormLogger())
         assert [step for step, _ in recorder.rows] == list(range(6))
         assert all(row.keys() == first[0].keys() and row["norm/update"] > 0 for _, row in recorder.rows)
+        assert all(row["norm/grad_clipped"] == row["norm/grad"] for _, row in recorder.rows)
 
 
 class TestNames:
@@ -354,6 +360,49 @@ class TestManualOptimization:
             assert "norm/optimizer_0/grad/backbone" in row
             assert "norm/optimizer_1/grad/backbone" not in row
 
+    @pytest.mark.parametrize("toggle", [True, False])
+    def test_all_backwards_may_come_before_all_steps(self, toggle: bool) -> None:
+        class Together(TwoOptimizers):
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                for optimizer, parameters in zip(self.optimizers(), self.parts(), strict=True):
+                    optimizer.zero_grad()
+                    if toggle:
+                        self.toggle_optimizer(optimizer)
+                    loss = sum(p.pow(3).sum() for p in parameters)  # the gradient grows after the clip, if that counts
+                    self.manual_backward(loss)
+                    self.manual_backward(2 * sum(p.sum() for p in parameters[1:]))
+                    row = {"grad": norm(p.grad for p in parameters)}
+                    nn.utils.clip_grad_norm_(parameters, self.clip)
+                    self.seen.append({**row, "grad_clipped": norm(p.grad for p in parameters)})
+                    if toggle:
+                        self.untoggle_optimizer(optimizer)
+                for optimizer in self.optimizers():
+                    optimizer.step()
+
+        net = Together()
+        rows = [row for _, row in fit(net, NormLogger()).rows]
+        assert len(rows) == 6
+        for index, row in enumerate(rows):
+            for which in (0, 1):
+                seen = net.seen[2 * index + which]
+                shown = {name: row[f"norm/optimizer_{which}/{name}"] for name in seen}
+                assert shown == pytest.approx(seen, rel=1e-5)
+
+    def test_a_gradient_that_is_gone_at_the_step_does_not_count(self) -> None:
+        class Forgets(TwoOptimizers):
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                first, _ = self.optimizers()
+                self.manual_backward(self(batch[0]).sum())
+                first.zero_grad()
+                self.manual_backward(self.backbone[0].weight.sum())
+                first.step()
+
+        (_, row), *_ = fit(Forgets(), NormLogger(per="parameter")).rows
+        assert {name for name in row if name.startswith("norm/optimizer_0/grad/")} == {
+            "norm/optimizer_0/grad/backbone.0.weight"
+        }
+        assert row["norm/optimizer_0/grad"] == pytest.approx(math.sqrt(Net().backbone[0].weight.numel()))
+
     def test_one_that_steps_seldom_is_logged_when_it_does(self) -> None:
         class Seldom(TwoOptimizers):
             def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -386,7 +435,7 @@ class TestManualOptimization:
 
 class TestNothingStaysBehind:
     def leftovers(self, run: Trainer) -> int:
-        return sum(len(optimizer._optimizer_step_post_hooks) for optimizer in run.optimizers)
+        return sum(len(o._optimizer_step_post_hooks) + len(o._optimizer_step_pre_hooks) for o in run.optimizers)
 
     def test_after_a_fit(self) -> None:
         net, plain, callback = Plain(), Plain(), NormLogger()
@@ -402,7 +451,7 @@ class TestNothingStaysBehind:
         class Counts(Callback):
             counts: list[int] = []  # noqa: RUF012
 
-            def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
                 self.counts.append(TestNothingStaysBehind().leftovers(trainer))
 
         fit(Plain(), NormLogger(), callbacks=[Counts()])
