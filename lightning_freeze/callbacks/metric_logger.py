@@ -11,8 +11,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.wrappers import MetricTracker
 
 from lightning_freeze.logs import get_logger
 from lightning_freeze.pickling import without_fit
@@ -26,7 +27,12 @@ Stage: TypeAlias = Literal["train", "val", "test"]
 #: From what the step returned and its batch to what ``Metric.update`` takes: positional arguments, or named ones.
 Inputs: TypeAlias = Callable[[Any, Any], Sequence[Any] | Mapping[str, Any]]
 
+_OWN_METRIC = (
+    "Give one that sums it up in a number, such as an area under a curve, or a torchmetrics.Metric of your own."
+)
 _STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
+# What every Metric has beside its state, and computes anew.
+_PASSING = ("_computed", "_forward_cache", "_update_count")
 _ALIASES = {"training": "train", "fit": "train", "validation": "val", "validate": "val", "testing": "test"}
 
 
@@ -40,8 +46,9 @@ class MetricLogger(Callback):
     metric's name: ``val/accuracy``, and with several dataloaders ``val/accuracy/dataloader_idx_0``.
 
     A checkpoint from the middle of a training epoch holds what the metrics have seen so far, from every process.
-    Resuming with as many processes goes on exactly there. (Validation that is cut off starts anew.) The model holds
-    nothing of it: neither its modules nor its ``state_dict`` change.
+    Resuming with as many processes goes on exactly there. (Validation that is cut off starts anew.) What a metric keeps
+    from epoch to epoch, such as the extremes of torchmetrics' ``MinMaxMetric``, goes on too, and the sanity check is
+    not among it. The model holds nothing of all that: neither its modules nor its ``state_dict`` change.
 
     A metric that draws random numbers, such as torchmetrics' ``BootStrapper``, draws them from the global generator, as
     it would anywhere else. One that takes logits, such as ``AUROC``, tells them from probabilities anew in each batch:
@@ -92,6 +99,7 @@ class MetricLogger(Callback):
         self.inputs = inputs
         self.prefix = _as_prefix(prefix, self.stages)
         self._clones: dict[str, list[MetricCollection]] = {}
+        self._aside: list[MetricCollection] = []
 
     @property
     def state_key(self) -> str:
@@ -101,8 +109,16 @@ class MetricLogger(Callback):
     # When
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget what an earlier fit has seen, before a checkpoint may be loaded."""
+        """Forget what an earlier fit has seen, before a checkpoint may be loaded; refuse another of the same names."""
         self._clones = {}
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks if isinstance(callback, MetricLogger) and callback is not self]
+        if both := self._names() & {name for other in others for name in other._names()}:
+            _, name = min(both)
+            raise MisconfigurationException(
+                f"Two MetricLoggers log {name!r}, and only one of the two values would show. Give one of them another "
+                f'prefix, such as MetricLogger(..., prefix="other/{self.prefix}").'
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready; those from a checkpoint go on."""
@@ -148,6 +164,14 @@ class MetricLogger(Callback):
         self._log_values("val", pl_module)
         self._reset("val")
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put aside what came from a checkpoint: Lightning checks also when it resumes between epochs."""
+        self._aside = self._clones.pop("val", [])
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what the check has shown, also where a reset would not."""
+        self._clones["val"], self._aside = self._aside, []
+
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew."""
         self._prepare("test", _dataloaders(trainer), pl_module.device)
@@ -174,34 +198,50 @@ class MetricLogger(Callback):
     # Not in state_dict, which is not told of the other processes: only rank zero writes, and each has seen other data.
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save what the metrics of training have seen in this epoch, for every process."""
-        if "train" not in self._clones:
+        """Save what the metrics of training have seen in this epoch, and what all keep longer, for every process."""
+        if not {"train", "val"} & set(self.stages):
             return
-        states = from_all(_states(self._clones["train"][0]))
-        checkpoint["callbacks"][self.state_key] = {"train": states}
+        told = from_all(
+            {
+                "train": [(_states(clone), _kept(clone, self.metrics)) for clone in self._clones.get("train", [])],
+                "val": [({}, _kept(clone, self.metrics)) for clone in self._clones.get("val", [])],
+            }
+        )
+        if any(map(any, (theirs.values() for theirs in told))):
+            checkpoint["callbacks"][self.state_key] = {"processes": told}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over what this process has seen."""
-        states = checkpoint["callbacks"].get(self.state_key, {}).get("train")
-        if states is None or "train" not in self.stages or trainer.state.fn != "fit":
+        told = checkpoint["callbacks"].get(self.state_key, {}).get("processes")
+        if told is None or trainer.state.fn != "fit":
             return
-        if len(states) != trainer.world_size:
+        if len(told) != trainer.world_size:
             if trainer.is_global_zero:
                 _log.warning(
                     "the checkpoint is from %d processes, there are %d now: if it is from the middle of an epoch, the "
                     "metrics of that epoch cover only the rest of it",
-                    len(states),
+                    len(told),
                     trainer.world_size,
                 )
             return
-        self._prepare("train", 1, pl_module.device)
-        _load_states(self._clones["train"][0], states[trainer.global_rank])
+        for stage, mine in told[trainer.global_rank].items():
+            if stage in self.stages and mine:
+                self._prepare(stage, len(mine), pl_module.device)
+                for clone, (states, kept) in zip(self._clones[stage], mine, strict=True):
+                    if stage == "train":
+                        _load_states(clone, states)
+                    _load_kept(clone, kept)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the model's log functions that Lightning lends; what metrics have seen stays."""
         return without_fit(self.__dict__)
 
     # What
+
+    def _names(self) -> set[tuple[Stage, str]]:
+        """Give the stages and names that metrics are logged under; some add to their name when they are computed."""
+        names = list(self.metrics.keys())
+        return {(stage, f"{self.prefix.format(stage=stage)}{name}") for stage in self.stages for name in names}
 
     def _prepare(self, stage: Stage, dataloaders: int, device: torch.device) -> None:
         if stage not in self.stages:
@@ -247,12 +287,22 @@ class MetricLogger(Callback):
                 )
 
 
-def _scalar(name: str, result: Tensor | float) -> Tensor:
-    value = torch.as_tensor(result)
-    if value.numel() != 1:
+def _scalar(name: str, result: Any) -> Tensor:
+    try:
+        value = torch.as_tensor(result)
+    except (TypeError, ValueError, RuntimeError):
         raise ValueError(
-            f"The metric {name!r} computes a tensor of shape {tuple(value.shape)}, and only scalars can be logged. Let "
-            "it average, or wrap it in torchmetrics.ClasswiseWrapper, which gives each class a name."
+            f"The metric {name!r} computes {_describe(result)}, and only scalars can be logged. {_OWN_METRIC}"
+        ) from None
+    if value.numel() != 1:
+        mend = (
+            "Let it average, or wrap it in torchmetrics.ClasswiseWrapper, which gives each class or output a name."
+            if value.ndim == 1
+            else _OWN_METRIC
+        )
+        raise ValueError(
+            f"The metric {name!r} computes a tensor of shape {tuple(value.shape)}, and only scalars can be logged. "
+            f"{mend}"
         )
     scalar = value.reshape(())
     return scalar if scalar.is_floating_point() else scalar.float()
@@ -305,6 +355,33 @@ def _states(collection: MetricCollection) -> dict[str, dict[str, Any]]:
     }
 
 
+def _kept(collection: MetricCollection, fresh: MetricCollection) -> dict[str, dict[str, Any]]:
+    """Give each metric's plain attributes that are not those of a fresh one, as the extremes of ``MinMaxMetric``."""
+    others = _metrics_in(fresh)
+    return {
+        path: {
+            name: apply_to_collection(value, Tensor, Tensor.to, "cpu", copy=True)
+            for name, value in vars(metric).items()
+            if name not in metric.metric_state and name not in _PASSING
+            if type(value) in (bool, int, float) or isinstance(value, Tensor)
+            if not _same(value, vars(others[path]).get(name))
+        }
+        for path, metric in _metrics_in(collection).items()
+    }
+
+
+def _same(value: Any, other: Any) -> bool:
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+        return type(value) is type(other) and bool(value == other)
+    return value.dtype == other.dtype and torch.equal(value.cpu(), other.cpu())
+
+
+def _load_kept(collection: MetricCollection, kept: dict[str, dict[str, Any]]) -> None:
+    for path, metric in _metrics_in(collection).items():
+        for name, value in kept.get(path, {}).items():
+            setattr(metric, name, apply_to_collection(value, Tensor, Tensor.to, metric.device, copy=True))
+
+
 def _load_states(collection: MetricCollection, states: dict[str, dict[str, Any]]) -> None:
     for path, metric in _metrics_in(collection).items():
         saved = states.get(path, {"state": {}, "updates": 0})
@@ -355,7 +432,10 @@ def _check_metric(given: str, metric: Any) -> None:
     shown = getattr(metric, "__name__", repr(metric))
     if isinstance(metric, type):
         mend = f"This is the class; give an object of it: {shown}(...)."
-    elif callable(metric):
+    elif isinstance(metric, MetricTracker):
+        shown = "MetricTracker(...)"
+        mend = "A tracker keeps epochs apart, which MetricLogger does itself: give it the metric that is tracked."
+    elif callable(metric) and not isinstance(metric, nn.Module):
         mend = "This is a function, which knows one batch only; torchmetrics has a class for each."
     elif isinstance(metric, list | tuple):
         mend = f"Write {given}=MetricCollection([...])."

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import ClasswiseWrapper, MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.functional import accuracy
+from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
 
 from lightning_freeze import FreezeSchedule, MetricLogger, Phase, Plateau
 from tests.nets import Net, data, loader, snapshot, trainer
@@ -371,6 +372,10 @@ RESUMED = {
         "each": ClasswiseWrapper(tm.MulticlassRecall(3, average=None)),
         "sum": acc() + tm.MulticlassRecall(3),
     },
+    "what has seen how many, and what outlasts an epoch": lambda: {
+        "running": Running(acc(), window=2),
+        "extremes": MinMaxMetric(tm.MulticlassAccuracy(3)),
+    },
     "added in place": lambda: {"a": InPlace(), "b": InPlace()},
 }
 
@@ -410,6 +415,22 @@ class TestResume:
         for step in (1, 2, 3, 5, 7, 8, 11):
             resumed = fit_epochs(make, resume=tmp_path / f"step={step}.ckpt")
             assert resumed == {epoch: values for epoch, values in expected.items() if epoch >= step // 6}
+
+    def test_extremes_go_on_between_epochs_and_leave_out_the_sanity_check(self, tmp_path: Path) -> None:
+        def fit(**resume: Any) -> dict[int, dict[str, float]]:
+            metric = MinMaxMetric(MeanMetric())
+            callback = MetricLogger({"mean": metric}, inputs=lambda outputs, _: (outputs["value"],))
+            epochs, every = Epochs(), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+            options = {"enable_checkpointing": True, "max_epochs": 3, "num_sanity_val_steps": 2}
+            run = trainer(callbacks=[callback, epochs, every], **options)
+            run.fit(Saturating(), StatefulDataLoader(data(), batch_size=4), loader(8), **resume)
+            return epochs.train
+
+        whole = fit()
+        assert [values["val/min"] for values in whole.values()] == [6.0] * 3  # 0 in the sanity check
+        assert [values["val/max"] for values in whole.values()] == [6.0, 12.0, 18.0]
+        assert [values["train/min"] for values in whole.values()] == [0.0] * 3
+        assert fit(ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True) == {2: whole[2]}
 
     def test_after_the_last_validation_of_an_epoch_gives_the_same_values(self, tmp_path: Path) -> None:
         last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, save_top_k=-1, filename="{epoch}")
@@ -496,12 +517,23 @@ def inputs_with_graph(outputs: Any, batch: Any) -> dict[str, Tensor]:
     return {"preds": outputs["preds"], "target": batch[1], "value": outputs["preds"]}
 
 
+class Nothing(InPlace):
+    def compute(self) -> None:  # type: ignore[override]
+        return None
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
         [
             ({"metrics": tm.MulticlassAccuracy}, TypeError, r"the class; give an object of it: MulticlassAccuracy\("),
             ({"metrics": accuracy}, TypeError, r"metrics=accuracy\).* a function"),
+            (
+                {"metrics": {"acc": MetricTracker(acc())}},
+                TypeError,
+                r"\['acc'\]=Metric.*give it the metric that is tracked",
+            ),
+            ({"metrics": nn.Flatten()}, TypeError, r"metrics=Flatten\(.* For example"),
             ({"metrics": [acc()]}, TypeError, r"Write metrics=MetricCollection\(\[\.\.\.\]\)"),
             ({"metrics": {"acc": "accuracy"}}, TypeError, r"metrics\['acc'\]='accuracy'"),
             ({"metrics": {}}, ValueError, "is empty"),
@@ -524,10 +556,30 @@ class TestErrors:
     def test_one_stage_needs_no_field_in_the_prefix(self) -> None:
         assert MetricLogger(acc(), stages=["val"], prefix="").prefix == ""
 
-    def test_a_metric_that_is_no_scalar(self) -> None:
-        run = trainer(callbacks=[MetricLogger({"matrix": tm.MulticlassConfusionMatrix(3)})], num_sanity_val_steps=1)
-        with pytest.raises(ValueError, match=r"'matrix' computes a tensor of shape \(3, 3\).*ClasswiseWrapper"):
+    @pytest.mark.parametrize(
+        ("metric", "message"),
+        [
+            (tm.MulticlassAccuracy(3, average=None), r"a tensor of shape \(3,\), .*ClasswiseWrapper"),
+            (tm.MulticlassConfusionMatrix(3), r"a tensor of shape \(3, 3\), .*a torchmetrics\.Metric of your own"),
+            (tm.MulticlassROC(3, thresholds=5), r"a tuple, .*area under a curve"),
+            (Nothing(), r"nothing, .*a torchmetrics\.Metric of your own"),
+        ],
+    )
+    def test_a_metric_that_is_no_scalar(self, metric: Metric, message: str) -> None:
+        run = trainer(callbacks=[MetricLogger({"many": metric})], num_sanity_val_steps=2)
+        with pytest.raises(ValueError, match=f"The metric 'many' computes {message}"):
             run.fit(Steps(), loader(), loader(8))
+
+    def test_two_of_the_same_names(self) -> None:
+        callbacks = [MetricLogger(acc()), MetricLogger(acc(), stages=["val"], prefix="val/")]
+        with pytest.raises(MisconfigurationException, match=r"log 'val/MulticlassAccuracy'.* prefix=\"other/"):
+            trainer(callbacks=callbacks).fit(Steps(), loader(), loader(8))
+        apart = [
+            MetricLogger(acc(), stages=["train", "test"]),
+            callbacks[1],
+            MetricLogger(acc(), prefix="other/{stage}/"),
+        ]
+        trainer(callbacks=apart, max_epochs=1).fit(Steps(), loader(), loader(8))
 
     def test_a_metric_that_counts_becomes_a_float(self) -> None:
         class Count(InPlace):
