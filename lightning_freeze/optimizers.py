@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 
-from lightning_freeze.schedulers import MEMBERS, Scheduler, follow_groups, is_rate, scaled, scaled_rates
+from lightning_freeze.schedulers import (
+    MEMBERS,
+    Scheduler,
+    first_groups,
+    follow_groups,
+    is_rate,
+    other_lists,
+    scaled,
+    scaled_rates,
+)
 from lightning_freeze.selectors import Selector, named_unique_parameters, resolve, selector_text
 
 OptimizerState = Literal["keep", "drop", "offload"]
@@ -113,6 +122,7 @@ class HomeGroups:
         self._policy = optimizer_state
         self._stays_whole = False
         self._own = len(optimizer.param_groups)
+        self._other_lists = {place for scheduler in schedulers for place in other_lists(scheduler, self._own)}
         self._homes = [
             _Home(list(group["params"]), list(group["param_names"]) if "param_names" in group else None)
             for group in optimizer.param_groups
@@ -154,8 +164,14 @@ class HomeGroups:
         self._make_whole()
         self._show()
         self._settle_state()
-        for scheduler in self._schedulers:
-            follow_groups(scheduler, self._own, self._followers)
+        self._extend_lists(self._followers)
+
+    def scheduler_state(self, scheduler: Scheduler) -> dict[str, Any]:
+        """Give a scheduler's ``state_dict()`` with the entries of the groups that the optimizer's checkpoint has."""
+        if not self._followers:
+            return scheduler.state_dict()
+        with first_groups(scheduler, self.group_count, self._other_lists):
+            return scheduler.state_dict()
 
     def follow(self) -> None:
         """Give each appended group the options of the group it follows, learning rates times its scale."""
@@ -199,9 +215,12 @@ class HomeGroups:
         for home in self._homes:
             for parameter in home.params:
                 self._reload(parameter)
-        adopted = self._followers[: self.group_count - self._own]
-        for scheduler in self._schedulers:
-            follow_groups(scheduler, self._own, adopted)
+        self._extend_lists(self._followers[: self.group_count - self._own])
+
+    def _extend_lists(self, followers: Sequence[_Follower]) -> None:
+        if self._followers:  # else every list is the user's own object
+            for scheduler in self._schedulers:
+                follow_groups(scheduler, self._own, followers, self._other_lists)
 
     def _adopt(self, parameters: Mapping[str, nn.Parameter], phases: int) -> None:
         names, members = list(parameters), list(parameters.values())

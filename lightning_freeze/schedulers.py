@@ -1,13 +1,15 @@
 """The lists that LR schedulers keep with one entry a parameter group, also those of nested schedulers.
 
 When groups are appended to an optimizer, these lists must grow with it, and a checkpoint must hold them as the user's
-own groups have them. Which attributes are such lists is known by their names; torch has no register of them.
+own groups have them. Which attributes are such lists is known by their names, as torch has no register of them, and by
+their length: a list of stages may be called ``stage_lrs`` too.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -25,6 +27,13 @@ class Scheduler(Protocol):
 
     __dict__: dict[str, Any]
 
+    def state_dict(self) -> dict[str, Any]:
+        """Give what a checkpoint holds of it."""
+
+
+#: A list of one scheduler: the identity of the scheduler's attributes, and the list's name.
+Place = tuple[int, str]
+
 
 class Follower(Protocol):
     """An appended group: it takes everything from the group ``source``, learning rates times ``scale``."""
@@ -38,7 +47,19 @@ class Follower(Protocol):
         """The factor on learning rates."""
 
 
-def follow_groups(scheduler: Scheduler, own: int, followers: Sequence[Follower]) -> None:
+def other_lists(scheduler: Scheduler, own: int) -> set[Place]:
+    """Give the lists that are called like lists with an entry a group and are none, before groups are appended.
+
+    Args:
+        scheduler: Any scheduler, nested ones too.
+        own: How many groups the optimizer has.
+    """
+    return {(id(node), name) for node, name, values in _lists(scheduler, ()) if len(values) != own}
+
+
+def follow_groups(
+    scheduler: Scheduler, own: int, followers: Sequence[Follower], others: Collection[Place] = ()
+) -> None:
     """Make every per-group list of a scheduler ``own`` entries long plus one for each follower.
 
     Calling it again, with other followers or after a checkpoint was loaded, gives the same as calling it once.
@@ -47,22 +68,40 @@ def follow_groups(scheduler: Scheduler, own: int, followers: Sequence[Follower])
         scheduler: Any scheduler, nested ones too.
         own: How many groups the user's optimizer has.
         followers: The groups appended to them, in order.
+        others: What :func:`other_lists` gave; these are left alone.
     """
-    for node in _nodes(scheduler):
-        for name, values in list(node.items()):
-            if _is_per_group(name, values) and len(values) >= own:
-                tail = [scaled(values[f.source], f.scale if _is_rate_list(name) else 1.0) for f in followers]
-                node[name] = [*values[:own], *tail]
+    for node, name, values in list(_lists(scheduler, others)):
+        if len(values) >= own:
+            tail = [scaled(values[f.source], f.scale if _is_rate_list(name) else 1.0) for f in followers]
+            node[name] = [*values[:own], *tail]
 
 
-def own_state(state: dict[str, Any], own: int) -> dict[str, Any]:
-    """Give a scheduler's ``state_dict()`` with the entries of the user's own groups only.
+@contextmanager
+def first_groups(scheduler: Scheduler, count: int, others: Collection[Place] = ()) -> Iterator[None]:
+    """Show only the entries of the first ``count`` groups for the time of the context, to save the scheduler.
+
+    Args:
+        scheduler: Any scheduler, nested ones too.
+        count: How many groups the checkpoint has.
+        others: What :func:`other_lists` gave; these are left alone.
 
     Example:
-        >>> own_state({"base_lrs": [0.1, 0.01], "milestones": [3, 9]}, 1)
-        {'base_lrs': [0.1], 'milestones': [3, 9]}
+        >>> import torch
+        >>> adam = torch.optim.Adam([{"params": [torch.zeros(1)]}, {"params": [torch.zeros(1)]}], lr=0.1)
+        >>> scheduler = torch.optim.lr_scheduler.StepLR(adam, 9)
+        >>> with first_groups(scheduler, 1):
+        ...     state = scheduler.state_dict()
+        >>> state["base_lrs"], scheduler.base_lrs
+        ([0.1], [0.1, 0.1])
     """
-    return {name: _own_value(name, value, own) for name, value in state.items()}
+    whole = list(_lists(scheduler, others))
+    for node, name, values in whole:
+        node[name] = values[:count]
+    try:
+        yield
+    finally:
+        for node, name, values in whole:
+            node[name] = values
 
 
 def scaled_rates(group: dict[str, Any], scale: float) -> dict[str, Any]:
@@ -92,12 +131,11 @@ def _nodes(scheduler: Scheduler) -> Iterator[dict[str, Any]]:
                     yield from _nodes(inner)
 
 
-def _own_value(name: str, value: Any, own: int) -> Any:
-    if _is_per_group(name, value):
-        return value[:own]
-    if isinstance(value, list):  # the states of nested schedulers
-        return [own_state(inner, own) if isinstance(inner, dict) else inner for inner in value]
-    return value
+def _lists(scheduler: Scheduler, others: Collection[Place]) -> Iterator[tuple[dict[str, Any], str, list[Any]]]:
+    for node in _nodes(scheduler):
+        for name, values in node.items():
+            if _is_per_group(name, values) and (id(node), name) not in others:
+                yield node, name, values
 
 
 def _is_per_group(name: str, values: object) -> bool:

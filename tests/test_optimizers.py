@@ -16,7 +16,6 @@ from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LambdaLR
 
 from lightning_freeze import parameter_groups, select_parameters
 from lightning_freeze.optimizers import HomeGroups, homeless, overlay, strangers
-from lightning_freeze.schedulers import own_state
 from tests.nets import Net, adamw, loader, members, same, sgd, trainer
 from tests.trees import trees
 
@@ -116,7 +115,7 @@ def test_like_an_optimizer_for_each_parameter(data: st.DataObject) -> None:
         for _ in range(draw(st.integers(1, 3))):
             if draw(st.booleans()):  # stop here and go on in another process
                 saved = copy.deepcopy(optimizer.state_dict())
-                rates = copy.deepcopy(own_state(scheduler.state_dict(), homes.group_count))
+                rates = copy.deepcopy(homes.scheduler_state(scheduler))
                 params, optimizer, scheduler, homes = build([p.detach() for p in params])
                 homes.apply(number, {id(params[i]) for i in trains})
                 optimizer.load_state_dict(saved)

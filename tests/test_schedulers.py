@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim import swa_utils
 
-from lightning_freeze.schedulers import _is_per_group, follow_groups, own_state, scaled_rates
+from lightning_freeze.schedulers import _is_per_group, first_groups, follow_groups, other_lists, scaled_rates
 from tests.laws.test_law3_schedulers import SCHEDULERS
 from tests.nets import same
 
@@ -81,7 +81,8 @@ def test_lists_follow(name: str) -> None:
                     rate = attribute.endswith(("_lrs", "_last_lr"))
                     tail = [value[f.source] * f.scale if rate else value[f.source] for f in given]
                     assert value[2:] == tail
-        state = own_state(scheduler.state_dict(), 2)
+        with first_groups(scheduler, 2):
+            state = scheduler.state_dict()
         assert {key: value for key, value in state.items() if key != "_schedulers"} == {
             key: value for key, value in before.items() if key != "_schedulers"
         }
@@ -97,10 +98,27 @@ def test_own_state_is_the_state_without_followers(name: str) -> None:
     for _ in range(6):
         step(plain, optimizer)
         step(ours, extended)
-        state = ours.state_dict()
-        kept = copy.deepcopy(state)
-        assert same(own_state(state, 2), plain.state_dict())
-        assert same(state, kept)
+        kept = copy.deepcopy(ours.state_dict())
+        with first_groups(ours, 2):
+            state = ours.state_dict()
+        assert same(state, plain.state_dict())
+        assert same(ours.state_dict(), kept)
+
+
+def test_a_list_of_another_length_is_not_per_group() -> None:
+    """A list of stages stays as it is, whatever its name; what a scheduler makes later is known by its name again."""
+    scheduler, optimizer = build("StepLR", 2)
+    scheduler.stage_lrs = stages = [0.3, 0.2, 0.1]
+    del scheduler._last_lr
+    others = other_lists(scheduler, 2)
+    optimizer.param_groups.append({**scaled_rates(optimizer.param_groups[1], 0.5), "params": []})
+    follow_groups(scheduler, 2, [Follows(1, 0.5)], others)
+    step(scheduler, optimizer)
+    assert [len(lists) for lists in (scheduler.base_lrs, scheduler._last_lr)] == [3, 3]
+    with first_groups(scheduler, 2, others):
+        state = scheduler.state_dict()
+    assert [len(state[name]) for name in ("base_lrs", "_last_lr", "stage_lrs")] == [2, 2, 3]
+    assert scheduler.stage_lrs is state["stage_lrs"] is stages
 
 
 def test_rates_are_scaled_and_belongings_left_behind() -> None:

@@ -35,7 +35,6 @@ from lightning_freeze.phases import Phase, PlateauWatch, as_phases, describe, wa
 from lightning_freeze.pickling import without_fit
 from lightning_freeze.plan import FrozenMode, KeepsFrozen, held_modules, phase_scales, phase_trains
 from lightning_freeze.preview import plot_schedule, preview_table
-from lightning_freeze.schedulers import own_state
 from lightning_freeze.selectors import named_unique_parameters
 from lightning_freeze.strategies import (
     CheckpointsByName,
@@ -191,7 +190,7 @@ class FreezeSchedule(Callback):
         checkpoint["callbacks"][self.state_key] = self.state_dict()
         homes = {id(home.optimizer): home for home in self._fit.homes}
         checkpoint["lr_schedulers"] = [
-            own_state(state, homes[id(config.scheduler.optimizer)].group_count)
+            homes[id(config.scheduler.optimizer)].scheduler_state(config.scheduler)
             if id(config.scheduler.optimizer) in homes
             else state
             for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True)
