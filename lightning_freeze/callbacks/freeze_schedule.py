@@ -185,7 +185,8 @@ class FreezeSchedule(Callback):
         """
         if self._fit is None:
             return
-        if not trainer.validating and trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        reduced = trainer._logger_connector._first_loop_iter is None  # before, metrics are the last batch's
+        if reduced and not trainer.validating and trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             self._look_once(trainer)  # a metric logged in LightningModule.on_train_epoch_end is only there now
         checkpoint["callbacks"][self.state_key] = self.state_dict()
         homes = {id(home.optimizer): home for home in self._fit.homes}
@@ -203,6 +204,7 @@ class FreezeSchedule(Callback):
         """Refuse what cannot work."""
         if stage != "fit":
             return
+        self._loaded = None  # of a fit that failed before it could go on; this fit's checkpoint is restored later
         check_strategy(trainer.strategy)
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, FreezeSchedule) for callback in callbacks) > 1:
@@ -273,11 +275,12 @@ class FreezeSchedule(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the monitored metric's value, to tell whether validation logs it."""
-        self._before_validation = self._monitored(trainer)
+        if self._fit is not None:
+            self._before_validation = self._monitored(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the monitored metric if validation has logged it."""
-        if not trainer.sanity_checking:
+        if self._fit is not None and not trainer.sanity_checking:
             self._validated = True
             self._looked = self._look(trainer, old=self._before_validation) or self._looked
 
@@ -305,7 +308,7 @@ class FreezeSchedule(Callback):
             return
         if not restored:
             self._continues = self._loaded is None and bool(self.history) and (epoch, step) != (0, 0)
-        if self._continues:
+        if self._continues and self.history[-1][:2] <= (epoch, step):  # else a checkpoint without us went back
             return
         was = self._loaded["history"][-1][2] if self._loaded and self._loaded["history"] else 0
         self.history = walk(self.phases, epoch, step, _steps_per_epoch(trainer), passed=was)

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -355,6 +356,35 @@ def test_each_epoch_is_one_look_at_a_training_metric(where: str) -> None:
     assert schedule.history == [(0, 0, 0), (3, 18, 1)]
 
 
+@pytest.mark.parametrize("monitor", ["train_loss", "val_loss"])
+def test_what_is_no_look(tmp_path: Path, monitor: str) -> None:
+    """A checkpoint written before the epoch's mean is there, and a validation outside of the fit."""
+
+    class Logging(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("train_loss", float(self.trainer.global_step), on_step=True, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    seen = []
+    for disturbed in (False, True):
+        torch.manual_seed(0)
+        phases = [Phase("*", until=Plateau(monitor, patience=3, min_delta=100.0)), Phase("head")]
+        schedule, net = FreezeSchedule(phases, verbose=False), Logging()
+        best: list[float | None] = []
+        callbacks = [schedule, Probe(lambda *_, best=best, schedule=schedule: best.append(schedule._watch.best))]
+        if disturbed:
+            callbacks.append(ModelCheckpoint(tmp_path, every_n_train_steps=6, save_top_k=-1))
+        run = trainer(callbacks=callbacks, max_epochs=2, enable_checkpointing=disturbed)
+        run.fit(net, loader(), loader())
+        if disturbed:
+            run.validate(net, loader(), verbose=False)
+        run.fit_loop.max_epochs = 6
+        run.fit(net, loader(), loader())
+        seen.append((schedule.history, best))
+    assert seen[0] == seen[1]
+    assert seen[0][0] == [(0, 0, 0), (4, 24, 1)]
+
+
 # Other callbacks
 
 
@@ -500,6 +530,45 @@ def test_a_fit_that_had_nothing_left_to_do_does_not_show_in_another_trainer(tmp_
     trainer(callbacks=[schedule], max_epochs=2).fit(net, loader(), loader(), ckpt_path=tmp_path / "end.ckpt")
     trainer(callbacks=[schedule], max_epochs=1).fit(net, loader(), loader())
     assert schedule.history == [(0, 0, 0)]
+
+
+def test_a_resume_that_failed_does_not_show_in_the_next_fit(tmp_path: Path) -> None:
+    class Broken(Net):
+        broken = True
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if self.broken:
+                raise RuntimeError("not yet right")
+            super().validation_step(batch, batch_idx)
+
+    phases = [Phase("head", epochs=1), Phase("*")]
+    run = trainer(tmp_path, callbacks=[FreezeSchedule(phases)], max_epochs=2)
+    run.fit(Net(), loader(), loader())
+    run.save_checkpoint(tmp_path / "second.ckpt")
+    net, schedule = Broken(), FreezeSchedule(phases)
+    with pytest.raises(RuntimeError, match="not yet right"):
+        trainer(callbacks=[schedule], num_sanity_val_steps=1).fit(
+            net, loader(), loader(), ckpt_path=tmp_path / "second.ckpt", weights_only=True
+        )
+    net.broken = False
+    net.train()  # Lightning leaves it in eval mode
+    trainer(callbacks=[schedule], max_epochs=1).fit(net, loader(), loader())
+    assert schedule.history == [(0, 0, 0)]
+
+
+def test_a_checkpoint_without_us_takes_a_used_trainer_back(tmp_path: Path) -> None:
+    net, bare = Net(), trainer(tmp_path, max_epochs=1)
+    bare.fit(net, loader(), loader())
+    bare.save_checkpoint(tmp_path / "first.ckpt")
+    schedule = FreezeSchedule([Phase("head", epochs=2), Phase("*")])
+    seen: set[tuple[int, int]] = set()
+    probe = Probe(lambda run, _: seen.add((run.current_epoch, schedule.phase_index)))
+    run = trainer(callbacks=[schedule, probe], max_epochs=4)
+    run.fit(net, loader(), loader())
+    seen.clear()
+    run.fit(net, loader(), loader(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    assert seen == {(1, 0), (2, 1), (3, 1)}
+    assert schedule.history == [(0, 0, 0), (2, 12, 1)]
 
 
 @pytest.mark.parametrize(
