@@ -113,13 +113,14 @@ class FreezeSchedule(Callback):
         self._loaded: dict[str, Any] | None = None
         self._continues = False
         self._fit: _Fit | None = None
-        # The metric's value taken in last and that before validation, whether one was taken in this epoch, whether
-        # validation has run, epochs begun.
+        # The metric's value taken in last and that before validation, whether one was taken in this epoch, the phase in
+        # which validation last ran, epochs begun, whether metrics of later phases have been looked for.
         self._seen: torch.Tensor | None = None
         self._before_validation: torch.Tensor | None = None
         self._looked = False
-        self._validated = False
+        self._validated: int | None = None
         self._epochs = 0
+        self._looked_ahead = False
 
     @property
     def phase_index(self) -> int:
@@ -230,7 +231,7 @@ class FreezeSchedule(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the phase again, now that progress, optimizers and schedulers are restored."""
-        self._looked, self._validated, self._epochs = False, False, 0
+        self._looked, self._validated, self._epochs, self._looked_ahead = False, None, 0, False
         self._check_batches(trainer)
         self._restore(trainer, pl_module)
         self._announce(trainer, pl_module)
@@ -281,7 +282,7 @@ class FreezeSchedule(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the monitored metric if validation has logged it."""
         if self._fit is not None and not trainer.sanity_checking:
-            self._validated = True
+            self._validated = self.phase_index
             self._looked = self._look(trainer, old=self._before_validation) or self._looked
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -421,20 +422,35 @@ class FreezeSchedule(Callback):
         self._looked = self._looked or self._look(trainer)
 
     def _check_monitors(self, trainer: Trainer) -> None:
-        """Raise for a plateau that can never come, as soon as every loop that could log its metric has run."""
-        if not self._validated and trainer.enable_validation:
+        """Raise for a plateau that can never come, as soon as every loop has run that could log its metric.
+
+        Of later phases it can only warn: their metrics may be such that nothing logs before.
+        """
+        index, validates = self.phase_index, trainer.enable_validation
+        ran = trainer.current_epoch > self.history[-1][0] and (not validates or self._validated == index)
+        if ran and (missing := self._missing(trainer, self.phase)):
+            raise MisconfigurationException(f"Phase {self.phase.label!r} {missing}")
+        if self._looked_ahead or (validates and self._validated is None):
             return
-        for phase in self.phases:
-            if phase.until is None:
-                continue
-            if only_true(trainer.strategy, phase.until.monitor not in trainer.callback_metrics):
-                logged = sorted(map(str, trainer.callback_metrics))
-                close = difflib.get_close_matches(phase.until.monitor, logged, n=1)
-                raise MisconfigurationException(
-                    f"Phase {phase.label!r} ends by Plateau(monitor={phase.until.monitor!r}), but no metric of that "
-                    f"name was logged.{f' Did you mean {close[0]!r}?' if close else ''} "
-                    f"Logged are: {', '.join(logged) or 'none'}."
+        self._looked_ahead = True
+        for number, phase in enumerate(self.phases[index + 1 :], index + 2):
+            if (missing := self._missing(trainer, phase)) and trainer.is_global_zero:
+                _log.warning(
+                    "phase %d/%d %r %s If it is not logged in that phase either, the fit ends there with an error.",
+                    *(number, len(self.phases), phase.label, missing),
                 )
+
+    def _missing(self, trainer: Trainer, phase: Phase) -> str | None:
+        """Say which metric a phase waits for that no rank has logged, None if there is none. For all ranks at once."""
+        until = phase.until
+        if until is None or not only_true(trainer.strategy, until.monitor not in trainer.callback_metrics):
+            return None
+        logged = sorted(map(str, trainer.callback_metrics))
+        close = difflib.get_close_matches(until.monitor, logged, n=1)
+        return (
+            f"ends by Plateau(monitor={until.monitor!r}), but no metric of that name was logged."
+            f"{f' Did you mean {close[0]!r}?' if close else ''} Logged are: {', '.join(logged) or 'none'}."
+        )
 
     def _check_batches(self, trainer: Trainer) -> None:
         """Refuse ranks of which some would run out of batches before others: no phase would end for all at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,14 +154,43 @@ def test_a_module_that_is_only_there_after_configure_model() -> None:
     assert schedule.phase_index == 1
 
 
-def test_a_plateau_of_a_metric_that_nobody_logs() -> None:
-    """Known as soon as every loop that could log it has run: before the second epoch."""
+def test_a_plateau_of_a_metric_that_nobody_logs(caplog: pytest.LogCaptureFixture) -> None:
+    """Known as soon as every loop that could log it has run: before the second epoch, of later phases too."""
     epochs = []
 
     class Counting(Net):
         def on_train_epoch_start(self) -> None:
             epochs.append(self.current_epoch)
 
-    schedule = FreezeSchedule([Phase("head", epochs=5), Phase("*", until=Plateau("val_los")), Phase("neck")])
-    refused(MisconfigurationException, "Did you mean 'val_loss'", schedule, net=Counting())
+    wrong = Plateau("val_los")
+    schedule = FreezeSchedule([Phase("*", until=wrong), Phase("neck")], verbose=False)
+    refused(MisconfigurationException, "Phase '\\*' ends by .* Did you mean 'val_loss'", schedule, net=Counting())
     assert epochs == [0]
+    schedule = FreezeSchedule([Phase("head", epochs=2), Phase("*", until=wrong), Phase("neck")], verbose=False)
+    refused(MisconfigurationException, "Phase '\\*' ends by", schedule, net=Counting())
+    assert epochs == [0, 0, 1, 2]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_freeze")]
+    assert warning == (
+        "phase 2/3 '*' ends by Plateau(monitor='val_los'), but no metric of that name was logged. Did you mean "
+        "'val_loss'? Logged are: val_loss. If it is not logged in that phase either, the fit ends there with an error."
+    )
+
+
+def test_a_metric_that_is_logged_in_its_phase_only(tmp_path: Path) -> None:
+    """Not missed before the phase nor, where the fit resumes, after it."""
+    phases = [Phase("head", epochs=1), Phase("neck", until=Plateau("only", patience=1)), Phase("*")]
+
+    class Particular(Net):
+        def on_validation_epoch_end(self) -> None:
+            if schedule.phase_index == 1:
+                self.log("only", 1.0)
+
+    schedule, net = FreezeSchedule(phases), Particular()
+    run = trainer(tmp_path, callbacks=[schedule], max_epochs=4)
+    run.fit(net, loader(), loader())
+    assert schedule.history == [(0, 0, 0), (1, 6, 1), (3, 18, 2)]
+    run.save_checkpoint(tmp_path / "last.ckpt")
+    schedule = FreezeSchedule(phases)
+    run = trainer(callbacks=[schedule], max_epochs=6)
+    run.fit(net, loader(), loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert run.current_epoch == 6
