@@ -8,6 +8,7 @@ was frozen.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class HomeGroups:
             to the CPU until it trains again.
 
     Raises:
-        ValueError: If the optimizer is LBFGS.
+        ValueError: If the optimizer is LBFGS, or has no learning rate where one is scaled.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
@@ -137,6 +138,8 @@ class HomeGroups:
         self._members = [(home, list(range(len(home.params)))) for home in self._homes]
         for index in range(len(self._homes)):
             self._split(index, scales)
+        optimizer.param_groups.extend(follower.group for follower in self._followers)
+        self.follow()
         self._handles = [
             optimizer.register_state_dict_pre_hook(lambda _: self._make_whole()),
             optimizer.register_state_dict_post_hook(lambda _, __: self._show()),
@@ -240,19 +243,31 @@ class HomeGroups:
             places.setdefault(tuple(scale.get(id(parameter), 1.0) for scale in scales), []).append(place)
         unscaled = (1.0,) * len(scales)
         self._members[index] = (home, places.pop(unscaled, []))
+        adopted = index >= self._own
+        source = 0 if adopted else index
+        if places:
+            self._check_rate(source)
+        name = (self._followers[0].group if adopted else self.optimizer.param_groups[index]).get("name")
         for number, (factors, members) in enumerate(places.items(), 1):
             group: dict[str, Any] = {"params": []}
             if home.names is not None:
                 group["param_names"] = []
-            if (name := self.optimizer.param_groups[index].get("name")) is not None:
+            if name is not None:
                 group["name"] = f"{name}/scaled-{number}"
-            self._follow_with(group, source=index if index < self._own else 0, scales=factors)
+            self._follow_with(group, source=source, scales=factors)
             self._members.append((home, members))
+
+    def _check_rate(self, index: int) -> None:
+        group = self.optimizer.param_groups[index]
+        rates = [value for key, value in group.items() if is_rate(key)]
+        if not isinstance(group.get("lr", next(iter(rates), None)), numbers.Real | Tensor):
+            raise ValueError(
+                f"lr_scale scales lr, which is {repr(group['lr']) if 'lr' in group else 'not there'} in group {index} "
+                f"of {type(self.optimizer).__name__}. Give it an lr that is a number, or leave lr_scale out."
+            )
 
     def _follow_with(self, group: dict[str, Any], source: int, scales: tuple[float, ...]) -> None:
         self._followers.append(_Follower(source, scales, group, scales[0]))
-        self.optimizer.param_groups.append(group)
-        self.follow()
 
     def _make_whole(self) -> None:
         groups = self.optimizer.param_groups

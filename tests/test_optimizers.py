@@ -177,6 +177,19 @@ def test_a_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
     assert float(follower) == pytest.approx(0.6)
 
 
+@pytest.mark.parametrize(("options", "said"), [({"lr": None}, "None"), ({"rate": 0.1}, "not there")])
+def test_a_scale_without_a_rate_is_refused(options: dict[str, Any], said: str) -> None:
+    """Adoption alone takes such options over as they are."""
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    optimizer = torch.optim.Optimizer(net[0].parameters(), options)
+    with pytest.raises(ValueError, match=f"scales lr, which is {said} in group 0 of Optimizer. Give"):
+        HomeGroups(optimizer, scales=[{id(net[0].bias): 0.5}])
+    assert members(optimizer) == [id(p) for p in net[0].parameters()]
+    assert len(optimizer.param_groups) == 1
+    HomeGroups(optimizer, scales=[{id(net[0].bias): 1.0}], adopt=dict(net[1].named_parameters()))
+    assert [{key: group[key] for key in options} for group in optimizer.param_groups] == [options, options]
+
+
 def test_a_group_that_somebody_adds_is_refused_and_not_lost() -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)
