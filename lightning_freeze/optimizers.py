@@ -9,7 +9,7 @@ was frozen.
 from __future__ import annotations
 
 import numbers
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -78,6 +78,28 @@ class _Follower:
     scale: float = 1.0
 
 
+class _Covered:
+    """Methods of one object, covered by others until :meth:`remove`."""
+
+    def __init__(self, owner: object, **methods: Callable[..., Any]) -> None:
+        self._attributes = vars(owner)
+        self._before = {name: self._attributes[name] for name in methods if name in self._attributes}
+        self._names = list(methods)
+        self._attributes.update(methods)
+
+    def remove(self) -> None:
+        """Show the object's own methods again."""
+        for name in self._names:
+            self._attributes.pop(name, None)
+        self._attributes.update(self._before)
+
+
+def _saves_as_torch_does(optimizer: Optimizer) -> bool:
+    """Whether saving and loading are torch's own, which call hooks."""
+    names = ("state_dict", "load_state_dict")
+    return all(getattr(getattr(optimizer, name), "__func__", None) is getattr(Optimizer, name) for name in names)
+
+
 class HomeGroups:
     """An optimizer's groups, of which at any time only what trains shows.
 
@@ -140,12 +162,9 @@ class HomeGroups:
             self._split(index, scales)
         optimizer.param_groups.extend(follower.group for follower in self._followers)
         self.follow()
-        self._handles = [
-            optimizer.register_state_dict_pre_hook(lambda _: self._make_whole()),
-            optimizer.register_state_dict_post_hook(lambda _, __: self._show()),
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
-            optimizer.register_load_state_dict_post_hook(lambda _: self._show()),
-        ]
+        #: Whether a step calls hooks for sure; otherwise :meth:`follow` has to be called before it.
+        self.calls_hooks: bool = getattr(optimizer.step, "hooked", False)
+        self._handles = self._hook_states() if _saves_as_torch_does(optimizer) else [self._cover_states()]
         if self._followers:
             self._handles.append(optimizer.register_step_pre_hook(lambda *_: self.follow()))
 
@@ -199,11 +218,11 @@ class HomeGroups:
     def whole(self) -> Iterator[None]:
         """Show everything for the time of the context, for those who name parameters around a ``state_dict()``."""
         self._make_whole()
-        self._stays_whole = True
+        before, self._stays_whole = self._stays_whole, True
         try:
             yield
         finally:
-            self._stays_whole = False
+            self._stays_whole = before
             self._show()
 
     def release(self) -> None:
@@ -298,9 +317,31 @@ class HomeGroups:
                 group["param_names"] = [home.names[place] for place in shown]
         self.follow()
 
-    def _before_load(self, _: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        self._make_whole()
-        return fit_adopted(state, self._own, self._adopted)
+    def _hook_states(self) -> list[Any]:
+        def before_load(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            self._make_whole()
+            return fit_adopted(state, self._own, self._adopted)
+
+        return [
+            self.optimizer.register_state_dict_pre_hook(lambda _: self._make_whole()),
+            self.optimizer.register_state_dict_post_hook(lambda _, __: self._show()),
+            self.optimizer.register_load_state_dict_pre_hook(before_load),
+            self.optimizer.register_load_state_dict_post_hook(lambda _: self._show()),
+        ]
+
+    def _cover_states(self) -> _Covered:
+        save, load = self.optimizer.state_dict, self.optimizer.load_state_dict
+
+        def state_dict(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            with self.whole():
+                return save(*args, **kwargs)
+
+        def load_state_dict(state_dict: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            fitted = fit_adopted(state_dict, self._own, self._adopted) if "param_groups" in state_dict else state_dict
+            with self.whole():
+                load(fitted, *args, **kwargs)
+
+        return _Covered(self.optimizer, state_dict=state_dict, load_state_dict=load_state_dict)
 
     def _settle_state(self) -> None:
         if self._policy == "keep":

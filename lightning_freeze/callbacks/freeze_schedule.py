@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.core.optimizer import _MockOptimizer
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_freeze.averagers import refuse_new_statistics
 from lightning_freeze.batchnorm import (
@@ -265,6 +266,13 @@ class FreezeSchedule(Callback):
         closed = pl_module.automatic_optimization or trainer.global_step != self._watch.ended_at
         if self._advance(trainer, pl_module, plateau=self._watch.ended and closed):
             self._log_metrics(trainer)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Show scaled learning rates as they will be used, to an optimizer that calls no hooks."""
+        if self._fit is not None:
+            for homes in self._fit.homes:
+                if not homes.calls_hooks:
+                    homes.follow()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.optim.lr_scheduler import StepLR
 
+from lightning_freeze import FreezeSchedule, Phase
 from lightning_freeze.optimizers import HomeGroups
-from tests.nets import same
+from tests.nets import Net, loader, same, sgd, trainer
 
 OPTIMIZERS = sorted(
     name
@@ -98,6 +103,59 @@ def test_dropped_state_starts_anew(name: str) -> None:
     only(net, homes, 0, 2)
     step(net, optimizer, 2)
     assert frozen in optimizer.state
+
+
+class Around(torch.optim.Optimizer):
+    """Wraps another one as timm's Lookahead does: it saves in its own way, and its step may call no hooks."""
+
+    def __init__(self, base: torch.optim.Optimizer, nested: bool = False) -> None:
+        self.base, self.nested = base, nested
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self.defaults, self.state, self.param_groups = base.defaults, base.state, base.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base": self.base.state_dict()} if self.nested else self.base.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.base.load_state_dict(state_dict["base"] if self.nested else state_dict)
+        self.state, self.param_groups = self.base.state, self.base.param_groups
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_optimizer_that_saves_in_its_own_way(tmp_path: Path, nested: bool) -> None:
+    """Its checkpoints are whole, resume with and without us, and rates written before a step are scaled in it."""
+    rates: list[list[float]] = []
+
+    class WarmUp(Net):
+        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            (optimizer,) = self.trainer.optimizers
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 * (self.trainer.global_step + 1)
+            super().optimizer_step(*args, **kwargs)
+            rates.append([group["lr"] for group in optimizer.param_groups])
+
+    def fit(schedule: Any, epochs: int, resume: Path | None = None, saver: Any = None) -> None:
+        unhooked = type("Around", (Around,), {})  # torch hooks a class's step late, and then for good
+        net = WarmUp(lambda params: unhooked(sgd(params), nested), lambda o: StepLR(o, 9))
+        callbacks = [callback for callback in (schedule, saver) if callback is not None]
+        run = trainer(tmp_path, callbacks=callbacks, max_epochs=epochs, enable_checkpointing=saver is not None)
+        run.fit(net, loader(), ckpt_path=resume, weights_only=True)
+        assert not {"state_dict", "load_state_dict"} & set(vars(run.optimizers[0]))
+
+    def schedule() -> FreezeSchedule:
+        return FreezeSchedule([Phase("head", epochs=2), Phase("*", lr_scale={"neck": 0.1})])
+
+    fit(schedule(), 1, saver=ModelCheckpoint(tmp_path, "first"))
+    state = torch.load(tmp_path / "first.ckpt")["optimizer_states"][0]
+    (group,) = (state["base"] if nested else state)["param_groups"]
+    assert len(group["params"]) == 12
+    rates.clear()
+    fit(schedule(), 3, tmp_path / "first.ckpt")
+    assert rates == [[0.01 * n, 0.01 * n * (0.1 if n > 12 else 1.0)] for n in range(7, 19)]
+    fit(None, 2, tmp_path / "first.ckpt")
 
 
 def test_sparse_adam() -> None:
