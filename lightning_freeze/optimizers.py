@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import LBFGS, Optimizer
 
 from lightning_freeze.schedulers import (
@@ -38,12 +39,18 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """Refuse an optimizer whose groups cannot be edited.
 
     Raises:
-        ValueError: If it is LBFGS.
+        ValueError: If it is LBFGS or ZeroRedundancyOptimizer.
     """
     if isinstance(optimizer, LBFGS):
         raise ValueError(
             "LBFGS flattens its parameters into one vector when it is built, so none can freeze later. "
             "Use another optimizer, or freeze by hand before configure_optimizers and leave FreezeSchedule out."
+        )
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        raise ValueError(
+            "ZeroRedundancyOptimizer deals its parameters out to the ranks when it is built, so none can freeze later. "
+            "Use the optimizer inside of it with strategy='ddp', or ModelParallelStrategy (FSDP2), which shards "
+            "optimizer states too."
         )
 
 
@@ -108,7 +115,7 @@ class HomeGroups:
     user's group stays in its place, if need be empty, as the one that scheduler and user change and the others follow.
 
     Args:
-        optimizer: Any optimizer but LBFGS, with all parameters in its groups.
+        optimizer: Any that :func:`check_optimizer` accepts, with all parameters in its groups.
         schedulers: The LR schedulers that drive it.
         scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor.
         adopt: Name to parameter, for what the optimizer shall take in.
@@ -116,7 +123,7 @@ class HomeGroups:
             to the CPU until it trains again.
 
     Raises:
-        ValueError: If the optimizer is LBFGS, or has no learning rate where one is scaled.
+        ValueError: If :func:`check_optimizer` refuses the optimizer, or it has no learning rate where one is scaled.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))

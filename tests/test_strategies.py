@@ -22,6 +22,7 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.strategies.xla import XLAStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, Subset
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau
@@ -282,6 +283,16 @@ def disagreement(make: Callable[[], list[Phase]]) -> str:
     return ""
 
 
+def zero_redundancy() -> str:
+    net = Even(optimizer=lambda params: ZeroRedundancyOptimizer(params, torch.optim.AdamW, lr=1e-2))
+    schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")], verbose=False)
+    try:
+        trainer(callbacks=[schedule], strategy="ddp", devices=WORLD).fit(net, loader())
+    except ValueError as error:
+        return f"step {net.global_step}: {error}"
+    return ""
+
+
 def batchnorm_alone() -> dict[str, Any]:
     net, watch = Net(sgd), Watch()
     before = snapshot(net)
@@ -318,6 +329,7 @@ def everything() -> dict[str, Any]:
         "uneven, but limited": uneven(limit_train_batches=2),
         "idle in validation": idle_in_validation(),
         "disagreement": disagreement(lambda: ranks[dist.get_rank()]),
+        "zero redundancy": zero_redundancy(),
         "batchnorm": batchnorm_alone(),
         "means": means(),
     }
@@ -388,6 +400,11 @@ def test_a_rank_without_validation_is_refused_before_the_others_wait_for_it(both
 def test_ranks_with_other_schedules_are_told_apart(both: Any) -> None:
     for rank in both:
         assert "they differ in schedule" in rank["disagreement"]
+
+
+def test_an_optimizer_that_deals_parameters_out_to_ranks_is_refused_at_the_start(both: Any) -> None:
+    for rank in both:
+        assert rank["zero redundancy"].startswith("step 0: ZeroRedundancyOptimizer deals its parameters out")
 
 
 def test_batchnorm_alone(both: Any) -> None:
