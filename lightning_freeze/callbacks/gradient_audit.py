@@ -86,7 +86,8 @@ class GradientAudit(Callback):
 
     What moves by design is left alone: the target of a :class:`TargetNetwork`; what only requires grad inside the step,
     as networks of a GAN that are switched in turn; the running statistics of frozen layers where a schedule has
-    ``frozen_mode="train"``. A parameter counts as one without gradient if no audited batch on any process gave it one.
+    ``frozen_mode="train"``; what trains under a model averager, as in post-local SGD, and differs between two of its
+    steps. A parameter counts as one without gradient if no audited batch on any process gave it one.
     With manual optimization, its optimizer has to have stepped as well, and where it did get a gradient earlier in
     the phase, as with layers that are dropped at random, it is given ten times as many batches.
 
@@ -384,6 +385,8 @@ class GradientAudit(Callback):
         tensors: dict[str, Tensor] = {
             name: p for name, p in named_unique_parameters(pl_module).items() if name not in apart
         }
+        if trainer.strategy._model_averager is not None:  # what trains is only alike when it has just averaged
+            tensors = {name: p for name, p in tensors.items() if not p.requires_grad}
         # Those of a layer that trains differ rightly: each process sees its own part of the batch.
         tensors |= {name: buffer for name, (_, buffer) in self._frozen(trainer, pl_module).statistics.items()}
         mine = {name: digest(tensor) for name, tensor in tensors.items() if has_values(tensor)}

@@ -34,7 +34,9 @@ from lightning_freeze.callbacks.gradient_audit import AuditError
 from lightning_freeze.callbacks.metric_logger import MetricLogger
 from lightning_freeze.callbacks.norm_logger import NormLogger
 from lightning_freeze.callbacks.target_network import TargetNetwork
+from tests.devices import Hooked as HookedDDP
 from tests.followers import Student
+from tests.laws.test_law6_replicas_agree import post_local_sgd
 from tests.nets import Net, Probe, adamw, data, loader, sgd, trainer
 from tests.replicas import on_two_processes
 
@@ -964,9 +966,11 @@ def on_ddp(kind: str) -> dict[str, Any]:
         callbacks = [FreezeSchedule([Phase("head", steps=2), Phase("*")], verbose=False)]
     elif kind == "apart":
         net = Rank(push_apart, "batch end", 1, optimizer=sgd)
-    elif kind == "frozen apart":
+    elif kind in ("frozen apart", "averaged"):
         net = Rank(push_apart, "batch end", 1, optimizer=sgd)
         net.neck.requires_grad_(False)
+        if kind == "averaged":
+            options["strategy"] = HookedDDP(**post_local_sgd())
     elif kind == "late":
         net = Hooked(lambda net: net.neck.requires_grad_(True), "epoch start", 2, optimizer=sgd)
         net.neck.requires_grad_(False)
@@ -1024,6 +1028,7 @@ ON_DDP: dict[str, list[list[str]]] = {
     "scheduled": [],
     "apart": NECK,
     "frozen apart": [["frozen_value_moved", "neck.weight"], *NECK],
+    "averaged": [["frozen_value_moved", "neck.weight"], *NECK],
     "late": [["replicas_differ", "neck.weight"], ["replicas_differ", "neck.bias"]],
     "statistics": [["replicas_differ", "backbone.1.running_mean"]],
     "used on one": [],
