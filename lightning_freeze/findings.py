@@ -72,6 +72,8 @@ class Report(list[Finding]):
 
     Example:
         >>> report = Report()
+        >>> print(report)
+        audit: nothing was audited in this process
         >>> report.checks, report.parameters = 4, 62
         >>> print(report)
         audit: no finding in 4 checks over 62 parameters
@@ -94,6 +96,8 @@ class Report(list[Finding]):
     @property
     def summary(self) -> str:
         """One line: how much was found, and how much was looked at."""
+        if not self and not self.checks:
+            return "audit: nothing was audited in this process"
         found = counted(len(self), "finding") if self else "no finding"
         return f"audit: {found} in {counted(self.checks, 'check')} over {counted(self.parameters, 'parameter')}"
 

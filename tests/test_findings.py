@@ -35,6 +35,11 @@ def test_a_report_is_a_list_that_pickles() -> None:
     assert not Report()
 
 
+def test_a_report_of_a_process_that_trained_nothing_does_not_read_like_a_clean_one() -> None:
+    assert str(Report(parameters=7)) == "audit: nothing was audited in this process"
+    assert str(Report([finding("a")])).startswith("audit: 1 finding in 0 checks")
+
+
 def test_what_some_ranks_found_says_which() -> None:
     both, one = finding("a"), finding("b")
     result = merged([[both], [both, one], [both, one]])

@@ -70,7 +70,8 @@ class FeatureCache(Callback):
             rounded to it, whether they come from memory or not.
 
     Attributes:
-        stats: What was done so far, and whether the cache is active and why not: a :class:`FeatureStats`.
+        stats: What was done so far, and whether the cache is active and why not: a :class:`FeatureStats`. Under
+            ``ddp_spawn`` and ``ddp_fork`` it stays in the processes that train: use ``strategy="ddp"`` to read it.
 
     Logs, at the end of each training epoch: ``cache/hits`` and ``cache/misses`` of that epoch, ``cache/bytes`` and
     ``cache/seconds_saved`` so far.

@@ -75,7 +75,8 @@ class FreezeSchedule(Callback):
 
     Attributes:
         phases: The schedule as a list of :class:`Phase`.
-        history: Where each phase began: a list of ``(epoch, global_step, phase_index)``.
+        history: Where each phase began: a list of ``(epoch, global_step, phase_index)``. Under ``ddp_spawn`` and
+            ``ddp_fork`` it stays in the processes that train: use ``strategy="ddp"`` to read it after the fit.
 
     Raises:
         ValueError: If the schedule is empty or a phase that is not the last has no end; at fit start, if a phase names

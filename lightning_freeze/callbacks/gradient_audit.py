@@ -100,7 +100,8 @@ class GradientAudit(Callback):
 
     Attributes:
         report: The findings of the last fit as a list of :class:`~lightning_freeze.findings.Finding`; print it for a
-            readable text.
+            readable text. Under ``ddp_spawn`` and ``ddp_fork``, as in notebooks, it stays in the processes that train:
+            use ``strategy="ddp"``, or ``on_violation="raise"``.
 
     Raises:
         ValueError: If an argument has a value that it cannot have; at fit start, if ``ignore`` matches nothing.
