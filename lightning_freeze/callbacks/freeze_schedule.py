@@ -60,10 +60,10 @@ class FreezeSchedule(Callback):
 
     Before the first batch, and whenever a phase ends, the flags of all parameters, the mode of frozen BatchNorm layers,
     the optimizer's groups with the learning rates in them, and the DDP wrapper are brought in line with the phase. The
-    phase changes at an epoch's start or between optimizer steps, never inside an accumulation window. The last phase
-    holds until the fit ends. The target of a :class:`TargetNetwork` never trains, also where a phase selects it with
-    other parameters. After the fit, also after one that was interrupted, everything is given back as it was;
-    what was learned stays.
+    phase changes at an epoch's start or between optimizer steps, never inside an accumulation window; only in manual
+    optimization a window that spans an epoch's end is cut by a phase that lasts epochs. The last phase holds until the
+    fit ends. The target of a :class:`TargetNetwork` never trains, also where a phase selects it with other parameters.
+    After the fit, also after one that was interrupted, everything is given back as it was; what was learned stays.
 
     Args:
         phases: The schedule: :class:`Phase` objects, or dicts of their arguments, as YAML gives them.
