@@ -389,6 +389,9 @@ def fit_adopted(state: dict[str, Any], own: int, adopted: Sequence[str]) -> dict
         The state with as many groups as the optimizer has now; parameters that were not adopted then have no state.
     """
     groups = state["param_groups"]
+    if any(isinstance(member, str) for group in groups for member in group["params"]):
+        # FSDP2 has matched by name: groups and members are those of now, only the list of names is the checkpoint's.
+        return {**state, "param_groups": [*groups[:own], *({**g, "adopted": list(adopted)} for g in groups[own:])]}
     saved = groups[own] if len(groups) == own + 1 and "adopted" in groups[own] else None
     names = list(saved["adopted"]) if saved else []
     if names == list(adopted) or len(groups) != own + bool(saved) or not groups:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 from torch.distributed.algorithms.model_averaging.utils import average_parameters
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, OptimStateKeyType
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -104,7 +105,8 @@ class CheckpointsByName:
     """Keeps optimizers whole while FSDP saves or loads their states, which it does by the names of their parameters.
 
     Those functions of torch look at the optimizer's groups also outside its own ``state_dict()``, and when they load,
-    only at parameters that require grad. So both are set for the time of the call. Other strategies are left alone.
+    only at parameters that require grad. So both are set for the time of the call. A single file is read with the
+    ``weights_only`` that Lightning is given. Other strategies are left alone.
 
     Args:
         strategy: Any strategy; a method or two of this one object are covered until :meth:`release`.
@@ -136,39 +138,78 @@ class CheckpointsByName:
             state: dict[str, Any] = type(self._strategy).optimizer_state(self._strategy, optimizer)
         return state
 
-    def _load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         reshard(self._strategy, self._strategy.lightning_module)
         flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
-        have_state = _names_with_state(Path(self._strategy.broadcast(checkpoint_path)), self._parameters)
+        path = Path(self._strategy.broadcast(checkpoint_path))
+        if path.is_dir():
+            saved, have_state = None, {match[1] for match in _entries(path, r"optimizer_\d+\.state\.(.+)\.\w+")}
+        else:
+            saved = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)["optimizer_states"]
+            have_state = _names_with_state(saved, list(self._parameters))
         try:
             for name, parameter in self._parameters.items():
                 parameter.requires_grad_(
                     name in have_state and (parameter.is_floating_point() or parameter.is_complex())
                 )
             with self._whole():
-                checkpoint: dict[str, Any] = type(self._strategy).load_checkpoint(
-                    self._strategy, checkpoint_path, *args, **kwargs
-                )
+                checkpoint = self._load(path, saved, weights_only)
         finally:
             for name, parameter in self._parameters.items():
                 parameter.requires_grad_(flags[name])
         return checkpoint
 
+    def _load(self, path: Path, saved: list[dict[str, Any]] | None, weights_only: bool | None) -> dict[str, Any]:
+        """Load as the strategy does, except where FSDP2 would fail at what was saved while something was frozen."""
+        strategy = self._strategy
+        optimizers, fsdp2 = strategy.optimizers, isinstance(strategy, ModelParallelStrategy)
+        # Lightning's loop over the states in one file ends in an IndexError at an empty one.
+        one_by_one = fsdp2 and saved is not None and not all(state["state"] for state in saved)
+        if fsdp2 and saved is None:
+            _hide_adopted(optimizers, path)
+        try:
+            strategy._optimizers = [] if one_by_one else optimizers
+            checkpoint: dict[str, Any] = type(strategy).load_checkpoint(strategy, path, weights_only=weights_only)
+        finally:
+            strategy._optimizers = optimizers
+        if one_by_one:
+            for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+                _load_state(strategy, optimizer, state)
+        return checkpoint
 
-def _names_with_state(path: Path, parameters: Mapping[str, nn.Parameter]) -> set[str]:
-    """Give the parameters of which a checkpoint has optimizer state; all if that is not to be seen."""
-    if path.is_dir():
-        keys = FileSystemReader(path).read_metadata().state_dict_metadata
-        stated = {match[1] for key in keys if (match := re.fullmatch(r"optimizer_\d+\.state\.(.+)\.\w+", key))}
-    else:
-        saved = torch.load(path, mmap=True, map_location="cpu", weights_only=False)["optimizer_states"]
-        stated = set()
-        for state in saved:
-            stated |= set(state["state"])
-        if any(isinstance(key, int) for key in stated):  # numbered as the module's parameters are
-            names = list(parameters)
-            stated = {names[key] if isinstance(key, int) else key for key in stated}
-    return stated & set(parameters) if stated else set()
+
+def _names_with_state(saved: Iterable[dict[str, Any]], names: Sequence[str]) -> set[str]:
+    """Give the parameters of which optimizers in a file have state; they are named or numbered as the module's are."""
+    keys = [key for state in saved for key in state["state"]]
+    return {names[key] if isinstance(key, int) else key for key in keys}
+
+
+def _load_state(strategy: ModelParallelStrategy, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load one optimizer's state as Lightning does, also if it has none."""
+    model = strategy.model
+    assert model is not None
+    assert strategy.lightning_module is not None
+    if not state["state"]:
+        optimizer.load_state_dict(state)
+        return
+    options = StateDictOptions(
+        broadcast_from_rank0=True, full_state_dict=True, strict=strategy.lightning_module.strict_loading
+    )
+    named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, model)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
+
+
+def _hide_adopted(optimizers: Iterable[Optimizer], path: Path) -> None:
+    """Take the adopted parameters' group out if a sharded checkpoint has none: torch asks it for all that is there."""
+    if not _entries(path, r"optimizer_\d+\.param_groups\.\d+\.adopted.*"):
+        for optimizer in optimizers:
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if "adopted" not in group]
+
+
+def _entries(path: Path, pattern: str) -> list[re.Match[str]]:
+    """Give the entries of a sharded checkpoint that match."""
+    keys = FileSystemReader(path).read_metadata().state_dict_metadata
+    return [match for key in keys if (match := re.fullmatch(pattern, key))]
 
 
 def _rebuild_ddp(strategy: DDPStrategy, old: DistributedDataParallel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +61,29 @@ class HeadOnly(Units):
         return self.make_optimizer(self.head.parameters())
 
 
+class Two(Units):
+    """Two optimizers, which step one after the other."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [
+            self.make_optimizer(self.head.parameters()),
+            sgd([*self.backbone.parameters(), *self.neck.parameters()]),
+        ]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+# In the first phase the second optimizer has nothing to move, so it has no state when the first checkpoint is written.
+TWO = [Phase("head", epochs=1), Phase("*", epochs=1), Phase("neck", epochs=1), Phase("head")]
+
 CASES: dict[str, dict[str, Any]] = {
     "adamw": {},
     "sgd, clipped by norm": {"optimizer": sgd, "options": {"gradient_clip_val": 0.05}},
@@ -67,10 +92,17 @@ CASES: dict[str, dict[str, Any]] = {
     "parts": {"net": Roots},
     "state dropped": {"state": "drop"},
     "adamw, in one file": {"in_one_file": True},
+    "two optimizers, in one file": {"net": Two, "in_one_file": True, "phases": TWO},
 }
+RESUMED = ["adopted", "parts", "adamw, in one file", "two optimizers, in one file"]
 
-
-RESUMED = ["adopted", "parts", "adamw, in one file"]
+# What the head's optimizer adopts under each schedule, and from which to which a fit is resumed.
+ADOPTING = {
+    "nothing": [Phase("head", epochs=1), Phase("head.bias")],
+    "neck": [Phase("head", epochs=1), Phase(["head", "neck"], lr_scale={"neck": 0.1})],
+    "the rest": [Phase("head", epochs=1), Phase("*")],
+}
+CHANGES = [("nothing", "the rest"), ("the rest", "nothing"), ("neck", "the rest"), ("the rest", "neck")]
 
 
 def full(state: Any) -> Any:
@@ -83,14 +115,19 @@ def full(state: Any) -> Any:
 
 
 def fit(
-    case: dict[str, Any], *, ranks: int, saver: ModelCheckpoint | None = None, resume: Path | None = None
+    case: dict[str, Any],
+    *,
+    ranks: int,
+    saver: ModelCheckpoint | None = None,
+    resume: Path | None = None,
+    weights_only: bool | None = None,
 ) -> dict[str, Any]:
     torch.manual_seed(0)
     net = case.get("net", Units)(optimizer=case.get("optimizer", adamw))
     seen: list[Any] = []
 
     def start(run: Trainer, module: LightningModule) -> None:
-        held = [p for group in run.optimizers[0].param_groups for p in group["params"]]
+        held = [p for optimizer in run.optimizers for group in optimizer.param_groups for p in group["params"]]
         named = {id(p): name for name, p in everything.items()}
         seen.append((schedule.phase_index, sorted(named[id(p)] for p in held)))
 
@@ -106,22 +143,24 @@ def fit(
             everything.update(pl_module.named_parameters())
             super().on_fit_start(trainer, pl_module)
 
-    schedule = Naming(PHASES, optimizer_state=case.get("state", "keep"), verbose=False)
+    schedule = Naming(case.get("phases", PHASES), optimizer_state=case.get("state", "keep"), verbose=False)
     callbacks = [schedule, FreezeBatchNorm(train_affine=True), Probe(start, end), *([saver] if saver else [])]
-    options: dict[str, Any] = {**case.get("options", {}), "max_epochs": 4, "use_distributed_sampler": False}
+    options: dict[str, Any] = {"max_epochs": 4, **case.get("options", {}), "use_distributed_sampler": False}
     if ranks > 1:
         strategy = ModelParallelStrategy(
             data_parallel_size=ranks, tensor_parallel_size=1, save_distributed_checkpoint=not case.get("in_one_file")
         )
         options |= {"strategy": strategy, "devices": ranks}
     run = trainer(callbacks=callbacks, enable_checkpointing=saver is not None, **options)
-    run.fit(net, share(stateful=True) if ranks > 1 else whole(), ckpt_path=resume)
-    hooks = [name for name in vars(run.optimizers[0]) if name.endswith("_hooks") and vars(run.optimizers[0])[name]]
+    run.fit(net, share(stateful=True) if ranks > 1 else whole(), ckpt_path=resume, weights_only=weights_only)
+    hooks = [name for one in run.optimizers for name, hook in vars(one).items() if name.endswith("_hooks") and hook]
     return {
         "weights": full(net.state_dict()),
-        "state": [full(run.optimizers[0].state.get(p, {})) for p in everything.values()],
+        "state": [full(one.state.get(p, {})) for one in run.optimizers for p in everything.values()],
         "groups": [
-            {key: value for key, value in group.items() if key != "params"} for group in run.optimizers[0].param_groups
+            {key: value for key, value in group.items() if key != "params"}
+            for one in run.optimizers
+            for group in one.param_groups
         ],
         "history": schedule.history,
         "seen": seen,
@@ -146,12 +185,56 @@ def resumed(case: dict[str, Any], folder: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
+def under_other_schedules(folder: Path, *, ranks: int, in_one_file: bool) -> list[dict[str, Any]]:
+    """Resume after two epochs under a schedule that adopts other parameters."""
+    cases = {
+        name: {"net": HeadOnly, "phases": phases, "in_one_file": in_one_file, "options": {"max_epochs": 3}}
+        for name, phases in ADOPTING.items()
+    }
+    for name, case in cases.items():
+        fit(case, ranks=ranks, saver=ModelCheckpoint(folder, name, every_n_epochs=2, save_on_train_epoch_end=True))
+    if ranks > 1:
+        dist.barrier()
+    return [fit(cases[after], ranks=ranks, resume=folder / f"{before}.ckpt") for before, after in CHANGES]
+
+
+class Note:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = str(folder)
+
+    def __reduce__(self) -> Any:
+        return os.makedirs, (self.folder, 0o777, True)
+
+
+def with_code(folder: Path) -> dict[str, Any]:
+    """Resume with ``weights_only`` from one file into which somebody has put code."""
+    name, path, trace, error = "adamw, in one file", folder / "code.ckpt", folder / "trace", ""
+    if dist.get_rank() == 0:
+        checkpoint = torch.load(folder / name / "step=5.ckpt", weights_only=False)
+        torch.save({**checkpoint, "code": Note(trace)}, path)
+    dist.barrier()
+    try:
+        fit(CASES[name], ranks=WORLD, resume=path, weights_only=True)
+    except pickle.UnpicklingError as raised:
+        error = str(raised)
+    dist.barrier()
+    return {"ran": trace.exists(), "error": error}
+
+
 def every_case(folder: Path) -> dict[str, Any]:
-    results = {}
+    results: dict[str, Any] = {
+        "other schedules": {
+            in_one_file: under_other_schedules(folder / str(in_one_file), ranks=WORLD, in_one_file=in_one_file)
+            for in_one_file in (False, True)
+        }
+    }
     for name, case in CASES.items():
         results[name] = fit(case, ranks=WORLD)
         if name in RESUMED:
             results[name]["resumed"] = resumed(case, folder / name)
+    results["with code"] = with_code(folder)
     return results
 
 
@@ -196,3 +279,21 @@ def test_resume_is_exact(on_two: Any, name: str) -> None:
     for rank in on_two:
         assert len(rank[name]["resumed"]) == 4
         assert [found for found in rank[name]["resumed"] if found[1]] == []
+
+
+@pytest.mark.parametrize("in_one_file", [False, True])
+def test_resume_under_a_schedule_that_adopts_others(on_two: Any, tmp_path: Path, in_one_file: bool) -> None:
+    alone = under_other_schedules(tmp_path, ranks=1, in_one_file=in_one_file)
+    for rank in on_two:
+        for found, wanted in zip(rank["other schedules"][in_one_file], alone, strict=True):
+            assert found["history"] == wanted["history"]
+            assert found["seen"] == wanted["seen"]
+            assert same(found["groups"], wanted["groups"])
+            for key, value in wanted["weights"].items():
+                torch.testing.assert_close(found["weights"][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_only_runs_nothing_that_is_in_a_file(on_two: Any) -> None:
+    for rank in on_two:
+        assert "weights_only" in rank["with code"]["error"]
+        assert not rank["with code"]["ran"]
