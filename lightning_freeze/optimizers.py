@@ -247,9 +247,8 @@ class HomeGroups:
         self._extend_lists(self._followers[: self.group_count - self._own])
 
     def _extend_lists(self, followers: Sequence[_Follower]) -> None:
-        if self._followers:  # else every list is the user's own object
-            for scheduler in self._schedulers:
-                follow_groups(scheduler, self._own, followers, self._other_lists)
+        for scheduler in self._schedulers:
+            follow_groups(scheduler, self._own, followers, self._other_lists)
 
     def _adopt(self, parameters: Mapping[str, nn.Parameter], phases: int) -> None:
         names, members = list(parameters), list(parameters.values())

@@ -71,7 +71,8 @@ def follow_groups(
         others: What :func:`other_lists` gave; these are left alone.
     """
     for node, name, values in list(_lists(scheduler, others)):
-        if len(values) >= own:
+        # What is as it should be stays the user's own object; a checkpoint can have brought entries of its own groups.
+        if len(values) > own or (followers and len(values) == own):
             tail = [scaled(values[f.source], f.scale if _is_rate_list(name) else 1.0) for f in followers]
             node[name] = [*values[:own], *tail]
 
