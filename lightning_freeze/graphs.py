@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 _THINGS = 300_000
+_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")})
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type, range, torch.dtype, torch.device, torch.Generator)
 
 
@@ -79,8 +80,8 @@ def ways_to(tensors: Iterable[Tensor], roots: Mapping[str, Any], *, avoid: Conta
 
     Args:
         tensors: What is looked for.
-        roots: Name to object. Attributes, mappings, sequences, sets, closures and bound arguments are followed; no
-            property is read.
+        roots: Name to object. Attributes, also of the user's classes, mappings, sequences, sets, closures, bound
+            arguments and what a tensor is a view of are followed; no property is read.
         avoid: The identities of objects that are not followed.
 
     Returns:
@@ -107,9 +108,17 @@ def ways_to(tensors: Iterable[Tensor], roots: Mapping[str, Any], *, avoid: Conta
             if isinstance(child, Tensor):
                 if id(child) in wanted:
                     ways[id(child)] = way + step
+                elif (base := _base(child)) is not None and id(base) in wanted:
+                    ways.setdefault(id(base), f"{way}{step}._base ({way}{step} is a view of it)")
             else:
                 todo.append((way + step, child))
     return ways
+
+
+def _base(tensor: Tensor) -> Tensor | None:
+    """Give what a tensor is a view of; one made under ``no_grad`` has no graph, and keeps that of its base alive."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor._base
 
 
 def by_design(module: nn.Module) -> set[int]:
@@ -126,10 +135,14 @@ def by_design(module: nn.Module) -> set[int]:
     return {
         id(tensor)
         for child in module.modules()
-        for name in {name.rpartition("_")[0] for name in child._parameters if name.endswith(("_g", "_v", "_orig"))}
+        for name in {name.rpartition("_")[0] for name in _own_parameters(child) if name.endswith(("_g", "_v", "_orig"))}
         for tensor in [child.__dict__.get(name), *_flat(child)]
         if isinstance(tensor, Tensor)
     }
+
+
+def _own_parameters(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters(recurse=False)]  # a scripted module has no dict of them
 
 
 def _flat(module: nn.Module) -> list[Any]:
@@ -140,21 +153,25 @@ def container(way: str) -> str:
     """Give the way to what a tensor is kept in: the same for all members of one list.
 
     Example:
-        >>> container("self.losses[31]"), container("self.last"), container("self.seen['a'][2]")
-        ('self.losses', 'self.last', "self.seen['a']")
+        >>> container("self.losses[31]"), container("self.last"), container("self.a[2]._base (… is a view of it)")
+        ('self.losses', 'self.last', 'self.a')
     """
-    return re.sub(r"(\[\d+\])+$", "", way)
+    return re.sub(r"(\[\d+\])+(\._base \(.*\))?$", "", way)
 
 
 def globals_of_users() -> dict[str, Any]:
     """Give the modules that are the user's own, by name: neither of the standard library nor installed."""
-    libraries = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")})
     return {
         name: module
         for name, module in list(sys.modules.items())
-        if name == "__main__" or ((file := getattr(module, "__file__", None)) and not str(file).startswith(libraries))
-        if isinstance(module, types.ModuleType) and not name.startswith("lightning_freeze")
+        if isinstance(module, types.ModuleType) and _is_users(name)
     }
+
+
+def _is_users(module: str) -> bool:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    own = module == "__main__" or (file is not None and not str(file).startswith(_LIBRARIES))
+    return own and not module.startswith("lightning_freeze")
 
 
 def _children(thing: Any) -> Iterator[tuple[str, Any]]:
@@ -213,3 +230,7 @@ def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
                     yield f".{name}", slot.__get__(thing)
                 except AttributeError:  # not set
                     continue
+        if _is_users(cls.__module__):
+            for name, value in list(cls.__dict__.items()):
+                if not name.startswith("__") and not hasattr(type(value), "__get__"):  # neither method nor property
+                    yield f".{name}", value

@@ -18,7 +18,7 @@ from lightning_freeze.graphs import by_design, tensors_with_graph, ways_to
 
 
 def graph() -> Tensor:
-    return torch.ones(2, requires_grad=True).sum()
+    return torch.ones(2, requires_grad=True) * 2
 
 
 def closure(tensor: Tensor) -> Any:
@@ -38,6 +38,23 @@ class Slots:
         self.loss = loss
 
 
+def view(tensor: Tensor) -> Tensor:
+    with torch.no_grad():
+        return tensor[:1]
+
+
+def of_class(tensor: Tensor) -> Any:
+    class Holds:
+        losses = [tensor]  # noqa: RUF012
+        __slots__ = ()
+
+        @property
+        def trap(self) -> None:
+            raise AssertionError
+
+    return Holds()
+
+
 WAYS = [
     (lambda t: [0, t], "self.x[1]"),
     (lambda t: {"a": [t]}, "self.x['a'][0]"),
@@ -49,6 +66,8 @@ WAYS = [
     (lambda t: Data(torch.ones(1), [t]), "self.x.more[0]"),
     (Slots, "self.x.loss"),
     (lambda t: SimpleNamespace(deep=SimpleNamespace(loss=t)), "self.x.deep.loss"),
+    (of_class, "self.x.losses[0]"),
+    (lambda t: {"a": view(t)}, "self.x['a']._base (self.x['a'] is a view of it)"),
     (closure, "self.x.tensor"),
     (lambda t: partial(print, t), "self.x.args[0]"),
     (lambda t: partial(print, end=t), "self.x.keywords['end']"),
@@ -110,6 +129,9 @@ def test_what_has_a_graph_by_design() -> None:
     assert id(normal.weight) in by_design(normal)
     assert id(pruned.weight) in by_design(pruned)
     assert id(plain.kept) not in by_design(plain)
+    with pytest.warns(FutureWarning, match="deprecated"):
+        scripted = torch.jit.script(nn.Linear(2, 2))
+    assert by_design(nn.Sequential(scripted)) == set()
 
 
 def test_no_unfinished_tuple_of_another_thread_is_held() -> None:
