@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_freeze.selectors import clean_name, named_unique_parameters
 
@@ -51,7 +52,8 @@ def pair_up(
         A pair for every parameter, tied ones once, and every buffer.
 
     Raises:
-        ValueError: If names, shapes or dtypes differ, if there is nothing to pair, or if the two share parameters.
+        ValueError: If names, shapes or dtypes differ, if there is nothing to pair, if one has lazy tensors without a
+            shape, or if the two share parameters.
 
     Example:
         >>> pairs = pair_up(nn.Linear(2, 3), nn.Linear(2, 3))
@@ -64,6 +66,12 @@ def pair_up(
         Different: weight is (3, 2) float32 in source, (4, 2) float32 in target.
     """
     sources, targets = dict(_owners(source, buffers)), dict(_owners(target, buffers))
+    for label, owners in zip(names, (sources, targets), strict=True):
+        if lazy := [name for name, owner in owners.items() if is_lazy(getattr(owner, name.rpartition(".")[2]))]:
+            raise ValueError(
+                f"The {label} has lazy tensors, which get their shape in its first forward: {listed(lazy)}. Run a "
+                "batch through it in __init__ or configure_model, and then build the target with copy.deepcopy."
+            )
     pairs = [Pair(name, owner, targets[name]) for name, owner in sources.items() if name in targets]
     complaints = [
         f"Only in {label}: {listed(missing)}."

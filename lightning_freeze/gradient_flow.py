@@ -16,6 +16,7 @@ import lightning
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -37,11 +38,14 @@ _NODES = 200_000
 class Received:
     """Notes which parameters a backward reaches.
 
-    A gradient that is left over from an earlier step does not count: hooks tell of each one that is accumulated. Where
-    somebody sets ``.grad`` by hand, :meth:`take_in` sees it.
+    A gradient that is left over from an earlier step does not count: hooks tell of each one that is accumulated, also
+    where it is taken and cleared at once. Where somebody sets ``.grad`` by hand, :meth:`take_in` sees it. Neither what
+    ``torch.autograd.grad`` gives counts, nor a backward that comes to a parameter with no gradient for it, as that of a
+    ``torch.autograd.Function`` that returns None.
 
     Args:
-        parameters: Name to parameter. Those that do not require grad now are passed over.
+        parameters: Name to parameter. Those that do not require grad now, or are lazy and have no value yet, are passed
+            over.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -55,16 +59,19 @@ class Received:
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.names: set[str] = set()
         self._parameters = dict(parameters)
-        self._handles: dict[str, RemovableHandle] = {}
+        self._handles: dict[str, tuple[RemovableHandle, RemovableHandle]] = {}
+        self._coming: set[str] = set()
         self._before = {name: gradient_mark(parameter) for name, parameter in parameters.items()}
         self.follow()
 
     def follow(self) -> None:
-        """Follow also what requires grad only now."""
+        """Follow also what requires grad, or has a value, only now."""
         for name, parameter in self._parameters.items():
-            if parameter.requires_grad and name not in self._handles:
-                note = functools.partial(self._note, name)
-                self._handles[name] = parameter.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+            if parameter.requires_grad and name not in self._handles and not is_lazy(parameter):
+                self._handles[name] = (
+                    parameter.register_hook(functools.partial(self._note_coming, name)),  # type: ignore[no-untyped-call]
+                    parameter.register_post_accumulate_grad_hook(functools.partial(self._note, name)),  # type: ignore[no-untyped-call]
+                )
 
     def take_in(self, parameters: Iterable[nn.Parameter]) -> None:
         """Count gradients that are not those from the beginning, such as one set by hand."""
@@ -76,12 +83,21 @@ class Received:
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles.values():
-            handle.remove()
+        for handles in self._handles.values():
+            for handle in handles:
+                handle.remove()
         self._handles = {}
 
+    def _note_coming(self, name: str, gradient: Tensor | None) -> None:
+        if gradient is None:
+            self._coming.discard(name)
+        else:
+            self._coming.add(name)
+
     def _note(self, name: str, _: Tensor) -> None:
-        self.names.add(name)
+        # Torch calls this also where there is no gradient; ``.grad`` does not tell, it may be cleared, or an old one.
+        if name in self._coming:
+            self.names.add(name)
 
 
 def gradient_mark(parameter: nn.Parameter) -> tuple[int, ...] | None:
@@ -133,6 +149,8 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # the compiler traces this function, and the rest of it cannot be traced
+            return func(*args, **kwargs)
         try:
             cut = _CUTS.get(func)
         except TypeError:  # not hashable
@@ -240,6 +258,8 @@ def watch_next_call(module: nn.Module, method: str, parameters: Mapping[str, nn.
         with watching(parameters, uses):
             return original(*args, **kwargs)
 
+    # Lightning looks through one decorator for the names of the arguments, so this one shall not count.
+    watched.__wrapped__ = getattr(original, "__wrapped__", original)
     watched._replaced = own  # type: ignore[attr-defined]
     module.__dict__[method] = watched
 

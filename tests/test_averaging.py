@@ -183,6 +183,16 @@ def test_nothing_to_pair() -> None:
         pair_up(nn.ReLU(), nn.ReLU())
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_lazy_tensors_are_refused(which: int) -> None:
+    nets = [nn.Linear(2, 3), nn.Linear(2, 3)]
+    nets[which] = nn.LazyLinear(3)
+    lazy = ("source", "target")[which]
+    message = rf"The {lazy} has lazy tensors.* first forward: weight, bias\. Run a batch through it in __init__"
+    with pytest.raises(ValueError, match=message):
+        pair_up(*nets)
+
+
 def test_a_target_that_is_the_source_in_part() -> None:
     source, target = network(), network()
     target[5] = source[5]

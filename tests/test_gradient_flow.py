@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from lightning_freeze.gradient_flow import (
     watch_next_call,
     watching,
 )
+from tests.nets import Stops
 
 
 class Net(nn.Module):
@@ -55,6 +57,37 @@ def test_received_follows_what_thaws_and_what_was_switched() -> None:
     received.follow()
     net(torch.ones(1, 2)).sum().backward()
     assert received.names == set(named(net))
+
+
+def test_received_counts_no_backward_without_a_gradient() -> None:
+    net = Net()
+    received = Received(named(net))
+    loss = net(torch.ones(1, 2)).sum()
+    torch.autograd.grad(loss, list(net.parameters()))
+    assert received.names == set()
+    net.b(Stops.apply(net.a(torch.ones(1, 2)))).sum().backward()
+    assert received.names == {"b.weight", "b.bias"}
+
+
+def test_received_counts_a_gradient_that_is_taken_at_once() -> None:
+    net = Net()
+    for parameter in net.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    received = Received(named(net))
+    net(torch.ones(1, 2)).sum().backward()
+    assert received.names == set(named(net))
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_received_follows_what_is_lazy_once_it_has_a_value() -> None:
+    net = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 2))
+    received = Received(named(net))
+    loss = net(torch.ones(1, 3)).sum()
+    received.follow()
+    loss.backward()
+    assert received.names == set(named(net))
+    received.close()
+    assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in net.parameters())
 
 
 def test_watching_changes_no_result_and_no_random_number() -> None:
@@ -126,3 +159,25 @@ def test_what_python_does_not_see() -> None:
     assert can_be_watched(net)
     net.a = torch.compile(net.a, backend="eager")  # type: ignore[assignment]
     assert not can_be_watched(net)
+
+
+def test_a_decorated_method_keeps_the_names_of_its_arguments() -> None:
+    class Decorated(Net):
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    for net in (Net(), Decorated()):
+        seen = getattr(net.forward, "__wrapped__", net.forward)
+        watch_next_call(net, "forward", named(net), Uses())
+        assert inspect.signature(net.forward.__wrapped__) == inspect.signature(seen)  # as Lightning looks
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_function_that_is_compiled_whole() -> None:
+    net, uses = Net(), Uses()
+    compiled = torch.compile(lambda x: net.b(x), backend="eager", fullgraph=True)
+    with watching(named(net), uses):
+        output = compiled(net.a(torch.ones(1, 2)))
+    assert torch.equal(output, net(torch.ones(1, 2)))
+    assert "a.weight" in uses.of

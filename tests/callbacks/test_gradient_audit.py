@@ -37,7 +37,7 @@ from lightning_freeze.callbacks.target_network import TargetNetwork
 from tests.devices import Hooked as HookedDDP
 from tests.followers import Student
 from tests.laws.test_law6_replicas_agree import post_local_sgd
-from tests.nets import Net, Probe, adamw, data, loader, sgd, trainer
+from tests.nets import Net, Probe, Stops, adamw, data, loader, sgd, trainer
 from tests.replicas import on_two_processes
 
 
@@ -273,6 +273,13 @@ class Forward(Net):
             self.extra = nn.Embedding(5, 4, sparse=True)
         if what == "compiled":
             self.extra = torch.compile(self.extra, backend="eager")
+        if what == "compiled whole":
+            self.extra.forward = torch.compile(self.extra.forward, backend="eager", fullgraph=True)
+        if what == "scripted":
+            with pytest.warns(FutureWarning, match="deprecated"):
+                self.extra = torch.jit.script(self.extra)
+        if what == "lazy":
+            self.extra = nn.LazyLinear(4)
         if what == "buffer":
             self.register_buffer("mean", torch.zeros(4))
 
@@ -302,7 +309,8 @@ class Forward(Net):
 @pytest.mark.parametrize(
     "what",
     [
-        *("weight norm", "spectral norm", "parametrized", "tied", "embedding", "compiled", "buffer"),
+        *("weight norm", "spectral norm", "parametrized", "tied", "embedding", "buffer", "lazy"),
+        *("compiled", "compiled whole", "scripted"),
         *("dropped at random", "checkpoint", "re-entrant checkpoint", "detached for a log", "more outputs"),
     ],
 )
@@ -311,6 +319,15 @@ class Forward(Net):
 def test_forwards_that_are_fine(what: str) -> None:
     torch.manual_seed(1)
     assert found(fit(Forward(what), max_epochs=4)) == {}
+
+
+def test_a_decorated_step_is_called_as_without_it() -> None:
+    class Decorated(Net):
+        @torch.enable_grad()
+        def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+            return super().training_step(batch, 0)
+
+    assert found(fit(Decorated(), max_epochs=1)) == {}
 
 
 class Plain(Net):
@@ -533,6 +550,8 @@ class Faulty(Net):
             features = features + checkpoint(self.branch, features.detach(), use_reentrant=True)
         elif self.fault == "copy":
             features = features + nn.functional.linear(features, self.branch.weight.detach(), self.branch.bias.data)
+        elif self.fault == "its backward gives none":
+            features = features + Stops.apply(self.branch(features))
         elif self.fault == "argmax":
             features = features + self.branch(features).argmax(1, keepdim=True)
         else:
@@ -553,6 +572,7 @@ CAUSES = {
     "re-entrant checkpoint": "only where no graph is recorded (callbacks/test_gradient_audit.py:",
     "left out": "the loss does not depend on what comes of it",
     "argmax": "the loss does not depend on what comes of it",
+    "its backward gives none": "the loss does not depend on what comes of it",
     "copy": "Only a copy without a graph is used",
 }
 
@@ -734,6 +754,8 @@ LOSSES: list[Tensor] = []
 
 
 class Keeps(Net):
+    shared: list[Tensor] = []  # noqa: RUF012
+
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how = how
@@ -755,6 +777,11 @@ class Keeps(Net):
             self.neck.cache.setdefault("all", []).append({"loss": (1, loss)})
         elif self.how == "buffer":
             self.mean = self.mean.detach() + loss
+        elif self.how == "class":
+            self.shared.append(loss)
+        elif self.how == "view":
+            with torch.no_grad():
+                self.losses.append(loss[None])
         elif self.how == "closure":
             self.remember(loss)
         elif self.how == "global":
@@ -772,6 +799,8 @@ KEPT = {
     "attribute": {"self.last"},
     "nest": {"self.neck.cache['all'][0]['loss'][1]"},
     "buffer": {"self.mean"},
+    "class": {"self.shared[0]"},
+    "view": {"self.losses[0]._base (self.losses[0] is a view of it)"},
     "closure": {"self.remember.kept[0]"},
     "callback": {"Probe.seen"},
     "global": {"tests.callbacks.test_gradient_audit.LOSSES[0]"},
@@ -782,9 +811,9 @@ KEPT = {
 
 @pytest.mark.parametrize("how", KEPT)
 def test_a_tensor_that_keeps_a_graph(how: str) -> None:
-    LOSSES.clear()
     audit = fit(Keeps(how), Probe())
     LOSSES.clear()
+    Keeps.shared.clear()
     expected = {"graph_kept": KEPT[how]} if KEPT[how] else {}
     if how == "nest":  # each step's is a place of its own
         assert "self.neck.cache['all'][0]['loss'][1]" in found(audit)["graph_kept"]
