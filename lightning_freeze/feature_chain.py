@@ -22,7 +22,7 @@ from torch.nn.modules import module as nn_module
 from torch.optim import Optimizer
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from lightning_freeze.feature_memory import Counts, FeatureMemory, Run
+from lightning_freeze.feature_memory import Counts, FeatureMemory, Run, autocast_states
 from lightning_freeze.features import is_plain, tensor_digest, why_no_key
 from lightning_freeze.frozen_state import Conditions, Weights, structure_text, why_not_reusable
 from lightning_freeze.stores import Budget, Folder
@@ -100,7 +100,7 @@ class _Given:
         self.args, self.kwargs, self.leaves = args, kwargs, leaves
         self._tensors = [leaf for leaf in self.leaves if isinstance(leaf, Tensor)]
         self._versions = self._read_versions()
-        self._autocast = self._read_autocast()
+        self._autocast = autocast_states(leaves)
 
     def written(self) -> bool:
         """Whether something in it has been written to since. In inference mode that cannot be seen."""
@@ -112,7 +112,7 @@ class _Given:
 
     def other_autocast(self) -> bool:
         """Whether autocast is not what it was: what runs now is computed in another dtype."""
-        return self._autocast != self._read_autocast()
+        return self._autocast != autocast_states(self.leaves)
 
     @contextmanager
     def circumstances(self) -> Iterator[None]:
@@ -122,10 +122,6 @@ class _Given:
             for kind, on, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=on))
             yield
-
-    def _read_autocast(self) -> list[tuple[str, bool, torch.dtype]]:
-        kinds = sorted({"cpu", *(tensor.device.type for tensor in self._tensors)})
-        return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
 
     def _read_versions(self) -> list[int]:
         return [tensor._version for tensor in self._tensors if not tensor.is_inference()]
@@ -176,6 +172,16 @@ class _Watched:
     digest: bytes
     given: _Given
     content: list[bytes | None]
+
+
+@dataclass
+class _Answered:
+    """A call whose output, that of link ``depth - 1``, is there already."""
+
+    depth: int
+    output: Any
+    given: _Given
+    memory: FeatureMemory
 
 
 class FeatureChain:
@@ -236,7 +242,8 @@ class FeatureChain:
         self._follow = 1
         self._linked = len(self._links)
         self._watched: _Watched | None = None
-        self._passed: tuple[int, Later, Any] | None = None
+        # The link that has given a stand-in last, that stand-in, and the call that both belong to.
+        self._passed: tuple[int, Later, _Answered] | None = None
         # What stands for outputs between links, as far as somebody may still hold it.
         self._laters: list[weakref.ref[Later]] = []
         # What each link gets beside the output of the one before, as far as they are known to follow.
@@ -462,7 +469,7 @@ class FeatureChain:
             return run(*args, **kwargs)
         output, leaves = answer
         memory = self._memories[self._covers(look)]
-        return self._hand_on(0, (depth, output, _Given(args, kwargs, leaves), memory))
+        return self._hand_on(0, _Answered(depth, output, _Given(args, kwargs, leaves), memory))
 
     def _recall(
         self,
@@ -500,16 +507,16 @@ class FeatureChain:
         runs = [stand_in.plain for stand_in in self._stand_ins[first : first + depth]]
         return partial(_one_by_one, runs, [self._beside[i] for i in range(1, depth)])
 
-    def _hand_on(self, index: int, call: tuple[int, Any, _Given, FeatureMemory]) -> Any:
+    def _hand_on(self, index: int, call: _Answered) -> Any:
         """Give what link ``index`` returns when the output of the last link is already there."""
-        depth, output, given, memory = call
-        if index == depth - 1:
+        if index == call.depth - 1:
             self._passed = None
-            return output
+            return call.output
+        given = call.given
 
         def compute() -> Tensor:
             self._unlink(index, f"something other than {self._names[index + 1]} reads what {self._names[index]} gives")
-            if given.written() or memory.check():
+            if given.written() or call.memory.check():
                 raise RuntimeError(
                     f"FeatureCache: what {self._names[0]} was given, or its weights, have been written to before "
                     f"something other than {self._names[index + 1]} read what {self._names[index]} gives, so that "
@@ -532,7 +539,7 @@ class FeatureChain:
         """Answer for a link that is not the first."""
         if self._passed is not None:
             before, later, call = self._passed
-            given = call[2]
+            given = call.given
             follows = index == before + 1 and bool(args) and args[0] is later and not later.is_there
             follows = follows and not given.written() and not given.other_autocast()
             if follows and _Beside.of(args[1:], kwargs, given) == self._beside[index]:

@@ -13,7 +13,7 @@ import platform
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import compress
@@ -598,12 +598,15 @@ def _numbers(rows: Bytes) -> int:
     return int(np.count_nonzero(rows)) // 4
 
 
+def autocast_states(leaves: Iterable[Any]) -> list[tuple[str, bool, torch.dtype]]:
+    """Give each kind of device among the tensors, and the CPU, with whether autocast is on there and its dtype."""
+    kinds = sorted({"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))})
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+
+
 def _context(call: Call) -> str:
     """Give, as text, the settings that outputs depend on."""
-    kinds = {leaf.device.type for leaf in call.leaves if isinstance(leaf, Tensor)}
-    autocast = [
-        (kind, torch.get_autocast_dtype(kind)) for kind in sorted(kinds | {"cpu"}) if torch.is_autocast_enabled(kind)
-    ]
+    autocast = [(kind, dtype) for kind, is_on, dtype in autocast_states(call.leaves) if is_on]
     return (
         f"{autocast}{torch.get_default_dtype()}{torch.get_float32_matmul_precision()}{torch.get_num_threads()}"
         f"{torch.are_deterministic_algorithms_enabled()}"

@@ -39,6 +39,10 @@ class Norms:
     values: tuple[Tensor, ...]
 
 
+#: What has measured nothing.
+NO_NORMS = Norms((), ())
+
+
 @torch.no_grad()
 def measure(tensors: Mapping[str, Tensor], *, scale: Tensor | None = None) -> Norms:
     """Measure tensors without waiting for the device. Half precision is accumulated and given in float32.
@@ -256,7 +260,7 @@ class StepNorms:
         what: Collection[What] = ("grad", "weight", "update"),
         *,
         scale: Tensor | None = None,
-        unclipped: Norms | None = None,
+        unclipped: Norms = NO_NORMS,
     ) -> None:
         self.parameters = parameters
         self.what = what
@@ -265,7 +269,7 @@ class StepNorms:
         self._over = False
         self.with_gradient: set[str] = set()
         if "grad" in what:
-            unclipped, here = unclipped or Norms((), ()), gradients(parameters)
+            here = gradients(parameters)
             self.with_gradient, known = set(here), set(unclipped.names)
             missing = {name: gradient for name, gradient in here.items() if name not in known}
             self.measured["grad"] = combined(unclipped, measure(missing, scale=scale))

@@ -11,7 +11,7 @@ from lightning_freeze.batchnorm import frozen_running_statistics, wholly_frozen
 from lightning_freeze.gradients import can_train
 from lightning_freeze.optimizers import overlay
 from lightning_freeze.phases import Phase
-from lightning_freeze.selectors import named_unique_parameters, resolve, selector_text
+from lightning_freeze.selectors import as_patterns, named_unique_parameters, resolve, selector_text
 
 FrozenMode: TypeAlias = Literal["batchnorm", "eval", "train"]
 
@@ -79,8 +79,7 @@ def held_modules(module: nn.Module, trains: Collection[int], mode: FrozenMode) -
 
 
 def _check_kept(module: nn.Module, phase: Phase, kept: Mapping[int, str]) -> None:
-    patterns = [phase.train] if isinstance(phase.train, str) or callable(phase.train) else phase.train
-    for pattern in patterns:
+    for pattern in as_patterns(phase.train):
         if isinstance(pattern, str) and pattern.startswith("!"):
             continue
         named = resolve(module, pattern)

@@ -72,6 +72,21 @@ class Net(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
 
+class WarmUp(Net):
+    """Writes a rate that grows with every step into all groups, as Lightning's documentation does; notes the rates."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rates: list[list[float]] = []
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        (optimizer,) = self.trainer.optimizers
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (self.trainer.global_step + 1)
+        super().optimizer_step(*args, **kwargs)
+        self.rates.append([group["lr"] for group in optimizer.param_groups])
+
+
 class Stops(torch.autograd.Function):
     """Its backward gives no gradient."""
 

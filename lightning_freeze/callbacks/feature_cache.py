@@ -192,21 +192,12 @@ class FeatureCache(Callback):
         if self._chain is not None:
             self._chain.suspect_step(optimizer)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Compute what the user keeps of what is between the modules of a chain."""
-        self._settle()
+        if self._chain is not None:
+            self._chain.settle()
 
-    def on_validation_batch_end(self, *_: Any) -> None:
-        """Compute what the user keeps of what is between the modules of a chain."""
-        self._settle()
-
-    def on_test_batch_end(self, *_: Any) -> None:
-        """Compute what the user keeps of what is between the modules of a chain."""
-        self._settle()
-
-    def on_predict_batch_end(self, *_: Any) -> None:
-        """Compute what the user keeps of what is between the modules of a chain."""
-        self._settle()
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Step aside."""
@@ -245,10 +236,6 @@ class FeatureCache(Callback):
         if self._chain is not None:
             self._chain.suspect()
             self._chain.exchange()
-
-    def _settle(self) -> None:
-        if self._chain is not None:
-            self._chain.settle()
 
     def _limit(self, trainer: Trainer) -> int:
         if self.max_bytes is not None:

@@ -468,21 +468,19 @@ class FreezeSchedule(Callback):
         batches: float = trainer.num_training_batches
         if trainer.max_steps >= 0:
             batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
-        try:
-            check_agreement(trainer.strategy, batches=batches)
-        except RuntimeError as error:
-            raise MisconfigurationException(
-                "Ranks have different numbers of training batches, and Lightning waits forever for those that run out. "
-                f"Give every rank as many, for example by limit_train_batches=…. {error}"
-            ) from None
+        _refuse_differences(
+            trainer,
+            "Ranks have different numbers of training batches, and Lightning waits forever for those that run out. "
+            "Give every rank as many, for example by limit_train_batches=….",
+            batches=batches,
+        )
         if any(phase.until is not None for phase in self.phases):
-            try:
-                check_agreement(trainer.strategy, validates=sum(trainer.num_val_batches) > 0)
-            except RuntimeError as error:
-                raise MisconfigurationException(
-                    "A rank has no validation batches, and those that have some would wait for it forever to agree on "
-                    f"the Plateau's metric. Give every rank some. {error}"
-                ) from None
+            _refuse_differences(
+                trainer,
+                "A rank has no validation batches, and those that have some would wait for it forever to agree on the "
+                "Plateau's metric. Give every rank some.",
+                validates=sum(trainer.num_val_batches) > 0,
+            )
 
     # Words
 
@@ -612,6 +610,13 @@ def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningM
 
     checkpoints = CheckpointsByName(trainer.strategy, whole, parameters)
     return _Fit(parameters, trains, flags, homes, kept, kept_modules, checkpoints)
+
+
+def _refuse_differences(trainer: Trainer, why: str, **facts: Any) -> None:
+    try:
+        check_agreement(trainer.strategy, **facts)
+    except RuntimeError as error:
+        raise MisconfigurationException(f"{why} {error}") from None
 
 
 def _steps_per_epoch(trainer: Trainer) -> float | None:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_freeze.gradient_flow import gradient_mark
 from lightning_freeze.logs import get_logger
 from lightning_freeze.norms import (
-    Norms,
+    NO_NORMS,
     ParameterNames,
     Per,
     StepNorms,
@@ -37,7 +37,6 @@ from lightning_freeze.selectors import named_unique_parameters
 
 _log = get_logger(__name__)
 _SHOWN = 5
-_NOTHING = Norms((), ())
 
 
 class NormLogger(Callback):
@@ -119,7 +118,7 @@ class NormLogger(Callback):
         self._logged: dict[int, int] = {}
         self._steps: dict[int, StepNorms] = {}
         self._handles: list[RemovableHandle] = []
-        self._unclipped = _NOTHING
+        self._unclipped = NO_NORMS
         self._before: dict[str, tuple[int, ...] | None] = {}
         self._names: ParameterNames | None = None
 
@@ -210,7 +209,7 @@ class NormLogger(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
         return without_fit(
-            self.__dict__, _logged={}, _steps={}, _handles=[], _unclipped=_NOTHING, _before={}, _names=None
+            self.__dict__, _logged={}, _steps={}, _handles=[], _unclipped=NO_NORMS, _before={}, _names=None
         )
 
     def _ready(self, index: int) -> None:
@@ -237,7 +236,7 @@ class NormLogger(Callback):
     def _drop(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._steps, self._handles, self._unclipped, self._before = {}, [], _NOTHING, {}
+        self._steps, self._handles, self._unclipped, self._before = {}, [], NO_NORMS, {}
 
 
 def _stepped(trainer: Trainer) -> int:

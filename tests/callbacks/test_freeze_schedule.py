@@ -611,17 +611,20 @@ def test_callbacks_copy_and_pickle_without_the_model() -> None:
 
 # YAML
 
-CLI = """
+TRAINER = """
 seed_everything: 0
-model:
-  width: 4
 trainer:
   accelerator: cpu
-  max_epochs: 3
   logger: false
   enable_checkpointing: false
   enable_progress_bar: false
   enable_model_summary: false
+"""
+
+CLI = f"""
+model: {{width: 4}}
+{TRAINER}
+  max_epochs: 3
   callbacks:
     - class_path: lightning_freeze.FreezeSchedule
       init_args:
@@ -632,12 +635,12 @@ trainer:
           - train: [head, "backbone.*", "!*.bias"]
             name: top
             steps: 4
-            lr_scale: {backbone: 0.1}
-            until: {monitor: val_loss, patience: 9}
+            lr_scale: {{backbone: 0.1}}
+            until: {{monitor: val_loss, patience: 9}}
           - train: "*"
             lr_scale: 1
     - class_path: lightning_freeze.FreezeBatchNorm
-      init_args: {select: backbone}
+      init_args: {{select: backbone}}
 """
 
 
@@ -670,25 +673,19 @@ def test_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert schedule.history == [(0, 0, 0), (1, 6, 1), (1, 10, 2)]
 
 
-LISTS = """
-seed_everything: 0
-trainer:
-  accelerator: cpu
+LISTS = f"""
+{TRAINER}
   max_epochs: 2
-  logger: false
-  enable_checkpointing: false
-  enable_progress_bar: false
-  enable_model_summary: false
   callbacks:
     - class_path: lightning_freeze.FreezeSchedule
       init_args:
         phases:
-          - {train: [head, "backbone.*", "!*.bias"], epochs: 1, lr_scale: {backbone: 1e-1}}
-          - {train: "*", until: {monitor: val_loss, min_delta: 1e-3}, lr_scale: 1e-1}
+          - {{train: [head, "backbone.*", "!*.bias"], epochs: 1, lr_scale: {{backbone: 1e-1}}}}
+          - {{train: "*", until: {{monitor: val_loss, min_delta: 1e-3}}, lr_scale: 1e-1}}
     - class_path: lightning_freeze.FreezeBatchNorm
-      init_args: {select: [backbone.1, backbone.5], train_affine: true}
+      init_args: {{select: [backbone.1, backbone.5], train_affine: true}}
     - class_path: lightning_freeze.GradientAudit
-      init_args: {ignore: [backbone, "!backbone.5"]}
+      init_args: {{ignore: [backbone, "!backbone.5"]}}
 """
 
 

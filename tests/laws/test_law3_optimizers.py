@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from lightning_freeze import FreezeSchedule, Phase
 from lightning_freeze.optimizers import HomeGroups
-from tests.nets import Net, loader, same, sgd, trainer
+from tests.nets import WarmUp, loader, same, sgd, trainer
 
 OPTIMIZERS = sorted(
     name
@@ -127,23 +127,15 @@ class Around(torch.optim.Optimizer):
 @pytest.mark.parametrize("nested", [False, True])
 def test_an_optimizer_that_saves_in_its_own_way(tmp_path: Path, nested: bool) -> None:
     """Its checkpoints are whole, resume with and without us, and rates written before a step are scaled in it."""
-    rates: list[list[float]] = []
 
-    class WarmUp(Net):
-        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            (optimizer,) = self.trainer.optimizers
-            for group in optimizer.param_groups:
-                group["lr"] = 0.01 * (self.trainer.global_step + 1)
-            super().optimizer_step(*args, **kwargs)
-            rates.append([group["lr"] for group in optimizer.param_groups])
-
-    def fit(schedule: Any, epochs: int, resume: Path | None = None, saver: Any = None) -> None:
+    def fit(schedule: Any, epochs: int, resume: Path | None = None, saver: Any = None) -> list[list[float]]:
         unhooked = type("Around", (Around,), {})  # torch hooks a class's step late, and then for good
         net = WarmUp(lambda params: unhooked(sgd(params), nested), lambda o: StepLR(o, 9))
         callbacks = [callback for callback in (schedule, saver) if callback is not None]
         run = trainer(tmp_path, callbacks=callbacks, max_epochs=epochs, enable_checkpointing=saver is not None)
         run.fit(net, loader(), ckpt_path=resume, weights_only=True)
         assert not {"state_dict", "load_state_dict"} & set(vars(run.optimizers[0]))
+        return net.rates
 
     def schedule() -> FreezeSchedule:
         return FreezeSchedule([Phase("head", epochs=2), Phase("*", lr_scale={"neck": 0.1})])
@@ -152,8 +144,7 @@ def test_an_optimizer_that_saves_in_its_own_way(tmp_path: Path, nested: bool) ->
     state = torch.load(tmp_path / "first.ckpt")["optimizer_states"][0]
     (group,) = (state["base"] if nested else state)["param_groups"]
     assert len(group["params"]) == 12
-    rates.clear()
-    fit(schedule(), 3, tmp_path / "first.ckpt")
+    rates = fit(schedule(), 3, tmp_path / "first.ckpt")
     assert rates == [[0.01 * n, 0.01 * n * (0.1 if n > 12 else 1.0)] for n in range(7, 19)]
     fit(None, 2, tmp_path / "first.ckpt")
 

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
 
 from lightning_freeze import FreezeSchedule, Phase
-from tests.nets import Net, Probe, loader, sgd, trainer
+from tests.nets import Net, Probe, WarmUp, loader, sgd, trainer
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda step: 0.9**step),
@@ -165,17 +165,8 @@ def test_tensor_learning_rates() -> None:
 
 def test_a_warm_up_that_the_user_writes_into_all_groups() -> None:
     """The pattern of Lightning's documentation: a rate set in optimizer_step holds for that very step, scaled."""
-    rates: list[list[float]] = []
-
-    class WarmUp(Net):
-        def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-            (optimizer,) = self.trainer.optimizers
-            for group in optimizer.param_groups:
-                group["lr"] = 0.01 * (self.trainer.global_step + 1)
-            super().optimizer_step(*args, **kwargs)
-            rates.append([group["lr"] for group in optimizer.param_groups])
-
+    net = WarmUp(sgd)
     schedule = FreezeSchedule([Phase("head", steps=3), Phase("*", lr_scale={"backbone": 0.1})])
-    trainer(callbacks=[schedule], max_epochs=1).fit(WarmUp(sgd), loader(), loader())
+    trainer(callbacks=[schedule], max_epochs=1).fit(net, loader(), loader())
     user = [0.01 * (step + 1) for step in range(6)]
-    assert rates == [[rate, rate * (0.1 if step >= 3 else 1.0)] for step, rate in enumerate(user)]
+    assert net.rates == [[rate, rate * (0.1 if step >= 3 else 1.0)] for step, rate in enumerate(user)]
