@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -137,25 +138,26 @@ def polyak_average(pairs: Sequence[Pair], tau: float) -> None:
         >>> target.weight.tolist()
         [[0.25, 0.25]]
     """
-    check_tau(tau, "polyak_average")
+    tau = share(tau, "polyak_average")
     for sources, targets in _by_kind(pairs):
         if _has_fractions(targets[0]):
-            torch._foreach_lerp_(targets, sources, float(tau))
+            torch._foreach_lerp_(targets, sources, tau)
         else:
             torch._foreach_copy_(targets, sources)
 
 
-def check_tau(tau: float, given: str) -> None:
-    """Refuse a ``tau`` that is not in (0, 1].
+def share(tau: object, given: str) -> float:
+    """Give ``tau`` as a float, also one of NumPy's, and refuse one that is not in (0, 1].
 
     Raises:
         ValueError: If it is not.
         TypeError: If it is no number.
     """
-    if not isinstance(tau, float | int) or isinstance(tau, bool):
+    if isinstance(tau, bool) or not isinstance(tau, Real):
         raise TypeError(f"{given}(tau={tau!r}): it is a number in (0, 1], for example 0.005.")
-    if not 0 < tau <= 1:
+    if not 0 < float(tau) <= 1:
         raise ValueError(f"{given}(tau={tau!r}): it is in (0, 1], for example 0.005. 1 copies, 0 would never move.")
+    return float(tau)
 
 
 def shared_parameters(module: nn.Module, others: Iterable[nn.Parameter]) -> list[str]:

@@ -8,9 +8,10 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal, TypeGuard
 
+from lightning_freeze.arguments import whole_number
 from lightning_freeze.selectors import Selector, as_patterns, selector_text
 
 
@@ -257,20 +258,6 @@ def _known(cls: Callable[..., Any], options: dict[str, Any], where: str) -> dict
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{where} has no option {key!r}.{hint} The options are {', '.join(fields)}.")
     return options
-
-
-def whole_number(where: str, name: str, value: object) -> int:
-    """Give a number of times as an int, also one of NumPy's, which a checkpoint could not hold.
-
-    Raises:
-        TypeError: If it is no whole number.
-        ValueError: If it is below 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{where}({name}={value!r}): {name} is a whole number.")
-    if value < 1:
-        raise ValueError(f"{where}({name}={value}): {name} is at least 1.")
-    return int(value)
 
 
 def _number(given: str, value: object) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
-from lightning_freeze.phases import Phase, whole_number
+from lightning_freeze.arguments import whole_number
+from lightning_freeze.phases import Phase
 from lightning_freeze.selectors import Selector
 
 

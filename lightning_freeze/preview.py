@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lightning_freeze.arguments import whole_number
 from lightning_freeze.batchnorm import every_module, has_running_statistics, held_affine, is_held
 from lightning_freeze.gradients import percent, scalars
-from lightning_freeze.phases import Phase, whole_number
+from lightning_freeze.phases import Phase
 from lightning_freeze.plan import FrozenMode, held_modules, phase_scales, phase_trains
 from lightning_freeze.selectors import named_unique_parameters, selector_text, unwrapped
 from lightning_freeze.tables import Table

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_freeze.arguments import whole_number
 from lightning_freeze.callbacks.freeze_schedule import FreezeSchedule
 from lightning_freeze.findings import Finding, Report, alike, described
 from lightning_freeze.gradient_flow import Received, Uses, can_be_watched, stop_watching, watch_next_call
@@ -136,8 +137,8 @@ class GradientAudit(Callback):
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"GradientAudit(on_violation={on_violation!r}): it is 'warn' or 'raise'.{hint}")
         self.on_violation = on_violation
-        self.every_n_epochs = _at_least_one("every_n_epochs", every_n_epochs)
-        self.first_n_steps = _at_least_one("first_n_steps", first_n_steps)
+        self.every_n_epochs = whole_number("GradientAudit", "every_n_epochs", every_n_epochs)
+        self.first_n_steps = whole_number("GradientAudit", "first_n_steps", first_n_steps)
         self.ignore = ignore
         self.report = Report()
         self._fit: _Fit | None = None
@@ -585,11 +586,3 @@ def _trained(trainer: Trainer) -> int:
 def _gathered(trainer: Trainer, mine: T) -> list[T]:
     """Give what each process has; one call that all make."""
     return from_all(mine) if trainer.world_size > 1 else [mine]
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"GradientAudit({name}={value!r}): it is a whole number.")
-    if value < 1:
-        raise ValueError(f"GradientAudit({name}={value}): it is at least 1.")
-    return value

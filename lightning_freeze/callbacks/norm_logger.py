@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_freeze.arguments import whole_number
 from lightning_freeze.gradient_flow import gradient_mark
 from lightning_freeze.logs import get_logger
 from lightning_freeze.norms import (
@@ -103,13 +104,11 @@ class NormLogger(Callback):
         per: Per = "total",
         what: Iterable[What] = ("grad", "weight", "update"),
     ) -> None:
-        if every_n_steps is not None and (not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool)):
-            raise TypeError(f"NormLogger(every_n_steps={every_n_steps!r}): it is a whole number of steps, or None.")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"NormLogger(every_n_steps={every_n_steps}): it is at least 1, or None.")
         if isinstance(what, str):
             raise TypeError(f"NormLogger(what={what!r}): it is a tuple. Write what=({what!r},).")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = (
+            None if every_n_steps is None else whole_number("NormLogger", "every_n_steps", every_n_steps)
+        )
         self.per = _one_of("per", per, get_args(Per))
         self.what = tuple(_one_of("what", one, get_args(What)) for one in what)
         if not self.what:

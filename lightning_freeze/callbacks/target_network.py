@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_freeze.arguments import whole_number
 from lightning_freeze.averaging import (
     Pair,
-    check_tau,
     hard_copy,
     listed,
     pair_up,
     polyak_average,
+    share,
     shared_parameters,
 )
 from lightning_freeze.batchnorm import hold_eval, release_eval
@@ -104,11 +105,9 @@ class TargetNetwork(Callback):
                 "Polyak average after every step, or every_n_steps=1000 for a copy after so many."
             )
         if tau is not None:
-            check_tau(tau, "TargetNetwork")
-        if every_n_steps is not None and (not isinstance(every_n_steps, int) or isinstance(every_n_steps, bool)):
-            raise TypeError(f"TargetNetwork(every_n_steps={every_n_steps!r}): it is a whole number of steps.")
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"TargetNetwork(every_n_steps={every_n_steps}): it is at least 1.")
+            tau = share(tau, "TargetNetwork")
+        if every_n_steps is not None:
+            every_n_steps = whole_number("TargetNetwork", "every_n_steps", every_n_steps)
         self.source, self.target = source, target
         self.tau, self.every_n_steps = tau, every_n_steps
         self.copy_buffers, self.eval_mode = copy_buffers, eval_mode

@@ -901,9 +901,9 @@ def test_what_is_ignored() -> None:
     ("options", "error", "message"),
     [
         ({"on_violation": "rise"}, ValueError, r"on_violation='rise'.*Did you mean 'raise'"),
-        ({"every_n_epochs": 0}, ValueError, r"every_n_epochs=0\): it is at least 1"),
-        ({"first_n_steps": 0}, ValueError, r"first_n_steps=0\): it is at least 1"),
-        ({"first_n_steps": 1.5}, TypeError, r"first_n_steps=1.5\): it is a whole number"),
+        ({"every_n_epochs": 0}, ValueError, r"every_n_epochs=0\): every_n_epochs is at least 1"),
+        ({"first_n_steps": 0}, ValueError, r"first_n_steps=0\): first_n_steps is at least 1"),
+        ({"first_n_steps": 1.5}, TypeError, r"first_n_steps=1.5\): first_n_steps is a whole number"),
         ({"every_n_epochs": True}, TypeError, r"every_n_epochs=True"),
     ],
 )

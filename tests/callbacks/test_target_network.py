@@ -511,7 +511,7 @@ def test_mixed_precision_keeps_the_average_exact() -> None:
         (("a", "b"), {"tau": 0.0}, r"TargetNetwork\(tau=0.0\)"),
         (("a", "b"), {"tau": 1.5}, r"in \(0, 1\]"),
         (("a", "b"), {"tau": float("nan")}, r"in \(0, 1\]"),
-        (("a", "b"), {"every_n_steps": 0}, r"every_n_steps=0\): it is at least 1"),
+        (("a", "b"), {"every_n_steps": 0}, r"every_n_steps=0\): every_n_steps is at least 1"),
     ],
 )
 def test_values_that_cannot_be(arguments: Any, options: Any, message: str) -> None:
@@ -525,7 +525,7 @@ def test_values_that_cannot_be(arguments: Any, options: Any, message: str) -> No
         ((nn.Linear(1, 1), "b"), {"tau": 0.5}, r"source=Linear.*dotted name of a module"),
         (("a", None), {"tau": 0.5}, r"target=None"),
         (("a", "b"), {"tau": "0.5"}, r"TargetNetwork\(tau='0.5'\)"),
-        (("a", "b"), {"every_n_steps": 2.0}, r"every_n_steps=2.0\): it is a whole number"),
+        (("a", "b"), {"every_n_steps": 2.0}, r"every_n_steps=2.0\): every_n_steps is a whole number"),
         (("a", "b"), {"every_n_steps": True}, r"every_n_steps=True"),
     ],
 )
