@@ -65,7 +65,8 @@ class MetricLogger(Callback):
     Raises:
         ValueError: If an argument has a value that it cannot have; after an epoch, if a metric's value is no scalar.
         TypeError: If an argument is of another type.
-        MisconfigurationException: After the first step, if it returned nothing to update the metrics with.
+        MisconfigurationException: After the first step, if it returned nothing to update the metrics with; at fit
+            start, or when values are computed, if another MetricLogger or ``self.log`` uses the same name.
 
     Example:
         >>> from torch.utils.data import DataLoader
@@ -100,6 +101,7 @@ class MetricLogger(Callback):
         self.prefix = _as_prefix(prefix, self.stages)
         self._clones: dict[str, list[MetricCollection]] = {}
         self._aside: list[MetricCollection] = []
+        self._shown: set[str] = set()
 
     @property
     def state_key(self) -> str:
@@ -110,15 +112,8 @@ class MetricLogger(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what an earlier fit has seen, before a checkpoint may be loaded; refuse another of the same names."""
-        self._clones = {}
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [callback for callback in callbacks if isinstance(callback, MetricLogger) and callback is not self]
-        if both := self._names() & {name for other in others for name in other._names()}:
-            _, name = min(both)
-            raise MisconfigurationException(
-                f"Two MetricLoggers log {name!r}, and only one of the two values would show. Give one of them another "
-                f'prefix, such as MetricLogger(..., prefix="other/{self.prefix}").'
-            )
+        self._clones, self._shown = {}, set()
+        self._check_others(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready; those from a checkpoint go on."""
@@ -238,10 +233,19 @@ class MetricLogger(Callback):
 
     # What
 
-    def _names(self) -> set[tuple[Stage, str]]:
-        """Give the stages and names that metrics are logged under; some add to their name when they are computed."""
-        names = list(self.metrics.keys())
-        return {(stage, f"{self.prefix.format(stage=stage)}{name}") for stage in self.stages for name in names}
+    def _names(self) -> set[str]:
+        """Give what metrics are logged as; some, such as ``MinMaxMetric``, show their names only in their values."""
+        names = self._shown or {str(name) for name in self.metrics}
+        return {f"{self.prefix.format(stage=stage)}{name}" for stage in self.stages for name in names}
+
+    def _check_others(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [callback for callback in callbacks if isinstance(callback, MetricLogger) and callback is not self]
+        if both := self._names() & {name for other in others for name in other._names()}:
+            raise MisconfigurationException(
+                f"Two MetricLoggers log {min(both)!r}, and only one of the two values would show. Give one of them "
+                f'another prefix, such as MetricLogger(..., prefix="other/{self.prefix}").'
+            )
 
     def _prepare(self, stage: Stage, dataloaders: int, device: torch.device) -> None:
         if stage not in self.stages:
@@ -275,16 +279,35 @@ class MetricLogger(Callback):
 
     @torch.no_grad()
     def _log_values(self, stage: Stage, pl_module: LightningModule) -> None:
-        clones = self._clones.get(stage, [])
-        prefix = self.prefix.format(stage=stage)
+        trainer, clones = pl_module.trainer, self._clones.get(stage, [])
+        prefix, taken = self.prefix.format(stage=stage), _logged_in_epoch(trainer)
         for index, clone in enumerate(clones):
             suffix = f"/dataloader_idx_{index}" if len(clones) > 1 else ""
-            for name, value in clone.compute().items():
+            values = clone.compute()
+            if not values.keys() <= self._shown:
+                self._shown |= values.keys()
+                self._check_others(trainer)
+            for name, value in values.items():
+                logged = f"{prefix}{name}{suffix}"
+                if logged in taken:
+                    raise MisconfigurationException(
+                        f"MetricLogger logs {logged!r}, and so does self.log in {taken[logged]}; only one of the two "
+                        "values would show. Give one of them another name, such as MetricLogger(..., "
+                        f'prefix="metrics/{self.prefix}").'
+                    )
                 # Every process has the joined value; of equal ones the largest is exactly that, unlike their mean.
                 scalar = _scalar(name, value).to(pl_module.device)
-                pl_module.log(
-                    f"{prefix}{name}{suffix}", scalar, sync_dist=True, reduce_fx="max", add_dataloader_idx=False
-                )
+                pl_module.log(logged, scalar, sync_dist=True, reduce_fx="max", add_dataloader_idx=False)
+
+
+def _logged_in_epoch(trainer: Trainer) -> dict[str, str]:
+    """Give the names that anybody has logged with ``self.log`` for this epoch, and the hook in which."""
+    results = trainer._results or {}
+    return {
+        results._forked_name(result, on_step=False)[0]: result.meta.fx.partition(".")[0]
+        for result in results.values()
+        if result.meta.on_epoch and not result.has_reset
+    }
 
 
 def _scalar(name: str, result: Any) -> Tensor:

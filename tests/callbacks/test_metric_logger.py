@@ -522,6 +522,13 @@ class Nothing(InPlace):
         return None
 
 
+class MultioutputParts(InPlace):
+    """Computes a dict, as a metric of one's own may."""
+
+    def compute(self) -> Any:
+        return {"min": self.total, "other": self.total}
+
+
 class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "error", "message"),
@@ -580,6 +587,71 @@ class TestErrors:
             MetricLogger(acc(), prefix="other/{stage}/"),
         ]
         trainer(callbacks=apart, max_epochs=1).fit(Steps(), loader(), loader(8))
+
+    @pytest.mark.parametrize(
+        ("first", "second", "name"),
+        [
+            ({"x": MinMaxMetric(acc())}, {"y": MinMaxMetric(tm.MulticlassF1Score(3))}, "max"),
+            ({"raw": acc()}, {"y": MinMaxMetric(acc())}, "raw"),
+            (
+                {"x": ClasswiseWrapper(tm.MulticlassRecall(3, average=None), prefix="c_")},
+                {"y": ClasswiseWrapper(tm.MulticlassF1Score(3, average=None), prefix="c_")},
+                "c_0",
+            ),
+            ({"a": MultioutputParts()}, {"y": MinMaxMetric(acc())}, "min"),
+        ],
+        ids=["extremes", "a name and an extreme", "classes", "parts"],
+    )
+    @pytest.mark.parametrize("swap", [False, True])
+    @pytest.mark.parametrize("stages", [("val",), ("train",)])
+    def test_two_of_names_that_show_only_in_values(
+        self, first: Any, second: Any, name: str, swap: bool, stages: Any
+    ) -> None:
+        callbacks = [MetricLogger(first, stages=stages), MetricLogger(second)]
+        net = Steps()
+        run = trainer(callbacks=callbacks[::-1] if swap else callbacks, num_sanity_val_steps=1)
+        with pytest.raises(MisconfigurationException, match=rf"Two MetricLoggers log '{stages[0]}/{name}'"):
+            run.fit(net, loader(), loader(8))
+        if stages == ("val",):
+            assert net.seen["train"] == []
+        apart = [MetricLogger(first, stages=stages), MetricLogger(second, prefix="other/{stage}/")]
+        trainer(callbacks=apart, max_epochs=1).fit(Steps(), loader(), loader(8))
+
+    def test_two_of_the_same_names_in_different_stages(self) -> None:
+        callbacks = [MetricLogger(acc(), stages=[stage], prefix="") for stage in ("train", "val")]
+        with pytest.raises(MisconfigurationException, match="Two MetricLoggers log 'MulticlassAccuracy'"):
+            trainer(callbacks=callbacks).fit(Steps(), loader(), loader(8))
+
+    @pytest.mark.parametrize("loaders", [1, 2])
+    @pytest.mark.parametrize("name", ["acc", "max"])
+    def test_a_name_that_the_model_logs(self, name: str, loaders: int) -> None:
+        class Logs(Steps):
+            def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+                self.log(f"val/{name}", 0.5)
+                return super().validation_step(batch, batch_idx, dataloader_idx)
+
+        net, metrics = Logs(), {"acc": acc(), "extremes": MinMaxMetric(acc())}
+        run = trainer(callbacks=[MetricLogger(metrics)], num_sanity_val_steps=1)
+        suffix = "/dataloader_idx_0" if loaders == 2 else ""
+        with pytest.raises(MisconfigurationException) as caught:
+            run.fit(net, loader(), [loader(8)] * loaders)
+        assert str(caught.value) == (
+            f"MetricLogger logs 'val/{name}{suffix}', and so does self.log in validation_step; only one of the two "
+            "values would show. Give one of them another name, such as MetricLogger(..., "
+            'prefix="metrics/{stage}/").'
+        )
+        assert net.seen["train"] == []
+
+    @pytest.mark.parametrize("on_step", [False, True])
+    def test_a_name_that_the_model_logs_in_training(self, on_step: bool) -> None:
+        class Logs(Steps):
+            def training_step(self, batch: Any, batch_idx: int) -> Any:
+                self.log("train/acc", 0.5, on_step=on_step, on_epoch=True)
+                return super().training_step(batch, batch_idx)
+
+        run = trainer(callbacks=[MetricLogger({"acc": acc()})])
+        with pytest.raises(MisconfigurationException, match=r"'train/acc', and so does self\.log in training_step"):
+            run.fit(Logs(), loader(), loader(8))
 
     def test_a_metric_that_counts_becomes_a_float(self) -> None:
         class Count(InPlace):
