@@ -102,6 +102,7 @@ class MetricLogger(Callback):
         self._clones: dict[str, list[MetricCollection]] = {}
         self._aside: list[MetricCollection] = []
         self._shown: set[str] = set()
+        self._missing = False
 
     @property
     def state_key(self) -> str:
@@ -112,7 +113,7 @@ class MetricLogger(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what an earlier fit has seen, before a checkpoint may be loaded; refuse another of the same names."""
-        self._clones, self._shown = {}, set()
+        self._clones, self._shown, self._missing = {}, set(), False
         self._check_others(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -121,6 +122,7 @@ class MetricLogger(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew. An epoch that is resumed in its middle does not come here."""
+        self._missing = False
         self._reset("train")
 
     def on_train_batch_end(
@@ -130,10 +132,12 @@ class MetricLogger(Callback):
         # What Lightning makes of a training step that returned None to be skipped.
         skipped = pl_module.automatic_optimization and outputs == {}
         if not skipped:
+            self._tell_of_missing(trainer)
             self._update("train", 0, outputs, batch)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the epoch's values, before ModelCheckpoint and EarlyStopping look at them."""
+        self._tell_of_missing(trainer)
         # Not reset here: a fit that resumes after the last validation of an epoch comes here again.
         self._log_values("train", pl_module)
 
@@ -207,18 +211,24 @@ class MetricLogger(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over what this process has seen."""
-        told = checkpoint["callbacks"].get(self.state_key, {}).get("processes")
-        if told is None or trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":
+            return
+        saved = checkpoint["callbacks"].get(self.state_key, {"processes": None})
+        told = saved.get("processes", [])
+        if told is None:
+            self._missing = True
             return
         if len(told) != trainer.world_size:
             if trainer.is_global_zero:
                 _log.warning(
-                    "the checkpoint is from %d processes, there are %d now: if it is from the middle of an epoch, the "
-                    "metrics of that epoch cover only the rest of it",
-                    len(told),
-                    trainer.world_size,
+                    "the checkpoint %s: if it is from the middle of an epoch, the metrics of that epoch cover only the "
+                    "rest of it, and what metrics keep from epoch to epoch begins anew",
+                    f"is from {len(told)} processes, and there are {trainer.world_size} now"
+                    if told
+                    else "has the state of MetricLogger in the form of another version",
                 )
             return
+        self._missing = not told[trainer.global_rank].get("train")
         for stage, mine in told[trainer.global_rank].items():
             if stage in self.stages and mine:
                 self._prepare(stage, len(mine), pl_module.device)
@@ -230,6 +240,16 @@ class MetricLogger(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the model's log functions that Lightning lends; what metrics have seen stays."""
         return without_fit(self.__dict__)
+
+    def _tell_of_missing(self, trainer: Trainer) -> None:
+        """Say that the epoch was resumed in its middle without what the metrics have seen before."""
+        if self._missing and "train" in self.stages and trainer.is_global_zero:
+            _log.warning(
+                "the checkpoint has no state of MetricLogger(prefix=%r) with the metrics %s: its metrics of epoch %d "
+                "cover only the rest of it",
+                *(self.prefix, ", ".join(map(str, self.metrics)), trainer.current_epoch),
+            )
+        self._missing = False
 
     # What
 
@@ -302,10 +322,11 @@ class MetricLogger(Callback):
 
 def _logged_in_epoch(trainer: Trainer) -> dict[str, str]:
     """Give the names that anybody has logged with ``self.log`` for this epoch, and the hook in which."""
-    results = trainer._results or {}
+    results = trainer._results
+    assert results is not None
     return {
         results._forked_name(result, on_step=False)[0]: result.meta.fx.partition(".")[0]
-        for result in results.values()
+        for result in results.result_metrics
         if result.meta.on_epoch and not result.has_reset
     }
 

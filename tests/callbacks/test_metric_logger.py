@@ -452,6 +452,62 @@ class TestResume:
         with pytest.raises(MisconfigurationException, match="'acc' that does not fit"):
             fit_epochs(lambda: {"acc": tm.MulticlassRecall(5)}, resume=tmp_path / "step=2.ckpt")
 
+    def test_an_entry_of_an_older_form_is_not_passed_over_in_silence(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        expected = fit_epochs(RESUMED["accuracy"], checkpoint=every)
+        path = tmp_path / "step=2.ckpt"
+        checkpoint = torch.load(path, weights_only=True)
+        (key,) = (key for key in checkpoint["callbacks"] if key.startswith("MetricLogger"))
+        (saved,) = checkpoint["callbacks"][key]["processes"]
+        checkpoint["callbacks"][key] = {"train": [states for states, _ in saved["train"]]}
+        torch.save(checkpoint, path)
+        resumed = fit_epochs(RESUMED["accuracy"], resume=path)
+        assert resumed[1] == expected[1]
+        assert "has the state of MetricLogger in the form of another version" in caplog.text
+
+    @pytest.mark.parametrize(
+        ("before", "now"),
+        [
+            ({"acc": acc()}, {"acc": acc(), "more": acc()}),
+            ({"acc": acc(), "more": acc()}, {"acc": acc()}),
+            (None, {"acc": acc()}),
+        ],
+        ids=["added", "removed", "all added"],
+    )
+    @pytest.mark.parametrize("middle", [True, False])
+    @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+    def test_other_names_than_in_the_checkpoint(
+        self, tmp_path: Path, before: Any, now: Any, middle: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        often = {"every_n_train_steps": 4} if middle else {"every_n_epochs": 1}
+        every = ModelCheckpoint(tmp_path, filename="it", **often)
+        metrics = [MetricLogger(before)] if before else []
+        loaders = StatefulDataLoader(data(), batch_size=4), loader(8)
+        trainer(callbacks=[every, *metrics], max_epochs=1, enable_checkpointing=True).fit(Steps(), *loaders)
+        net, again = Steps(), trainer(callbacks=[MetricLogger(now)], max_epochs=2)
+        again.fit(net, *loaders, ckpt_path=tmp_path / "it.ckpt", weights_only=True)
+        told = [record.message for record in caplog.records if "epoch" in record.message]
+        sentence = (
+            f"the checkpoint has no state of MetricLogger(prefix='{{stage}}/') with the metrics {', '.join(now)}: its "
+            "metrics of epoch 0 cover only the rest of it"
+        )
+        assert told == [sentence] * middle
+        assert again.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
+
+    @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+    def test_training_was_no_stage_of_the_checkpoint(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        metrics = {"m": MinMaxMetric(acc())}
+        options = {"max_epochs": 1, "val_check_interval": 2}
+        loaders = StatefulDataLoader(data(), batch_size=4), loader(8)
+        first = [every, MetricLogger(metrics, stages=["val"])]
+        trainer(callbacks=first, enable_checkpointing=True, **options).fit(Steps(), *loaders)
+        resumed = trainer(callbacks=[MetricLogger(metrics)], **options)
+        resumed.fit(Steps(), *loaders, ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)
+        assert "its metrics of epoch 0 cover only the rest of it" in caplog.text
+
     def test_testing_a_checkpoint_from_mid_epoch_starts_empty(self, tmp_path: Path) -> None:
         every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
         fit_epochs(RESUMED["accuracy"], checkpoint=every)
