@@ -41,6 +41,8 @@ class Norms:
 
 #: What has measured nothing.
 NO_NORMS = Norms((), ())
+# Stands for a norm that is as it was; a true one is never negative.
+_AS_BEFORE = -1.0
 
 
 @torch.no_grad()
@@ -72,7 +74,10 @@ def read(measured: Sequence[Norms]) -> list[dict[str, float]]:
     if not vectors:
         return [{} for _ in measured]
     numbers = iter(torch.cat([vector.to(vectors[0].device) for vector in vectors]).tolist())
-    return [{name: next(numbers) for name in norms.names} for norms in measured]
+    return [
+        {name: number for name, number in zip(norms.names, numbers, strict=False) if number != _AS_BEFORE}
+        for norms in measured
+    ]
 
 
 def combined(norms: Norms, more: Norms) -> Norms:
@@ -84,6 +89,22 @@ def combined(norms: Norms, more: Norms) -> Norms:
         [{'a': 1.0, 'b': 0.0}]
     """
     return Norms(norms.names + more.names, norms.values + more.values)
+
+
+def changed(before: Norms, after: Norms) -> Norms:
+    """Give a later measurement of the same tensors without the norms that are as before. It does not wait.
+
+    Example:
+        >>> tensors = {"a": torch.ones(1), "b": torch.ones(1)}
+        >>> before = measure(tensors)
+        >>> _ = tensors["b"].zero_()
+        >>> read([changed(before, measure(tensors))])
+        [{'b': 0.0}]
+    """
+    if before.names != after.names or list(map(len, before.values)) != list(map(len, after.values)):
+        return after
+    pairs = zip(before.values, after.values, strict=True)
+    return Norms(after.names, tuple(torch.where(new == old, _AS_BEFORE, new) for old, new in pairs))
 
 
 def gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -238,7 +259,7 @@ class StepNorms:
         scale: What the gradients have been multiplied by, if the optimizer divides them itself (a fused one under AMP).
             They then count as not clipped.
         unclipped: The norms of gradients before clipping, if that may have happened already; they can be of more
-            parameters than these, or of fewer.
+            parameters than these, or of fewer. What has become zero since then was zeroed, not clipped.
 
     Example:
         >>> net = nn.Linear(1, 1, bias=False)
@@ -268,10 +289,11 @@ class StepNorms:
         self._scale = scale
         self._over = False
         self.with_gradient: set[str] = set()
+        self.measured_before: set[str] = set()
         if "grad" in what:
             here = gradients(parameters)
-            self.with_gradient, known = set(here), set(unclipped.names)
-            missing = {name: gradient for name, gradient in here.items() if name not in known}
+            self.with_gradient, self.measured_before = set(here), set(unclipped.names)
+            missing = {name: gradient for name, gradient in here.items() if name not in self.measured_before}
             self.measured["grad"] = combined(unclipped, measure(missing, scale=scale))
         if "weight" in what or "update" in what:
             self.measured["weight"] = measure(parameters)
@@ -280,8 +302,10 @@ class StepNorms:
     def ready(self) -> None:
         """Measure gradients as the step is going to use them. A second call does nothing."""
         if "grad" in self.what and "grad_clipped" not in self.measured:
-            unclipped = self._scale is not None
-            self.measured["grad_clipped"] = self.measured["grad"] if unclipped else measure(gradients(self.parameters))
+            as_measured = self._scale is not None and not self.measured_before
+            self.measured["grad_clipped"] = (
+                self.measured["grad"] if as_measured else measure(gradients(self.parameters), scale=self._scale)
+            )
 
     @torch.no_grad()
     def after(self) -> None:
@@ -308,13 +332,20 @@ class StepNorms:
 def read_steps(steps: Sequence[StepNorms]) -> list[dict[str, dict[str, float]]]:
     """Like :meth:`StepNorms.read` for several steps, with one wait for all."""
     values = iter(read([norms for step in steps for norms in step.measured.values()]))
-    return [
+    results = [
         {
             what: {name: norm for name, norm in next(values).items() if name in step.counted(what)}
             for what in step.measured
         }
         for step in steps
     ]
+    # Where one is infinite, clipping makes zeros of all others.
+    if not any(nonfinite(norms.get("grad", {})) for norms in results):
+        for step, norms in zip(steps, results, strict=True):
+            if step.measured_before:
+                zeroed = {name for name in step.measured_before if norms["grad_clipped"].get(name) == 0.0}
+                norms["grad"] |= dict.fromkeys(zeroed, 0.0)
+    return results
 
 
 def named_metrics(

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_freeze.arguments import whole_number
-from lightning_freeze.gradient_flow import gradient_mark
 from lightning_freeze.logs import get_logger
 from lightning_freeze.norms import (
     NO_NORMS,
@@ -25,6 +24,7 @@ from lightning_freeze.norms import (
     Per,
     StepNorms,
     What,
+    changed,
     combined,
     gradients,
     measure,
@@ -118,7 +118,7 @@ class NormLogger(Callback):
         self._steps: dict[int, StepNorms] = {}
         self._handles: list[RemovableHandle] = []
         self._unclipped = NO_NORMS
-        self._before: dict[str, tuple[int, ...] | None] = {}
+        self._before = NO_NORMS
         self._names: ParameterNames | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,16 +145,23 @@ class NormLogger(Callback):
                     self._handles.append(when_gradients_are_ready(optimizer, ready))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """With manual optimization, note which gradients there are already: the user may have clipped them."""
+        """With manual optimization, look at gradients that were measured: the user may have clipped them since."""
         if self._measures_backward(trainer, pl_module):
-            self._before = {name: gradient_mark(p) for name, p in named_unique_parameters(pl_module).items()}
+            known = set(self._unclipped.names)
+            here = {name: p for name, p in named_unique_parameters(pl_module).items() if name in known}
+            self._before = measure(gradients(here), scale=_loss_scale(trainer))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """With manual optimization, measure the gradients that are new, before the user clips them."""
+        """With manual optimization, measure the gradients that have changed, before the user clips them.
+
+        Their versions do not tell which: DDP's ``gradient_as_bucket_view`` makes all those of a bucket share one.
+        """
         if self._measures_backward(trainer, pl_module):
-            parameters, known = named_unique_parameters(pl_module), set(self._unclipped.names)
-            new = {n: p for n, p in parameters.items() if n not in known or gradient_mark(p) != self._before.get(n)}
-            self._unclipped = combined(self._unclipped, measure(gradients(new), scale=_loss_scale(trainer)))
+            here, scale = gradients(named_unique_parameters(pl_module)), _loss_scale(trainer)
+            known = set(self._before.names)
+            new = measure({name: gradient for name, gradient in here.items() if name not in known}, scale=scale)
+            again = measure({name: gradient for name, gradient in here.items() if name in known}, scale=scale)
+            self._unclipped = combined(self._unclipped, combined(new, changed(self._before, again)))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure gradients and weights, and ask to be told when the step is done."""
@@ -208,7 +215,7 @@ class NormLogger(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
         return without_fit(
-            self.__dict__, _logged={}, _steps={}, _handles=[], _unclipped=NO_NORMS, _before={}, _names=None
+            self.__dict__, _logged={}, _steps={}, _handles=[], _unclipped=NO_NORMS, _before=NO_NORMS, _names=None
         )
 
     def _ready(self, index: int) -> None:
@@ -235,7 +242,7 @@ class NormLogger(Callback):
     def _drop(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._steps, self._handles, self._unclipped, self._before = {}, [], NO_NORMS, {}
+        self._steps, self._handles, self._unclipped, self._before = {}, [], NO_NORMS, NO_NORMS
 
 
 def _stepped(trainer: Trainer) -> int:

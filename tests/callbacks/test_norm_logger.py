@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -403,6 +403,48 @@ class TestManualOptimization:
         }
         assert row["norm/optimizer_0/grad"] == pytest.approx(math.sqrt(Net().backbone[0].weight.numel()))
 
+    @pytest.mark.parametrize("again", [True, False])
+    @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "fused"])
+    def test_a_gradient_zeroed_in_place_is_zero(self, again: bool, precision: str) -> None:
+        class Zeroes(TwoOptimizers):
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                first, _ = self.optimizers()
+                self.manual_backward(self(batch[0]).sum())
+                first.zero_grad(set_to_none=False)
+                if again:
+                    self.manual_backward(self.backbone[0].weight.sum())
+                first.step()
+
+            def configure_optimizers(self) -> Any:
+                fused = precision == "fused"
+                return [torch.optim.SGD(part, lr=0.1, fused=fused) for part in self.parts()]
+
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        plugins = [MixedPrecision("16-mixed", "cpu", scaler)] if precision != "32-true" else []
+        rows = [row for _, row in fit(Zeroes(), NormLogger(per="parameter"), plugins=plugins).rows]
+        assert len(rows) == 6
+        expected = math.sqrt(Net().backbone[0].weight.numel()) if again else 0.0
+        for row in rows:
+            norms = {name: value for name, value in row.items() if name.startswith("norm/optimizer_0/grad/")}
+            assert len(norms) == 8
+            assert norms.pop("norm/optimizer_0/grad/backbone.0.weight") == pytest.approx(expected)
+            assert set(norms.values()) == {0.0}
+            assert row["norm/optimizer_0/grad"] == row["norm/optimizer_0/grad_clipped"] == pytest.approx(expected)
+
+    def test_a_gradient_that_an_infinite_one_clips_to_zero_shows_as_it_was(self) -> None:
+        class Clips(TwoOptimizers):
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                first, _ = self.optimizers()
+                self.manual_backward(sum(p.sum() for p in self.backbone.parameters()))
+                nn.utils.clip_grad_norm_(self.backbone.parameters(), 1.0)
+                first.step()
+
+        net = Clips()
+        net.backbone[0].bias.register_hook(lambda grad: grad * math.inf)
+        (_, row), *_ = fit(net, NormLogger(per="parameter"), limit_train_batches=1).rows
+        assert row["norm/optimizer_0/grad/backbone.1.bias"] == 2.0
+        assert row["norm/optimizer_0/grad_clipped/backbone.1.bias"] == 0.0
+
     def test_one_that_steps_seldom_is_logged_when_it_does(self) -> None:
         class Seldom(TwoOptimizers):
             def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -552,3 +594,40 @@ def test_dtensors_give_the_norms_of_the_whole(tmp_path: Path) -> None:
     for rows in on_two_processes(sharded_rows, tmp_path, True):
         assert rows == [pytest.approx(row, rel=1e-5) for row in expected]
     assert len(expected) == 6
+
+
+class ClipsBetween(TwoOptimizers):
+    """Clips the backbone's gradients by hand before a backward that only reaches the head."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        backbone, rest = self.parts()
+        self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
+        row = {"grad": norm(p.grad for p in backbone)}
+        nn.utils.clip_grad_norm_(backbone, 0.001)
+        self.manual_backward(self.head(torch.ones(1, 4)).pow(2).sum())
+        self.seen += [
+            {**row, "grad_clipped": norm(p.grad for p in backbone)},
+            {"grad": norm(p.grad for p in rest), "grad_clipped": norm(p.grad for p in rest)},
+        ]
+        for optimizer in self.optimizers():
+            optimizer.step()
+
+
+def clipped_between(view: bool) -> dict[str, Any]:
+    strategy = DDPStrategy(gradient_as_bucket_view=view, find_unused_parameters=True)
+    net = ClipsBetween()
+    recorder = fit(net, NormLogger(), strategy=strategy, devices=2, use_distributed_sampler=False)
+    return {"rows": [row for _, row in recorder.rows], "seen": net.seen}
+
+
+@pytest.mark.parametrize("view", [True, False])
+def test_a_backward_leaves_clipped_gradients_that_share_a_bucket(tmp_path: Path, view: bool) -> None:
+    for rank in on_two_processes(clipped_between, tmp_path, view):
+        assert len(rank["rows"]) == 6
+        for index, row in enumerate(rank["rows"]):
+            for which in (0, 1):
+                seen = rank["seen"][2 * index + which]
+                shown = {name: row[f"norm/optimizer_{which}/{name}"] for name in seen}
+                assert shown == pytest.approx(seen, rel=1e-5)
