@@ -301,7 +301,10 @@ class MetricLogger(Callback):
     def _log_values(self, stage: Stage, pl_module: LightningModule) -> None:
         trainer, clones = pl_module.trainer, self._clones.get(stage, [])
         prefix, taken = self.prefix.format(stage=stage), _logged_in_epoch(trainer)
+        updated = from_all([any(metric.update_count for metric in _metrics_in(clone).values()) for clone in clones])
         for index, clone in enumerate(clones):
+            if not any(mine[index] for mine in updated):
+                continue  # no batch, so no value: an empty dataloader, or nothing left of a resumed epoch
             suffix = f"/dataloader_idx_{index}" if len(clones) > 1 else ""
             values = clone.compute()
             if not values.keys() <= self._shown:

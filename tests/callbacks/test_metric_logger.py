@@ -284,6 +284,14 @@ class TestDataloaders:
         ours = {name.removeprefix("val/") for name in run.callback_metrics if name.startswith("val/")}
         assert ours == {name.removeprefix("own/") for name in run.callback_metrics if name.startswith("own/")}
 
+    def test_one_that_is_empty_has_no_value(self) -> None:
+        net, metrics = Steps(), {"acc": acc(), "auroc": tm.MulticlassAUROC(3), "least": MinMaxMetric(acc())}
+        run = trainer(callbacks=[MetricLogger(metrics, stages=["val"])], max_epochs=1)
+        with pytest.warns(UserWarning, match="across ranks is zero"):
+            run.fit(net, loader(), [loader(0), loader(8)])
+        names = {f"val/{name}/dataloader_idx_1" for name in ("acc", "auroc", "raw", "min", "max")}
+        assert run.callback_metrics.keys() == names
+
     def test_those_that_are_mixed_count_as_one(self) -> None:
         class Mixed(Steps):
             def validation_step(self, batch: Any, batch_idx: int) -> Any:
@@ -495,6 +503,21 @@ class TestResume:
         )
         assert told == [sentence] * middle
         assert again.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
+
+    @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
+    def test_an_epoch_of_which_no_batch_is_left_has_no_value(self, tmp_path: Path) -> None:
+        last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, filename="it")
+        loaders = StatefulDataLoader(data(), batch_size=4), loader(8)
+        trainer(callbacks=[last], max_epochs=1, enable_checkpointing=True).fit(Steps(), *loaders)
+        epochs = Epochs()
+        resumed = trainer(
+            callbacks=[MetricLogger({"acc": acc(), "auroc": tm.MulticlassAUROC(3)}), epochs], max_epochs=2
+        )
+        resumed.fit(Steps(), *loaders, ckpt_path=tmp_path / "it.ckpt", weights_only=True)
+        assert [sorted(name for name in epochs.train[epoch] if name.startswith("train")) for epoch in (0, 1)] == [
+            [],
+            ["train/acc", "train/auroc"],
+        ]
 
     @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
     def test_training_was_no_stage_of_the_checkpoint(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
