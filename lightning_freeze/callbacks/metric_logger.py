@@ -106,8 +106,9 @@ class MetricLogger(Callback):
 
     @property
     def state_key(self) -> str:
-        """Several of these in one Trainer are told apart by the names that they log."""
-        return self._generate_state_key(prefix=self.prefix, metrics=list(self.metrics.keys()))
+        """Several of these in one Trainer are told apart by what they log in which stages."""
+        names, stages = list(self.metrics.keys()), sorted(self.stages)
+        return self._generate_state_key(prefix=self.prefix, metrics=names, stages=stages)
 
     # When
 
@@ -245,9 +246,9 @@ class MetricLogger(Callback):
         """Say that the epoch was resumed in its middle without what the metrics have seen before."""
         if self._missing and "train" in self.stages and trainer.is_global_zero:
             _log.warning(
-                "the checkpoint has no state of MetricLogger(prefix=%r) with the metrics %s: its metrics of epoch %d "
-                "cover only the rest of it",
-                *(self.prefix, ", ".join(map(str, self.metrics)), trainer.current_epoch),
+                "the checkpoint has no state of MetricLogger(stages=%r, prefix=%r) with the metrics %s: its metrics of "
+                "epoch %d cover only the rest of it",
+                *(self.stages, self.prefix, ", ".join(map(str, self.metrics)), trainer.current_epoch),
             )
         self._missing = False
 

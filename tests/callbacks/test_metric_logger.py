@@ -440,6 +440,22 @@ class TestResume:
         assert [values["train/min"] for values in whole.values()] == [0.0] * 3
         assert fit(ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True) == {2: whole[2]}
 
+    @pytest.mark.parametrize("stages", [["train"], ["val"]])
+    def test_one_for_each_stage_resumes_as_one_for_both(self, tmp_path: Path, stages: Any) -> None:
+        def fit(**resume: Any) -> dict[int, dict[str, float]]:
+            others = [stage for stage in ("train", "val") if stage not in stages]
+            loggers = [MetricLogger({"m": MinMaxMetric(InPlace())}, stages=each) for each in (stages, others)]
+            epochs, every = Epochs(), ModelCheckpoint(tmp_path, every_n_train_steps=8, filename="it")
+            callbacks = [*loggers, epochs, *([] if resume else [every])]
+            torch.manual_seed(0)
+            run = trainer(callbacks=callbacks, max_epochs=2, enable_checkpointing=not resume)
+            run.fit(Steps(), StatefulDataLoader(data(), batch_size=4), loader(8), **resume)
+            return epochs.train
+
+        whole = fit()
+        assert len(whole[1]) == 6
+        assert fit(ckpt_path=tmp_path / "it.ckpt", weights_only=True) == {1: whole[1]}
+
     def test_after_the_last_validation_of_an_epoch_gives_the_same_values(self, tmp_path: Path) -> None:
         last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, save_top_k=-1, filename="{epoch}")
         expected = fit_epochs(RESUMED["accuracy"], checkpoint=last)
@@ -498,8 +514,8 @@ class TestResume:
         again.fit(net, *loaders, ckpt_path=tmp_path / "it.ckpt", weights_only=True)
         told = [record.message for record in caplog.records if "epoch" in record.message]
         sentence = (
-            f"the checkpoint has no state of MetricLogger(prefix='{{stage}}/') with the metrics {', '.join(now)}: its "
-            "metrics of epoch 0 cover only the rest of it"
+            "the checkpoint has no state of MetricLogger(stages=('train', 'val', 'test'), prefix='{stage}/') with the "
+            f"metrics {', '.join(now)}: its metrics of epoch 0 cover only the rest of it"
         )
         assert told == [sentence] * middle
         assert again.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
