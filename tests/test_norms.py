@@ -22,6 +22,8 @@ from lightning_freeze.norms import (
     Norms,
     ParameterNames,
     StepNorms,
+    changed,
+    combined,
     gradient_norms,
     gradients,
     measure,
@@ -107,6 +109,24 @@ class TestMeasure:
     def test_reads_several_in_order(self) -> None:
         one, two = {"a": torch.ones(1), "b": torch.ones(4).double()}, {"c": torch.ones(9)}
         assert read([measure(one), Norms((), ()), measure(two)]) == [{"a": 1.0, "b": 2.0}, {}, {"c": 3.0}]
+
+    def test_what_has_changed_is_told_for_each_kind_of_tensor(self) -> None:
+        tensors = {
+            name: torch.ones(4, dtype=dtype)
+            for name, dtype in zip("abcdef", [torch.float32, torch.float64, torch.bfloat16] * 2, strict=True)
+        }
+        tensors["b"][0] = math.inf
+        before = measure(tensors)
+        for name in "def":
+            tensors[name][0] = {"d": math.nan, "e": 0.0, "f": -1.0}[name]
+        again = measure(tensors)
+        (norms,) = read([changed(before, again)])
+        assert list(norms) == ["d", "e"]
+        assert math.isnan(norms["d"])
+        assert norms["e"] == math.sqrt(3)
+        assert read([combined(before, changed(before, measure(tensors)))])[0]["b"] == math.inf
+        # Where one has gone, it cannot be told.
+        assert read([changed(before, measure({"a": tensors["a"]}))]) == [{"a": 2.0}]
 
 
 def partial_total() -> dict[str, float]:
@@ -346,7 +366,9 @@ def test_only_reading_waits_for_the_device() -> None:
             parameter.grad = torch.empty_like(parameter) if name != "1" else None
         step = StepNorms(parameters, scale=torch.empty((), device="cuda"))
         step.after()
-        assert [vector.device.type for norms in step.measured.values() for vector in norms.values] == ["cuda"] * 4
+        again = changed(step.measured["grad"], measure(gradients(parameters)))
+        measured = [*step.measured.values(), again]
+        assert [vector.device.type for norms in measured for vector in norms.values] == ["cuda"] * 5
         with pytest.raises(Exception, match="_local_scalar_dense"):
             step.read()
 

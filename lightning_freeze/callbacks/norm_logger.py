@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import torch
@@ -193,15 +193,15 @@ class NormLogger(Callback):
         several = len(trainer.optimizers) > 1
         modules = self._names.modules if self._names is not None else {}
         metrics: dict[str, float] = {}
-        bad: list[str] = []
+        bad: dict[str, None] = {}  # a set that keeps its order; two optimizers may hold one parameter
         for index, norms in zip(steps, read_steps(list(steps.values())), strict=True):
             prefix = f"norm/optimizer_{index}/" if several else "norm/"
             values = named_metrics(norms, what=self.what, per=self.per, modules=modules)
             metrics |= {f"{prefix}{name}": value for name, value in values.items()}
-            bad += nonfinite(norms.get("grad", {}))
+            bad |= dict.fromkeys(nonfinite(norms.get("grad", {})))
         self.nonfinite = tuple(bad)
         if bad and trainer.is_global_zero:
-            _log.warning("step %d: %s", _stepped(trainer), _describe(bad))
+            _log.warning("step %d: %s", _stepped(trainer), _describe(self.nonfinite))
         _log_metrics(trainer, metrics)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -266,7 +266,7 @@ def _loss_scale(trainer: Trainer) -> Tensor | None:
     return scale
 
 
-def _describe(bad: list[str]) -> str:
+def _describe(bad: Sequence[str]) -> str:
     more = f" and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
     noun = "gradient is" if len(bad) == 1 else "gradients are"
     return f"{len(bad)} {noun} not finite: {', '.join(bad[:_SHOWN])}{more}"

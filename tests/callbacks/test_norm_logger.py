@@ -264,6 +264,22 @@ class TestNonFinite:
         )
         assert caplog.text.rstrip().endswith("and 7 more")
 
+    def test_one_that_two_optimizers_hold_is_named_once(self, caplog: pytest.LogCaptureFixture) -> None:
+        class Both(TwoOptimizers):
+            def parts(self) -> list[list[nn.Parameter]]:
+                return [[self.head.bias], [self.neck.weight, self.head.bias]]
+
+            def training_step(self, batch: Any, batch_idx: int) -> None:
+                self.manual_backward(self.head.bias.sum() * math.nan)
+                for optimizer in self.optimizers():
+                    optimizer.step()
+
+        callback = NormLogger()
+        recorder = fit(Both(), callback, limit_train_batches=1)
+        assert callback.nonfinite == ("head.bias",)
+        assert "1 gradient is not finite: head.bias" in caplog.text
+        assert [recorder.rows[0][1][f"norm/optimizer_{index}/nonfinite_grads"] for index in (0, 1)] == [1.0, 1.0]
+
     def test_are_forgotten_when_gradients_are_finite_again(self) -> None:
         callback, net = NormLogger(), Plain()
         net.head.bias.register_hook(lambda grad: grad * (math.nan if net.global_step == 0 else 1.0))
