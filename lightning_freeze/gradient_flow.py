@@ -74,11 +74,13 @@ class Received:
                 )
 
     def take_in(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Count gradients that are not those from the beginning, such as one set by hand."""
+        """Count gradients that are not those from the beginning, such as one set by hand; zeroed ones do not count."""
         given = {id(parameter) for parameter in parameters}
         for name, parameter in self._parameters.items():
-            mark = gradient_mark(parameter)
-            if id(parameter) in given and mark is not None and mark != self._before[name]:
+            gradient, mark = parameter.grad, gradient_mark(parameter)
+            if name in self.names or id(parameter) not in given or gradient is None or mark is None:
+                continue
+            if mark != self._before[name] and not _is_zero(gradient):
                 self.names.add(name)
 
     def close(self) -> None:
@@ -108,6 +110,12 @@ def gradient_mark(parameter: nn.Parameter) -> tuple[int, ...] | None:
     # FSDP2 adds to what is inside a DTensor, whose own version does not tell of that.
     inside = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
     return id(gradient), gradient._version, inside._version
+
+
+def _is_zero(gradient: Tensor) -> bool:
+    if gradient.layout is not torch.strided:
+        gradient = gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient.values()
+    return not gradient.any()
 
 
 @dataclass

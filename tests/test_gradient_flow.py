@@ -47,6 +47,24 @@ def test_received_counts_each_backward_and_nothing_from_before() -> None:
     assert "a.weight" not in received.names
 
 
+@pytest.mark.parametrize("kind", ["dense", "complex", "sparse", "compressed"])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_a_gradient_zeroed_in_place_was_not_received(kind: str) -> None:
+    def gradient(value: float) -> Tensor:
+        dense = torch.full((2, 2), value, dtype=torch.complex64 if kind == "complex" else torch.float32)
+        return {"sparse": dense.to_sparse, "compressed": dense.to_sparse_csr}.get(kind, dense.clone)()
+
+    whole = gradient(1.0)
+    parameter = nn.Parameter(whole if kind == "compressed" else torch.ones(2, 2, dtype=whole.dtype))
+    for value, expected in ((1.0, {"p"}), (0.0, set())):
+        parameter.grad = gradient(1.0)
+        received = Received({"p": parameter})
+        parameter.grad = gradient(value)
+        received.take_in([parameter])
+        received.close()
+        assert received.names == expected
+
+
 def test_received_follows_what_thaws_and_what_was_switched() -> None:
     net = Net()
     net.a.requires_grad_(False)

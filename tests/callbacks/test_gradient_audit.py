@@ -1110,3 +1110,36 @@ def test_with_the_other_observers() -> None:
 
     metrics = MetricLogger({"acc": tm.MulticlassAccuracy(3)})
     assert found(fit(Returns(), NormLogger(every_n_steps=1, per="parameter"), metrics)) == {}
+
+
+@pytest.mark.parametrize("manual", [False, True])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_gradient_that_is_zeroed_in_place_is_none(set_to_none: bool, manual: bool) -> None:
+    """However a step clears gradients, one that comes no more is missed after a while."""
+
+    class Detaches(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = not manual
+
+        def forward(self, x: Tensor) -> Tensor:
+            features = self.neck(self.backbone(x).mean((2, 3)))
+            return self.head(torch.relu(features if self.current_epoch == 0 else features.detach()))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            if not manual:
+                return loss
+            optimizer = self.optimizers()
+            optimizer.zero_grad(set_to_none=set_to_none)
+            self.manual_backward(loss)
+            optimizer.step()
+            return None
+
+        def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+            optimizer.zero_grad(set_to_none=set_to_none)
+
+    net = Detaches()
+    # Before a validation Lightning sets all gradients to None.
+    audit = fit(net, audit=GradientAudit(first_n_steps=1), max_epochs=4, limit_val_batches=0)
+    assert found(audit) == {"no_gradient": parameters(net, "backbone") | parameters(net, "neck")}
