@@ -138,7 +138,7 @@ def polyak_average(pairs: Sequence[Pair], tau: float) -> None:
         >>> target.weight.tolist()
         [[0.25, 0.25]]
     """
-    tau = share(tau, "polyak_average")
+    tau = as_tau(tau, "polyak_average")
     for sources, targets in _by_kind(pairs):
         if _has_fractions(targets[0]):
             torch._foreach_lerp_(targets, sources, tau)
@@ -146,7 +146,7 @@ def polyak_average(pairs: Sequence[Pair], tau: float) -> None:
             torch._foreach_copy_(targets, sources)
 
 
-def share(tau: object, given: str) -> float:
+def as_tau(tau: object, given: str) -> float:
     """Give ``tau`` as a float, also one of NumPy's, and refuse one that is not in (0, 1].
 
     Raises:

@@ -30,6 +30,6 @@ def test_a_whole_number_is_the_same_everywhere(where: str, name: str, make: Call
         make(0)
 
 
-def test_a_share_can_be_one_of_numpys() -> None:
+def test_tau_can_be_one_of_numpys() -> None:
     tau = TargetNetwork("a", "b", tau=np.float32(0.5)).tau
     assert (type(tau), tau) == (float, 0.5)

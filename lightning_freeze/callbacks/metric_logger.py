@@ -214,11 +214,11 @@ class MetricLogger(Callback):
         """Take over what this process has seen."""
         if trainer.state.fn != "fit":
             return
-        saved = checkpoint["callbacks"].get(self.state_key, {"processes": None})
-        told = saved.get("processes", [])
-        if told is None:
+        saved = checkpoint["callbacks"].get(self.state_key)
+        if saved is None:
             self._missing = True
             return
+        told = saved.get("processes", [])
         if len(told) != trainer.world_size:
             if trainer.is_global_zero:
                 _log.warning(

@@ -17,11 +17,11 @@ from torch.utils.hooks import RemovableHandle
 from lightning_freeze.arguments import whole_number
 from lightning_freeze.averaging import (
     Pair,
+    as_tau,
     hard_copy,
     listed,
     pair_up,
     polyak_average,
-    share,
     shared_parameters,
 )
 from lightning_freeze.batchnorm import hold_eval, release_eval
@@ -105,7 +105,7 @@ class TargetNetwork(Callback):
                 "Polyak average after every step, or every_n_steps=1000 for a copy after so many."
             )
         if tau is not None:
-            tau = share(tau, "TargetNetwork")
+            tau = as_tau(tau, "TargetNetwork")
         if every_n_steps is not None:
             every_n_steps = whole_number("TargetNetwork", "every_n_steps", every_n_steps)
         self.source, self.target = source, target
