@@ -22,9 +22,10 @@ from torch.nn.modules import module as nn_module
 from torch.optim import Optimizer
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from lightning_freeze.feature_memory import Counts, FeatureMemory, Run, autocast_states
+from lightning_freeze.feature_memory import Counts, FeatureMemory, autocast_states
 from lightning_freeze.features import is_plain, tensor_digest, why_no_key
 from lightning_freeze.frozen_state import Conditions, Weights, structure_text, why_not_reusable
+from lightning_freeze.stand_in import Run, StandIn, is_compiled
 from lightning_freeze.stores import Budget, Folder
 
 _WHOLE = -1
@@ -196,6 +197,10 @@ class FeatureChain:
         kept: What another chain has left for this one; it has its own budget.
         stage: Gives what the calls are for now: whether samples come back is judged apart for training and validation.
         say: Is given each sentence about what is off and why, once.
+        compiled_around: Whether the modules run in something that is compiled; see :class:`StandIn`.
+
+    Raises:
+        ValueError: When it is entered, if another chain stands in front of one of the modules.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 300), nn.ReLU()).requires_grad_(False)
@@ -219,6 +224,7 @@ class FeatureChain:
         kept: Kept | None = None,
         stage: Callable[[], str] = lambda: "",
         say: Callable[[str], None] = lambda sentence: None,
+        compiled_around: bool = False,
     ) -> None:
         self._whole = whole
         self._links = dict(links)
@@ -227,6 +233,7 @@ class FeatureChain:
         self._dtype = dtype
         self._stage = stage
         self._tell = say
+        self._compiled_around = compiled_around
         self._said: set[str] = set()
         self._kept = kept or Kept(Budget(limit))
         self._budget = self._kept.budget
@@ -256,7 +263,13 @@ class FeatureChain:
         """Stand in front of the modules."""
         modules = [] if self._whole is None else [(_WHOLE, self._whole[1])]
         modules += list(enumerate(self._links.values()))
-        self._stand_ins = [StandIn(module, partial(self._call, index)) for index, module in modules]
+        try:
+            for index, module in modules:
+                call = partial(self._call, index)
+                self._stand_ins.append(StandIn(module, call, compiled_around=self._compiled_around))
+        except ValueError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -604,46 +617,6 @@ class FeatureChain:
         raise TypeError("A FeatureChain belongs to the modules of one process.")
 
 
-class StandIn:
-    """Takes the place of a module's ``forward``, or of its compiled call, until it is removed.
-
-    A module that is pickled or copied meanwhile has its own ``forward`` in the copy.
-
-    Args:
-        module: Any module.
-        call: Is given what would have run, ``args`` and ``kwargs``.
-    """
-
-    def __init__(self, module: nn.Module, call: Callable[[Run, tuple[Any, ...], dict[str, Any]], Any]) -> None:
-        # module.compile() puts the compiled call before forward: standing behind it would be compiled, too.
-        self._attribute = "_compiled_call_impl" if module._compiled_call_impl is not None else "forward"
-        self._module = module
-        self._before = module.__dict__.get(self._attribute)
-        self.plain: Run = getattr(module, self._attribute)
-        self.__wrapped__ = self.plain
-        self._call = call
-        # Not for a compiler to trace: what is around the module may be compiled.
-        self._untraced = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-        module.__dict__[self._attribute] = self
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Answer, or run the module."""
-        if torch.compiler.is_compiling():
-            return self._untraced(self.plain, args, kwargs)
-        return self._call(self.plain, args, kwargs)
-
-    def remove(self) -> None:
-        """Put back what was there, unless somebody else has."""
-        if self._module.__dict__.get(self._attribute) is self:
-            if self._before is None:
-                del self._module.__dict__[self._attribute]
-            else:
-                self._module.__dict__[self._attribute] = self._before
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _same, (self.plain,)
-
-
 class Later(Tensor):
     """A tensor that is computed when somebody looks at it."""
 
@@ -701,7 +674,7 @@ def sequential_links(name: str, module: nn.Module) -> dict[str, nn.Module]:
 def _is_sequential(module: nn.Module) -> bool:
     own = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
     children = [child for child in module._modules.values() if child is not None]
-    return own and len(set(children)) == len(children) > 0 and module._compiled_call_impl is None
+    return own and len(set(children)) == len(children) > 0 and not is_compiled(module)
 
 
 def _one_by_one(runs: list[Run], besides: list[_Beside], *args: Any, **kwargs: Any) -> Any:
@@ -723,7 +696,3 @@ def _is_special() -> bool:
         or nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
     )
-
-
-def _same(plain: Run) -> Run:
-    return plain

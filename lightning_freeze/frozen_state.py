@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from lightning_freeze.features import byte_digest, byte_rows
+from lightning_freeze.stand_in import is_compiled
 
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
@@ -31,7 +32,8 @@ def why_not_reusable(name: str, module: nn.Module) -> str | None:
 
     Args:
         name: How the module is called in the sentence.
-        module: Any module. Its own forward hooks do not matter, those of modules below it do.
+        module: Any module. Its own forward hooks do not matter unless they are compiled with it; those of modules below
+            it do.
 
     Example:
         >>> why_not_reusable("net", nn.Sequential(nn.Linear(2, 2), nn.Dropout()).requires_grad_(False))
@@ -45,7 +47,7 @@ def why_not_reusable(name: str, module: nn.Module) -> str | None:
     for below, layer in module.named_modules(prefix=name):
         if isinstance(layer, FSDPModule):
             return f"{below} is sharded over ranks (FSDP2)"
-        if layer is not module and (layer._forward_hooks or layer._forward_pre_hooks):
+        if (layer is not module or is_compiled(layer)) and (layer._forward_hooks or layer._forward_pre_hooks):
             return f"{below} has forward hooks, which would not be called"
         if reason := _why_mode_matters(below, layer):
             return reason

@@ -20,6 +20,8 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_freeze.stand_in import is_compiled
+
 # What takes a tensor's values out of its graph.
 _CUTS: dict[Any, str] = {
     Tensor.detach: ".detach()",
@@ -286,7 +288,7 @@ def can_be_watched(module: nn.Module) -> bool:
     """Whether Python sees a module's operations; if a part of it is compiled or scripted it does not."""
     return not any(
         isinstance(child, torch._dynamo.OptimizedModule | torch.jit.ScriptModule)
-        or getattr(child, "_compiled_call_impl", None) is not None
+        or is_compiled(child)
         or getattr(child, "_compiler_ctx", None) is not None
         for child in module.modules()
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_freeze.feature_chain import FeatureChain, sequential_links
+from lightning_freeze.stand_in import has_stand_in
 
 WIDE = 300  # outputs with this many numbers are trusted after one comparison
 
@@ -457,6 +458,14 @@ def test_nothing_stays_behind() -> None:
         assert list(old) == list(vars(module))
 
 
+def test_a_chain_that_cannot_stand_before_all_stands_before_none(watched: Watched) -> None:
+    links = {"before": nn.ReLU(), "net": watched.net}
+    with pytest.raises(ValueError, match="Counting already"):
+        FeatureChain(None, links, limit=10**6).__enter__()
+    assert not has_stand_in(links["before"])
+    assert has_stand_in(watched.net)
+
+
 def test_copies_made_meanwhile_are_free(watched: Watched) -> None:
     x = torch.randn(8, 6)
     watched.learn(x)
@@ -493,7 +502,7 @@ def test_compiled_modules(how: str) -> None:
     before = dict(vars(net))
     call = torch.compile(lambda x: net(x) * 2, backend="eager") if how == "around" else net
     expected = call(x)
-    chain = FeatureChain(("net", net), {}, limit=10**6)
+    chain = FeatureChain(("net", net), {}, limit=10**6, compiled_around=how == "around")
     with chain:
         outputs = [call(x) for _ in range(4)]
         assert chain.stats().hits >= 8

@@ -58,6 +58,14 @@ def test_conditions_see_what_counts() -> None:
     assert not conditions.hold()
 
 
+def test_hooks_that_are_compiled_with_a_module_matter() -> None:
+    net = frozen(nn.Linear(2, 2))
+    net.register_forward_hook(lambda *_: None)
+    assert why_not_reusable("net", net) is None
+    net.compile(backend="eager")
+    assert why_not_reusable("net", net) == "net has forward hooks, which would not be called"
+
+
 def test_fingerprints_are_those_of_the_content() -> None:
     torch.manual_seed(0)
     one, other = nn.Linear(3, 4), nn.Linear(3, 4)

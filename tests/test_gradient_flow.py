@@ -15,6 +15,7 @@ from lightning_freeze.gradient_flow import (
     watch_next_call,
     watching,
 )
+from lightning_freeze.stand_in import StandIn
 from tests.nets import Stops
 
 
@@ -175,6 +176,13 @@ def test_a_method_of_the_instance_is_put_back_too() -> None:
 def test_what_python_does_not_see() -> None:
     net = Net()
     assert can_be_watched(net)
+    stand_in = StandIn(net.b, lambda run, args, kwargs: run(*args, **kwargs))
+    assert can_be_watched(net)
+    stand_in.remove()
+    net.b.compile(backend="eager")
+    StandIn(net.b, lambda run, args, kwargs: run(*args, **kwargs))
+    assert not can_be_watched(net)
+    net = Net()
     net.a = torch.compile(net.a, backend="eager")  # type: ignore[assignment]
     assert not can_be_watched(net)
 

@@ -18,6 +18,7 @@ from lightning_freeze.feature_chain import FeatureChain, FeatureStats, Kept, seq
 from lightning_freeze.logs import get_logger
 from lightning_freeze.pickling import without_fit
 from lightning_freeze.selectors import clean_name
+from lightning_freeze.stand_in import is_compiled_around
 from lightning_freeze.stores import Folder, available_memory
 
 _log = get_logger(__name__)
@@ -37,9 +38,9 @@ class FeatureCache(Callback):
     empties it. So it works beside :class:`FreezeSchedule` and :class:`FreezeBatchNorm`, in any order, and beside
     ``requires_grad_(False)`` by hand. Weights written to in place, by ``load_state_dict`` or by an optimizer, are seen
     at the next call; a write through ``tensor.data``, which PyTorch does not count, at the first call of the next epoch
-    or validation. What a layer reads from plain attributes, such as ``layer.eps``, is not watched: call :meth:`clear`
-    if you change it. A module that does more than give an output is found out in its second run, and not cached: one
-    that draws random numbers, writes into its input or keeps tensors aside for others to read.
+    or validation. What a layer reads from plain attributes, such as ``layer.eps``, is not watched: call
+    :meth:`clear` if you change it. A module that does more than give an output is found out in its second run, and not
+    cached: one that draws random numbers, writes into its input or keeps tensors aside for others to read.
 
     The bits of an output can depend on the size of the batch, because kernels are chosen by shape. Features therefore
     serve batches of another size only after both were seen to give the same bits. The first samples that come back are
@@ -51,6 +52,12 @@ class FeatureCache(Callback):
     weights; :meth:`clear` gives the memory back. If fewer than 2 % of the samples of an epoch come
     back, as with random augmentation, the cache switches itself off for that stage, and says so. While the input
     requires grad, under FSDP, and while somebody traces or exports the model, it steps aside.
+
+    Calls of ``module(x)`` are answered, not those of ``module.forward(x)``. During the fit the module can be copied,
+    pickled, exported, scripted and compiled as without the cache. Where the model, a module around this one or a method
+    of them is compiled when the fit starts, this module runs apart from what is compiled. It is not cached where
+    ``fullgraph=True`` forbids that, nor in a function that is compiled elsewhere or later; ``module.compile()`` is
+    cached in any case.
 
     Args:
         module: The dotted name of the module, such as ``"backbone"``. If it is an ``nn.Sequential`` or
@@ -229,6 +236,7 @@ class FeatureCache(Callback):
             kept=self._kept,
             stage=lambda: str(trainer.state.stage.value) if trainer.state.stage is not None else "",
             say=lambda sentence: self._say(trainer, sentence),
+            compiled_around=is_compiled_around(pl_module, found.values()),
         )
         self._chain.__enter__()
 

@@ -34,7 +34,7 @@ def anatomy(net: nn.Module) -> dict[str, Any]:
         name: (
             type(module),
             module.training,
-            sorted(key for key in module.__dict__ if not key.startswith("_")),
+            sorted(module.__dict__),
             [len(getattr(module, hook)) for hook in hooks],
         )
         for name, module in net.named_modules()

@@ -1,0 +1,147 @@
+"""Laws 7 and 8 while a fit goes on: what people do to a module under a FeatureCache works as it does without one.
+
+They export, script, compile, copy and save it in hooks.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.data import DataLoader
+
+from lightning_freeze import FeatureCache
+from lightning_freeze.feature_chain import sequential_links
+from tests.laws.test_law8_feature_cache_of_odd_modules import Net, Plain, block, data
+from tests.nets import trainer
+
+KEYS = ("forward", "_compiled_call_impl", "_call_impl")
+
+
+def own(net: nn.Module) -> dict[str, set[str]]:
+    """The attributes of a module's own that say what runs when it is called, for each module that has any."""
+    found = {name: {key for key in KEYS if key in vars(module)} for name, module in net.named_modules()}
+    return {name: keys for name, keys in found.items() if keys}
+
+
+# Tools in mid-fit
+
+
+def saved(module: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def compiled(module: Any) -> Any:
+    torch._dynamo.reset()
+    return torch.compile(module, fullgraph=True, backend="eager")
+
+
+X = data().tensors[0][:8]
+TOOLS: dict[str, Callable[[Any], Any]] = {
+    "export": lambda module: torch.export.export(module, (X,)).module(),
+    "strict export": lambda module: torch.export.export(module, (X,), strict=True).module(),
+    "script": torch.jit.script,
+    "trace": lambda module: torch.jit.trace(module, X),
+    "symbolic trace": fx.symbolic_trace,
+    "compile": compiled,
+    "save": saved,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+class Typed(Plain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+def _note(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    """A hook that changes nothing."""
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(_note)
+    return module
+
+
+BACKBONES: dict[str, Callable[[], nn.Module]] = {
+    "plain": Typed,
+    "sequential": block,
+    "fx": lambda: fx.symbolic_trace(block()),
+    "hooked": lambda: hooked(Typed()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:The TorchScript type", "ignore:.*in eval mode at the start")
+@pytest.mark.parametrize("within", [False, True], ids=["alone", "within another"])
+@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize("tool", TOOLS)
+def test_tools_work_in_mid_fit(tool: str, backbone: str, within: bool) -> None:
+    made: list[Any] = []
+
+    class Uses(Net):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 3:
+                module = nn.Sequential(self.backbone, nn.Tanh()) if within else self.backbone
+                expected = module(X)
+                made.append(TOOLS[tool](module))
+                assert torch.equal(made[0](X), expected)
+
+    net, cache = Uses(BACKBONES[backbone]()), FeatureCache("backbone")
+    trainer(callbacks=[cache], max_epochs=5).fit(net, DataLoader(data(), 8, shuffle=True))
+    assert cache.stats.hits > 24
+    assert own(net) == {}
+    if tool in ("save", "pickle", "deepcopy"):
+        assert not any("forward" in keys or "_call_impl" in keys for keys in own(made[0]).values())
+        assert not any(vars(module).get("_compiled_call_impl") for module in made[0].modules())
+        copied = made[0][0] if within else made[0]
+        assert len(sequential_links("net", copied)) == len(sequential_links("net", net.backbone))
+        copied.forward = lambda x: x
+        assert torch.equal(copied(X), X)
+
+
+# Compiled
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+@pytest.mark.parametrize("how", ["model", "method", "outer", "fullgraph", "in place"])
+def test_a_module_in_something_compiled(how: str) -> None:
+    """It is compiled apart and cached, unless all must be one graph."""
+
+    class Steps(Net):
+        def __init__(self) -> None:
+            super().__init__(Typed())
+            if how == "method":
+                self.features = torch.compile(self.features, backend="eager")  # type: ignore[method-assign]
+            elif how == "outer":
+                self.outer = torch.compile(nn.Sequential(self.backbone, nn.Identity()), backend="eager")
+                self.features = self.outer.__call__  # type: ignore[method-assign]
+            elif how == "in place":
+                self.backbone.compile(backend="eager")
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.head(self.features(batch[0])), batch[1])
+
+    results = []
+    for caches in ([], [FeatureCache("backbone")]):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        net: Any = Steps()
+        before = own(net.backbone)
+        compiles = how in ("model", "fullgraph")
+        fitted = torch.compile(net, backend="eager", fullgraph=how == "fullgraph") if compiles else net
+        trainer(callbacks=list(caches), max_epochs=5).fit(fitted, DataLoader(data(), 8, shuffle=True))
+        results.append(net.head[1].weight)
+        assert own(net.backbone) == before
+    assert torch.equal(*results)
+    assert (caches[0].stats.hits > 24) == (how != "fullgraph")
