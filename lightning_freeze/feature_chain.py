@@ -12,7 +12,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -67,11 +67,12 @@ class FeatureStats:
 
 @dataclass
 class _Look:
-    """What can be remembered in one set of modes."""
+    """What can be remembered in one set of modes, which includes the program of modules that torch.fx made."""
 
     whole: bool
     depth: int
     why: str | None
+    program: str = ""
 
 
 @dataclass
@@ -245,6 +246,7 @@ class FeatureChain:
         self._last: _Look | None = None
         self._stand_ins: list[StandIn] = []
         self._inside = False
+        self._suspicious = False
         # How many links are known to run one on the output of the other; what the next one should get.
         self._follow = 1
         self._linked = len(self._links)
@@ -304,7 +306,8 @@ class FeatureChain:
         return Kept(self._budget, memories, {stage: lane.counts for stage, lane in self._lanes.items()})
 
     def suspect(self) -> None:
-        """Read all weights before the next answer, to see also what does not count as written to."""
+        """Read all weights before the next answer, to see also what does not count as written to, and all functions."""
+        self._suspicious = True
         for memory in self._memories.values():
             memory.suspect()
 
@@ -387,18 +390,22 @@ class FeatureChain:
         self._conditions = Conditions([*modules, *self._links.values()])
         self._trains = self._conditions.trains()
         self._parameters = {id(p) for module in (*modules, *self._links.values()) for p in module.parameters()}
-        self._looks: dict[tuple[bool, ...], _Look] = {}
+        self._looks: dict[tuple[Any, ...], _Look] = {}
+
+    def _forget(self) -> None:
+        self.close()
+        self._look_anew()
 
     def _look(self) -> _Look:
         """Look at the modules, and forget what is no longer true."""
-        holds = self._conditions.hold()
+        holds = self._conditions.hold() and not (self._suspicious and self._conditions.rewritten())
+        self._suspicious = False
         if not holds or self._conditions.trains() != self._trains:
-            self.close()
-            self._look_anew()
+            self._forget()
         self._modes = self._conditions.modes()
         look = self._looks.get(self._modes)
         if look is None:
-            look = self._looks[self._modes] = self._examine()
+            look = self._looks[self._modes] = replace(self._examine(), program=self._conditions.program())
         self._last = look
         return look
 
@@ -503,7 +510,7 @@ class FeatureChain:
             return None
         self._inside = True
         try:
-            output = memory.recall(run, call, self._modes)
+            output = memory.recall(run, call, self._modes, look.program)
         finally:
             self._inside = False
             memory.counts.all_seconds += time.perf_counter() - begin

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import compress
 from operator import is_
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,9 +38,8 @@ from lightning_freeze.features import (
     tensor_digest,
 )
 from lightning_freeze.frozen_state import Weights
+from lightning_freeze.stand_in import Run
 from lightning_freeze.stores import Budget, Damaged, Folder, Shelf, Slots
-
-Run: TypeAlias = Callable[..., Any]
 
 _ENOUGH = 256  # numbers that have to be equal, over all comparisons, before two circumstances count as alike
 _ROUNDING = 16  # machine epsilons, of the largest number, by which a kernel may differ from itself
@@ -263,18 +262,19 @@ class FeatureMemory:
             return None
         return call
 
-    def recall(self, run: Run, call: Call, modes: tuple[bool, ...] = ()) -> Any:
+    def recall(self, run: Run, call: Call, modes: tuple[Any, ...] = (), program: str = "") -> Any:
         """Give the output for a call, running the modules only on samples that were not there before.
 
         Args:
             run: The modules.
             call: What :meth:`read` gave.
             modes: Whatever else the bits could depend on.
+            program: What is remembered under one does not serve under another.
         """
-        return self._answer(call, run, (call.size, torch.is_grad_enabled(), *modes))
+        return self._answer(call, run, (call.size, torch.is_grad_enabled(), *modes), program)
 
-    def _answer(self, call: Call, run: Run, circumstances: tuple[Any, ...]) -> Any:
-        text = f"{_context(call)}|{call.form}"
+    def _answer(self, call: Call, run: Run, circumstances: tuple[Any, ...], program: str) -> Any:
+        text = f"{_context(call)}|{call.form}{program}"
         form = self._forms.get(text)
         mark = _mark(call.size, circumstances)
         keys = call.keys()

@@ -8,7 +8,7 @@ from operator import attrgetter, is_, ne
 from typing import Any
 
 import xxhash
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
@@ -19,6 +19,7 @@ from lightning_freeze.stand_in import is_compiled
 _version = attrgetter("_version")
 _requires_grad = attrgetter("requires_grad")
 _training = attrgetter("training")
+_code = attrgetter("code")
 
 # Where classes that are random in train mode keep the probability, by the names torch, torchvision and timm use.
 _PROBABILITIES = ("p", "drop_prob", "dropout")
@@ -77,7 +78,10 @@ def _why_mode_matters(name: str, layer: nn.Module) -> str | None:
 
 
 class Conditions:
-    """Reads cheaply what decides whether outputs may be reused: what trains, train modes, forward hooks.
+    """Reads cheaply what decides whether outputs may be reused: what trains and runs, train modes, forward hooks.
+
+    What runs are functions, which can be replaced. The modules torch.fx makes are given a new one all the time, mostly
+    the same, so these are told apart by their code.
 
     Args:
         modules: The modules.
@@ -95,20 +99,32 @@ class Conditions:
         self._hooks = [d for layer in layers for d in (layer._forward_hooks, layer._forward_pre_hooks)]
         self._layers = layers
         self._parameters = [list(module.parameters()) for module in modules]
+        self._graphs = [layer for layer in layers if isinstance(layer, fx.GraphModule)]
+        self._outer, self._inner = _readable(modules), _readable(layer for layer in layers if layer not in modules)
+        self._outer_functions, self._inner_functions = map(_functions, (self._outer, self._inner))
 
     def hold(self) -> bool:
-        """Whether every parameter, buffer and module is the object it was."""
+        """Whether every parameter, buffer and module is the object it was, and so are the modules' functions."""
         objects = self._gather()
         same = len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        return same and not any(self._empty)
+        return same and not any(self._empty) and _functions(self._outer) == self._outer_functions
+
+    def rewritten(self) -> bool:
+        """Whether the function of a module below is not the object it was."""
+        return _functions(self._inner) != self._inner_functions
 
     def trains(self) -> tuple[bool, ...]:
         """Give for each module whether one of its parameters requires grad."""
         return tuple(any(map(_requires_grad, parameters)) for parameters in self._parameters)
 
-    def modes(self) -> tuple[bool, ...]:
-        """Give the train mode of each module, since any code can read it, and which modules have forward hooks."""
-        return (*map(_training, self._layers), *map(bool, self._hooks))
+    def modes(self) -> tuple[bool | str, ...]:
+        """Give the train mode of each module, since any code can read it, which have forward hooks, and fx code."""
+        return (*map(_training, self._layers), *map(bool, self._hooks), *map(_code, self._graphs))
+
+    def program(self) -> str:
+        """Give text that is the same only if the code of modules that torch.fx made is; empty without such modules."""
+        codes = [*map(_code, self._graphs)]
+        return xxhash.xxh3_128_hexdigest(repr(codes).encode()) if codes else ""
 
     def _gather(self) -> tuple[Any, ...]:
         return tuple(chain.from_iterable(map(dict.values, self._dicts)))
@@ -192,3 +208,16 @@ def _content(tensor: Tensor) -> tuple[Any, ...]:
     """Give form and hash of a tensor; those of equal ones have equal text, in every run."""
     digest = byte_digest(byte_rows(tensor.detach().unsqueeze(0)))
     return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, digest
+
+
+def _functions(modules: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
+    """Give what a call of each module runs: the forward of its own, and that of its class if it is no fx graph's."""
+    return [
+        (vars(module).get("forward"), None if isinstance(module, fx.GraphModule) else type(module).forward)
+        for module in modules
+    ]
+
+
+def _readable(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Give those that give the same functions whenever they are read, which a descriptor need not do."""
+    return [m for m in modules if _functions([m]) == _functions([m])]

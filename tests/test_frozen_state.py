@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -7,7 +8,7 @@ import timm
 import torch
 import torchvision
 from efficientnet_lite_pytorch import EfficientNet
-from torch import nn
+from torch import Tensor, fx, nn
 
 from lightning_freeze.frozen_state import Conditions, Weights, structure_text, why_not_reusable
 
@@ -56,6 +57,47 @@ def test_conditions_see_what_counts() -> None:
     assert conditions.hold()
     net[1].bias = nn.Parameter(net[1].bias.detach().clone())
     assert not conditions.hold()
+
+
+@pytest.mark.parametrize("where", ["class", "module", "below"])
+def test_conditions_see_another_function(where: str) -> None:
+    class Module(nn.Sequential):
+        pass
+
+    net: Any = Module(nn.Linear(2, 2))
+    conditions = Conditions([net])
+    target = {"class": Module, "module": net, "below": net[0]}[where]
+    target.forward = lambda *args: args[-1]
+    assert conditions.hold() == (where == "below")
+    assert conditions.rewritten() == (where == "below")
+
+
+def test_a_forward_that_is_made_anew_whenever_it_is_read_is_no_change() -> None:
+    class Module(nn.Module):
+        def run(self, x: Tensor, scale: int) -> Tensor:
+            return x * scale
+
+        forward = functools.partialmethod(run, scale=2)  # type: ignore[assignment]
+
+    conditions = Conditions([Module(), nn.Sequential(Module())])
+    assert conditions.hold()
+    assert not conditions.rewritten()
+
+
+def test_conditions_tell_programs_of_fx_apart_by_their_code() -> None:
+    net = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    conditions = Conditions([nn.Sequential(net)])
+    modes, program = conditions.modes(), conditions.program()
+    net.recompile()
+    assert conditions.hold()
+    assert not conditions.rewritten()
+    assert (conditions.modes(), conditions.program()) == (modes, program)
+    (*_, relu, output) = net.graph.nodes
+    output.args = (relu.args[0],)
+    net.recompile()
+    assert conditions.modes() != modes
+    assert conditions.program() != program
+    assert Conditions([nn.Linear(2, 2)]).program() == ""
 
 
 def test_hooks_that_are_compiled_with_a_module_matter() -> None:

@@ -38,7 +38,9 @@ class FeatureCache(Callback):
     empties it. So it works beside :class:`FreezeSchedule` and :class:`FreezeBatchNorm`, in any order, and beside
     ``requires_grad_(False)`` by hand. Weights written to in place, by ``load_state_dict`` or by an optimizer, are seen
     at the next call; a write through ``tensor.data``, which PyTorch does not count, at the first call of the next epoch
-    or validation. What a layer reads from plain attributes, such as ``layer.eps``, is not watched: call
+    or validation. A ``forward`` that is replaced is seen at the next call if it is the module's own or belongs to a
+    graph of ``torch.fx``, such as torchvision's feature extractors, and with the next epoch or validation if it is that
+    of another module inside. What a layer reads from plain attributes, such as ``layer.eps``, is not watched: call
     :meth:`clear` if you change it. A module that does more than give an output is found out in its second run, and not
     cached: one that draws random numbers, writes into its input or keeps tensors aside for others to read.
 

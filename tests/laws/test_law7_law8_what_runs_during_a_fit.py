@@ -1,6 +1,7 @@
 """Laws 7 and 8 while a fit goes on: what people do to a module under a FeatureCache works as it does without one.
 
-They export, script, compile, copy and save it in hooks.
+They export, script, compile, copy and save it in hooks; they give it graphs that torch.fx made, which change with the
+mode.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from lightning_freeze import FeatureCache
 from lightning_freeze.feature_chain import sequential_links
-from tests.laws.test_law8_feature_cache_of_odd_modules import Net, Plain, block, data
+from tests.laws.test_law8_feature_cache_of_odd_modules import WIDE, Net, Plain, block, check, data
 from tests.nets import trainer
 
 KEYS = ("forward", "_compiled_call_impl", "_call_impl")
@@ -28,6 +30,68 @@ def own(net: nn.Module) -> dict[str, set[str]]:
     """The attributes of a module's own that say what runs when it is called, for each module that has any."""
     found = {name: {key for key in KEYS if key in vars(module)} for name, module in net.named_modules()}
     return {name: keys for name, keys in found.items() if keys}
+
+
+# Functions that move
+
+
+class Stages(nn.Module):
+    """Has a node that only the graph of evaluation reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = block(), block(WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x))  # type: ignore[no-any-return]
+
+
+def extractor() -> nn.Module:
+    nodes: dict[str, Any] = {"train_return_nodes": {"two": "out"}, "eval_return_nodes": {"one": "out"}}
+    return create_feature_extractor(Stages(), **nodes)
+
+
+class Extracts(Net):
+    def features(self, x: Tensor) -> Tensor:
+        return super().features(x)["out"]  # type: ignore[call-overload,no-any-return]
+
+
+def test_a_feature_extractor_whose_graph_changes_with_the_mode() -> None:
+    stats = check(lambda: Extracts(extractor())).stats
+    assert stats.active
+    assert stats.hits > 24 * 2 + 16 * 2  # both graphs are remembered
+
+
+def test_a_traced_module_that_is_edited_in_mid_fit() -> None:
+    class Edits(Net):
+        def on_train_epoch_start(self) -> None:
+            graph = self.backbone.graph
+            if self.current_epoch == 4:
+                (linear,) = (node for node in graph.nodes if node.target == "inner.2")  # type: ignore[union-attr]
+                with graph.inserting_after(linear):  # type: ignore[operator,union-attr]
+                    doubled = graph.call_function(torch.mul, (linear, 2))  # type: ignore[operator,union-attr]
+                linear.replace_all_uses_with(doubled, delete_user_cb=lambda node: node is not doubled)
+            self.backbone.recompile()  # type: ignore[operator]
+
+    assert check(lambda: Edits(fx.symbolic_trace(Plain()))).stats.hits > 24
+
+
+@pytest.mark.parametrize("where", ["class", "module", "below"])
+def test_a_forward_that_is_replaced_in_mid_fit(where: str) -> None:
+    def make() -> Net:
+        class Replaced(Plain):
+            pass
+
+        class Replaces(Net):
+            def on_train_epoch_start(self) -> None:
+                if self.current_epoch == 4:
+                    target: Any = {"class": Replaced, "module": self.backbone, "below": self.backbone.inner}[where]
+                    plain = target.forward
+                    target.forward = lambda *args: plain(*args) * 2
+
+        return Replaces(Replaced())
+
+    assert check(make).stats.hits > 24
 
 
 # Tools in mid-fit
