@@ -679,7 +679,7 @@ def sequential_links(name: str, module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_sequential(module: nn.Module) -> bool:
-    own = type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    own = getattr(type(module), "forward", None) is nn.Sequential.forward and "forward" not in vars(module)
     children = [child for child in module._modules.values() if child is not None]
     return own and len(set(children)) == len(children) > 0 and not is_compiled(module)
 

@@ -7,6 +7,7 @@ from itertools import chain
 from operator import attrgetter, is_, ne
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor, fx, nn
 from torch.distributed.fsdp import FSDPModule
@@ -46,6 +47,8 @@ def why_not_reusable(name: str, module: nn.Module) -> str | None:
         if parameter.requires_grad:
             return f"{below} trains"
     for below, layer in module.named_modules(prefix=name):
+        if isinstance(layer, torch.jit.ScriptModule):
+            return f"{below} is TorchScript, whose code cannot be looked into"
         if isinstance(layer, FSDPModule):
             return f"{below} is sharded over ranks (FSDP2)"
         if (layer is not module or is_compiled(layer)) and (layer._forward_hooks or layer._forward_pre_hooks):
@@ -89,7 +92,8 @@ class Conditions:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
-        layers = _layers(modules)
+        # What TorchScript keeps are no dicts.
+        layers = [layer for layer in _layers(modules) if not isinstance(layer, torch.jit.ScriptModule)]
         self._dicts: list[dict[str, Any]] = [
             d for layer in layers for d in (layer._parameters, layer._buffers, layer._modules)
         ]
@@ -220,4 +224,4 @@ def _functions(modules: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
 
 def _readable(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Give those that give the same functions whenever they are read, which a descriptor need not do."""
-    return [m for m in modules if _functions([m]) == _functions([m])]
+    return [m for m in modules if not isinstance(m, torch.jit.ScriptModule) and _functions([m]) == _functions([m])]

@@ -100,6 +100,15 @@ def test_conditions_tell_programs_of_fx_apart_by_their_code() -> None:
     assert Conditions([nn.Linear(2, 2)]).program() == ""
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_torchscript_cannot_be_looked_into() -> None:
+    net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), nn.ReLU())
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    assert why_not_reusable("net", net) == "net.0 is TorchScript, whose code cannot be looked into"
+    assert Conditions([net]).hold()
+
+
 def test_hooks_that_are_compiled_with_a_module_matter() -> None:
     net = frozen(nn.Linear(2, 2))
     net.register_forward_hook(lambda *_: None)

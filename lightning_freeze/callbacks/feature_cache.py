@@ -53,7 +53,8 @@ class FeatureCache(Callback):
     Training, validation, test and prediction share what is kept, also in another call of the Trainer with the same
     weights; :meth:`clear` gives the memory back. If fewer than 2 % of the samples of an epoch come
     back, as with random augmentation, the cache switches itself off for that stage, and says so. While the input
-    requires grad, under FSDP, and while somebody traces or exports the model, it steps aside.
+    requires grad, under FSDP, before TorchScript, whose code cannot be looked into, and while somebody traces or
+    exports the model, it steps aside.
 
     Calls of ``module(x)`` are answered, not those of ``module.forward(x)``. During the fit the module can be copied,
     pickled, exported, scripted and compiled as without the cache. Where the model, a module around this one or a method
@@ -300,7 +301,8 @@ def _called(name: str, module: nn.Module) -> dict[str, nn.Module]:
     """Give a module, or those in an ``nn.ModuleList``, which is not called itself."""
     if isinstance(module, nn.ModuleList) and len(module):
         return {below: m for i, child in enumerate(module) for below, m in _called(f"{name}.{i}", child).items()}
-    if type(module).forward is nn.Module.forward and "forward" not in vars(module):
+    # TorchScript's classes raise AttributeError.
+    if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
         raise ValueError(
             f'FeatureCache(module="{name}") names a {type(module).__name__}, which is never called. Name the modules '
             "in it, in the order in which they run."

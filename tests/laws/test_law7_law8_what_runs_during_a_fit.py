@@ -1,7 +1,7 @@
 """Laws 7 and 8 while a fit goes on: what people do to a module under a FeatureCache works as it does without one.
 
 They export, script, compile, copy and save it in hooks; they give it graphs that torch.fx made, which change with the
-mode.
+mode, or TorchScript.
 """
 
 from __future__ import annotations
@@ -92,6 +92,52 @@ def test_a_forward_that_is_replaced_in_mid_fit(where: str) -> None:
         return Replaces(Replaced())
 
     assert check(make).stats.hits > 24
+
+
+# TorchScript
+
+
+class Holds(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.last = inner, nn.Linear(WIDE, WIDE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x))  # type: ignore[no-any-return]
+
+
+SCRIPTED: dict[str, Callable[[], nn.Module]] = {
+    "scripted": lambda: torch.jit.script(block()),
+    "traced": lambda: torch.jit.trace(block(), torch.zeros(2, 6)),
+    "one that holds a scripted one": lambda: Holds(torch.jit.script(block())),
+    "a chain that begins with a scripted one": lambda: nn.Sequential(torch.jit.script(block()), nn.ReLU()),
+    "a chain with a scripted one": lambda: nn.Sequential(block(), torch.jit.script(block(WIDE))),
+}
+
+
+def net_with(backbone: nn.Module) -> Net:
+    """A net with a module that is already frozen; TorchScript has no ``requires_grad_``."""
+    net = Net(nn.Identity())
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(False)
+    net.backbone = backbone
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("name", SCRIPTED)
+def test_torchscript_is_left_alone_with_a_sentence(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lightning_freeze")
+    stats = check(lambda: net_with(SCRIPTED[name]())).stats
+    assert "is TorchScript" in str(stats.why)
+    (said,) = [record.message for record in caplog.records if record.message.startswith("FeatureCache")]
+    if name == "a chain with a scripted one":
+        assert stats.covers == ("backbone.0.0", "backbone.0.1", "backbone.0.2")
+        assert stats.hits > 24
+        assert said == f"FeatureCache: backbone: cached up to backbone.0.2, because {stats.why}."
+    else:
+        assert not stats.active
+        assert said == f"FeatureCache: backbone: off, because {stats.why}."
 
 
 # Tools in mid-fit
