@@ -283,6 +283,10 @@ class FeatureChain:
         self._stand_ins = []
         self._watched = None
 
+    def stands_before(self, module: nn.Module) -> bool:
+        """Whether it answers the calls of a module, now."""
+        return any(stand_in.module is module for stand_in in self._stand_ins)
+
     def close(self) -> None:
         """Forget everything; what lies in a folder stays there."""
         for memory in (*self._memories.values(), *self._kept.memories.values()):

@@ -230,6 +230,7 @@ class FeatureCache(Callback):
         found = _modules(pl_module, self.module)
         whole = next(iter(found.items())) if isinstance(self.module, str) and len(found) == 1 else None
         links = found if whole is None else sequential_links(*whole)
+        self._refuse_twice(trainer, found | links)
         self._chain = FeatureChain(
             whole,
             links,
@@ -242,6 +243,17 @@ class FeatureCache(Callback):
             compiled_around=is_compiled_around(pl_module, found.values()),
         )
         self._chain.__enter__()
+
+    def _refuse_twice(self, trainer: Trainer, modules: dict[str, nn.Module]) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, FeatureCache) and other._chain is not None:
+                twice = [name for name, module in modules.items() if other._chain.stands_before(module)]
+                if twice:
+                    raise ValueError(
+                        f"FeatureCache(module={other.module!r}) and FeatureCache(module={self.module!r}) would both "
+                        f"remember what {twice[0]} gives. Leave one of them out; one with a list of modules caches as "
+                        "many of them as are frozen."
+                    )
 
     def _refresh(self) -> None:
         if self._chain is not None:

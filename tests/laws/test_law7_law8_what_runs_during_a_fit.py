@@ -1,7 +1,7 @@
 """Laws 7 and 8 while a fit goes on: what people do to a module under a FeatureCache works as it does without one.
 
 They export, script, compile, copy and save it in hooks; they give it graphs that torch.fx made, which change with the
-mode, or TorchScript.
+mode, or TorchScript; and they put several caches before it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils.data import DataLoader
 from torchvision.models.feature_extraction import create_feature_extractor
 
-from lightning_freeze import FeatureCache
+from lightning_freeze import FeatureCache, FreezeSchedule, Phase
 from lightning_freeze.feature_chain import sequential_links
 from tests.laws.test_law8_feature_cache_of_odd_modules import WIDE, Net, Plain, block, check, data
 from tests.nets import trainer
@@ -255,3 +255,55 @@ def test_a_module_in_something_compiled(how: str) -> None:
         assert own(net.backbone) == before
     assert torch.equal(*results)
     assert (caches[0].stats.hits > 24) == (how != "fullgraph")
+
+
+# Several caches
+
+
+class Two(nn.Module):
+    """Two parts that are no chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = block(), nn.Sequential(block(WIDE), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x) * 2)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+@pytest.mark.parametrize(
+    ("modules", "twice"),
+    [
+        (["backbone", "backbone"], "backbone"),
+        (["backbone.two", "backbone.two.1"], "backbone.two.1"),
+        (["backbone.two.0.0", "backbone.two"], "backbone.two.0.0"),
+        ([["backbone.one", "backbone.two"], "backbone.one"], "backbone.one"),
+    ],
+)
+def test_two_caches_of_one_module_are_refused(modules: list[Any], twice: str) -> None:
+    net = Net(Two())
+    caches = [FeatureCache(module) for module in modules]
+    with pytest.raises(ValueError, match="Leave one of them out") as error:
+        trainer(callbacks=list(caches)).fit(net, DataLoader(data(), 8))
+    for module in modules:
+        assert f"FeatureCache(module={module!r})" in str(error.value)
+    assert f"remember what {twice} gives" in str(error.value)
+    assert own(net) == {}
+    trainer(callbacks=caches[:1], max_epochs=3).fit(net, DataLoader(data(), 8))
+    assert caches[0].stats.hits > 0
+    assert own(net) == {}
+
+
+@pytest.mark.parametrize("inner", ["backbone.one", ["backbone.two.0.0", "backbone.two.0.1"], "backbone.two"])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_cache_within_another(inner: Any, first: bool) -> None:
+    caches: list[FeatureCache] = []
+
+    def callbacks() -> list[Any]:
+        caches[:] = [FeatureCache(inner)]
+        return [*caches, FreezeSchedule([Phase("head", epochs=4), Phase(["head", "backbone.two.0.2"])])]
+
+    outer = check(lambda: Net(Two()), callbacks=callbacks, first=first, max_epochs=9)
+    assert outer.stats.hits > 24
+    assert caches[0].stats.hits > 24 or inner == "backbone.two"
