@@ -274,6 +274,7 @@ class Forward(Net):
         if what == "compiled":
             self.extra = torch.compile(self.extra, backend="eager")
         if what == "compiled whole":
+            torch._dynamo.reset()  # what other tests compiled counts against the limit of recompilations
             self.extra.forward = torch.compile(self.extra.forward, backend="eager", fullgraph=True)
         if what == "scripted":
             with pytest.warns(FutureWarning, match="deprecated"):
