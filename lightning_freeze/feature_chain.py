@@ -396,16 +396,13 @@ class FeatureChain:
         self._parameters = {id(p) for module in (*modules, *self._links.values()) for p in module.parameters()}
         self._looks: dict[tuple[Any, ...], _Look] = {}
 
-    def _forget(self) -> None:
-        self.close()
-        self._look_anew()
-
     def _look(self) -> _Look:
         """Look at the modules, and forget what is no longer true."""
         holds = self._conditions.hold() and not (self._suspicious and self._conditions.rewritten())
         self._suspicious = False
         if not holds or self._conditions.trains() != self._trains:
-            self._forget()
+            self.close()
+            self._look_anew()
         self._modes = self._conditions.modes()
         look = self._looks.get(self._modes)
         if look is None:
