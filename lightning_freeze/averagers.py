@@ -31,3 +31,19 @@ def refuse_new_statistics(trainer: Trainer, module: nn.Module, who: str) -> None
             "BatchNorm to compute them anew; those of a frozen layer would be lost. Use Lightning's WeightAveraging "
             "instead, or FreezeSchedule(frozen_mode='train')."
         )
+
+
+def refuse_rates_by_group(trainer: Trainer) -> None:
+    """Refuse a StochasticWeightAveraging with a rate for each of the user's groups, before groups are added.
+
+    Raises:
+        MisconfigurationException: If there is one.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, StochasticWeightAveraging) and isinstance(callback._swa_lrs, list):
+            raise MisconfigurationException(
+                f"StochasticWeightAveraging(swa_lrs={callback._swa_lrs}) has a rate for each group that the optimizer "
+                "was given, and FreezeSchedule adds groups to them: for lr_scale, and for what a phase trains and the "
+                "optimizer was not given. Give swa_lrs one number, or the optimizer all parameters and no lr_scale."
+            )

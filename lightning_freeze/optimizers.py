@@ -26,9 +26,10 @@ from lightning_freeze.schedulers import (
     first_groups,
     follow_groups,
     is_rate,
-    other_lists,
+    lists_apart,
     scaled,
     scaled_rates,
+    schedulers_of,
 )
 from lightning_freeze.selectors import Selector, named_unique_parameters, resolve, selector_text
 
@@ -116,7 +117,7 @@ class HomeGroups:
 
     Args:
         optimizer: Any that :func:`check_optimizer` accepts, with all parameters in its groups.
-        schedulers: The LR schedulers that drive it.
+        holders: LR schedulers, or what may have some in attributes; see :func:`schedulers_of`.
         scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor.
         adopt: Name to parameter, for what the optimizer shall take in.
         optimizer_state: What becomes of a parameter's state when it freezes: ``"keep"``, ``"drop"``, or ``"offload"``
@@ -140,7 +141,7 @@ class HomeGroups:
     def __init__(
         self,
         optimizer: Optimizer,
-        schedulers: Sequence[Scheduler] = (),
+        holders: Sequence[object] = (),
         *,
         scales: Sequence[Mapping[int, float]] = ({},),
         adopt: Mapping[str, nn.Parameter] | None = None,
@@ -148,11 +149,9 @@ class HomeGroups:
     ) -> None:
         check_optimizer(optimizer)
         self.optimizer = optimizer
-        self._schedulers = schedulers
         self._policy = optimizer_state
         self._stays_whole = False
         self._own = len(optimizer.param_groups)
-        self._other_lists = {place for scheduler in schedulers for place in other_lists(scheduler, self._own)}
         self._homes = [
             _Home(list(group["params"]), list(group["param_names"]) if "param_names" in group else None)
             for group in optimizer.param_groups
@@ -169,6 +168,12 @@ class HomeGroups:
             self._split(index, scales)
         optimizer.param_groups.extend(follower.group for follower in self._followers)
         self.follow()
+        self._schedulers = schedulers_of(optimizer, holders)
+        try:
+            self._apart = lists_apart(self._schedulers, self._own, self._followers)
+        except ValueError:
+            del optimizer.param_groups[self._own :]
+            raise
         #: Whether a step calls hooks for sure; otherwise :meth:`follow` has to be called before it.
         self.calls_hooks: bool = getattr(optimizer.step, "hooked", False)
         self._handles = self._hook_states() if _saves_as_torch_does(optimizer) else [self._cover_states()]
@@ -179,6 +184,11 @@ class HomeGroups:
     def group_count(self) -> int:
         """How many groups the optimizer's checkpoint has: the user's, and one more if parameters were adopted."""
         return len(self._homes)
+
+    @property
+    def adds_groups(self) -> bool:
+        """Whether there are groups behind the user's."""
+        return bool(self._followers)
 
     def apply(self, phase: int, trains: Collection[int]) -> None:
         """Show what trains in a phase, and only that, with the phase's learning rate scales.
@@ -199,7 +209,7 @@ class HomeGroups:
         """Give a scheduler's ``state_dict()`` with the entries of the groups that the optimizer's checkpoint has."""
         if not self._followers:
             return scheduler.state_dict()
-        with first_groups(scheduler, self.group_count, self._other_lists):
+        with first_groups(scheduler, self.group_count, self._apart):
             return scheduler.state_dict()
 
     def follow(self) -> None:
@@ -248,7 +258,7 @@ class HomeGroups:
 
     def _extend_lists(self, followers: Sequence[_Follower]) -> None:
         for scheduler in self._schedulers:
-            follow_groups(scheduler, self._own, followers, self._other_lists)
+            follow_groups(scheduler, self._own, followers, self._apart)
 
     def _adopt(self, parameters: Mapping[str, nn.Parameter], phases: int) -> None:
         names, members = list(parameters), list(parameters.values())

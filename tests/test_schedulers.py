@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler as lrs
 from torch.optim import swa_utils
 
-from lightning_freeze.schedulers import _is_per_group, first_groups, follow_groups, other_lists, scaled_rates
+from lightning_freeze.schedulers import _is_per_group, first_groups, follow_groups, lists_apart, scaled_rates
 from tests.laws.test_law3_schedulers import SCHEDULERS
 from tests.nets import same
 
@@ -57,7 +57,7 @@ def test_every_list_with_an_entry_a_group_is_known(name: str) -> None:
     for node in nodes(scheduler):
         for attribute, value in vars(node).items():
             if isinstance(value, list | tuple) and len(value) == GROUPS:
-                assert _is_per_group(attribute, value), (type(node).__name__, attribute)
+                assert _is_per_group(attribute), (type(node).__name__, attribute)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -76,7 +76,7 @@ def test_lists_follow(name: str) -> None:
         follow_groups(scheduler, 2, given)
         for node in nodes(scheduler):
             for attribute, value in vars(node).items():
-                if _is_per_group(attribute, value):
+                if _is_per_group(attribute):
                     assert len(value) == 2 + len(given)
                     rate = attribute.endswith(("_lrs", "_last_lr"))
                     tail = [value[f.source] * f.scale if rate else value[f.source] for f in given]
@@ -110,12 +110,12 @@ def test_a_list_of_another_length_is_not_per_group() -> None:
     scheduler, optimizer = build("StepLR", 2)
     scheduler.stage_lrs = stages = [0.3, 0.2, 0.1]
     del scheduler._last_lr
-    others = other_lists(scheduler, 2)
+    apart = lists_apart([scheduler], 2, [])
     optimizer.param_groups.append({**scaled_rates(optimizer.param_groups[1], 0.5), "params": []})
-    follow_groups(scheduler, 2, [Follows(1, 0.5)], others)
+    follow_groups(scheduler, 2, [Follows(1, 0.5)], apart)
     step(scheduler, optimizer)
     assert [len(lists) for lists in (scheduler.base_lrs, scheduler._last_lr)] == [3, 3]
-    with first_groups(scheduler, 2, others):
+    with first_groups(scheduler, 2, apart):
         state = scheduler.state_dict()
     assert [len(state[name]) for name in ("base_lrs", "_last_lr", "stage_lrs")] == [2, 2, 3]
     assert scheduler.stage_lrs is state["stage_lrs"] is stages

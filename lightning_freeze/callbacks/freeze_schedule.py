@@ -19,7 +19,7 @@ from lightning.pytorch.core.optimizer import _MockOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze.averagers import refuse_new_statistics
+from lightning_freeze.averagers import refuse_new_statistics, refuse_rates_by_group
 from lightning_freeze.batchnorm import (
     every_module,
     has_running_statistics,
@@ -588,16 +588,18 @@ def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningM
             "first one: %s",
             *(len(adopt), _names(adopt)),
         )
-    homes = [
-        HomeGroups(
-            optimizer,
-            [config.scheduler for config in trainer.lr_scheduler_configs if config.scheduler.optimizer is optimizer],
-            scales=scales,
-            adopt=adopt,
-            optimizer_state=schedule.optimizer_state,
-        )
-        for optimizer in optimizers
-    ]
+    holders = [*(config.scheduler for config in trainer.lr_scheduler_configs), *pl_module.modules(), *callbacks]
+    homes: list[HomeGroups] = []
+    try:
+        for optimizer in optimizers:
+            policy = schedule.optimizer_state
+            homes.append(HomeGroups(optimizer, holders, scales=scales, adopt=adopt, optimizer_state=policy))
+        if any(home.adds_groups for home in homes):
+            refuse_rates_by_group(trainer)
+    except Exception:
+        for home in homes:
+            home.release()
+        raise
     held = held_affine(pl_module)
     flags = [(p, p.requires_grad) for p in parameters.values() if id(p) not in held and id(p) not in kept]
 
