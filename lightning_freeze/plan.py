@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, runtime_checkable
 
 from torch import nn
 
@@ -12,6 +12,9 @@ from lightning_freeze.gradients import can_train
 from lightning_freeze.optimizers import overlay
 from lightning_freeze.phases import Phase
 from lightning_freeze.selectors import as_patterns, named_unique_parameters, resolve, selector_text
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 FrozenMode: TypeAlias = Literal["batchnorm", "eval", "train"]
 
@@ -22,6 +25,14 @@ class KeepsFrozen(Protocol):
 
     def kept_frozen(self, module: nn.Module) -> list[nn.Module]:
         """Give these modules."""
+
+
+@runtime_checkable
+class HoldsBatchNorm(Protocol):
+    """A callback with BatchNorm layers that stay frozen in every phase."""
+
+    def hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze them for the fit that begins; a second call does nothing."""
 
 
 def phase_trains(module: nn.Module, phase: Phase, kept: Mapping[int, str] | None = None) -> dict[str, nn.Parameter]:
@@ -47,6 +58,26 @@ def phase_trains(module: nn.Module, phase: Phase, kept: Mapping[int, str] | None
     if not trains:
         raise ValueError(f"Phase {phase.label!r} trains nothing: all it selects has a dtype without gradients.")
     return trains
+
+
+def without_held(phase: Phase, trains: Mapping[str, nn.Parameter], held: Collection[int]) -> dict[str, nn.Parameter]:
+    """Give what a phase trains, less the affine part of frozen BatchNorm.
+
+    Args:
+        phase: The phase, for the error.
+        trains: What :func:`phase_trains` gave.
+        held: The identities of what stays frozen because its layer is.
+
+    Raises:
+        ValueError: If nothing is left.
+    """
+    left = {name: parameter for name, parameter in trains.items() if id(parameter) not in held}
+    if not left:
+        raise ValueError(
+            f"Phase {phase.label!r} trains nothing: all it selects is the affine part of frozen BatchNorm layers. "
+            "Select more, or freeze these with train_affine=True."
+        )
+    return left
 
 
 def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float]:

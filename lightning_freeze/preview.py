@@ -12,7 +12,7 @@ from lightning_freeze.arguments import whole_number
 from lightning_freeze.batchnorm import every_module, has_running_statistics, held_affine, is_held
 from lightning_freeze.gradients import percent, scalars
 from lightning_freeze.phases import Phase
-from lightning_freeze.plan import FrozenMode, held_modules, phase_scales, phase_trains
+from lightning_freeze.plan import FrozenMode, held_modules, phase_scales, phase_trains, without_held
 from lightning_freeze.selectors import named_unique_parameters, selector_text, unwrapped
 from lightning_freeze.tables import Table
 
@@ -141,14 +141,7 @@ def draw_schedule(
 
 def _trains(model: nn.Module, phase: Phase) -> dict[str, nn.Parameter]:
     """Give what a phase trains: what it selects, but for the affine part of BatchNorm that is frozen by hand."""
-    held = held_affine(model)
-    trains = {name: parameter for name, parameter in phase_trains(model, phase).items() if id(parameter) not in held}
-    if not trains:
-        raise ValueError(
-            f"Phase {phase.label!r} trains nothing: all it selects is the affine part of frozen BatchNorm layers. "
-            "Give freeze_batchnorm train_affine=True or select more."
-        )
-    return trains
+    return without_held(phase, phase_trains(model, phase), held_affine(model))
 
 
 def _epochs(phase: Phase, span: tuple[float, float] | None, *, last: bool) -> str:

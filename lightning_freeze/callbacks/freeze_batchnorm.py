@@ -27,7 +27,8 @@ class FreezeBatchNorm(Callback):
 
     Raises:
         TypeError: If ``select`` is no selector.
-        ValueError: At fit start, if ``select`` matches nothing, or no layer with running statistics.
+        ValueError: If ``select`` is an empty list; at fit start, if it matches nothing, or no layer with running
+            statistics.
         MisconfigurationException: At fit start, if affine parameters cannot freeze with the Trainer's strategy, or if
             the Trainer also has Lightning's StochasticWeightAveraging.
 
@@ -38,6 +39,8 @@ class FreezeBatchNorm(Callback):
 
     def __init__(self, select: Selector = "*", *, train_affine: bool = False) -> None:
         patterns = as_patterns(select)
+        if not patterns:
+            raise ValueError('FreezeBatchNorm(select=[]) is an empty list. For every layer, leave it out or give "*".')
         self.select = select if isinstance(select, str) or callable(select) else patterns
         self.train_affine = train_affine
         self._layers: dict[str, nn.Module] = {}
@@ -54,6 +57,12 @@ class FreezeBatchNorm(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze the layers before the first batch."""
+        self.hold(trainer, pl_module)
+
+    def hold(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze the layers, unless that is done; a schedule asks for it before it changes flags itself."""
+        if self._layers:
+            return
         refuse_new_statistics(trainer, pl_module, type(self).__name__)
         trained = [parameter for parameter in pl_module.parameters() if parameter.requires_grad]
         modes = {layer: layer.training for layer in pl_module.modules()}

@@ -34,7 +34,15 @@ from lightning_freeze.logs import get_logger
 from lightning_freeze.optimizers import HomeGroups, OptimizerState, check_optimizer, homeless, strangers
 from lightning_freeze.phases import Phase, PlateauWatch, as_phases, describe, walk
 from lightning_freeze.pickling import without_fit
-from lightning_freeze.plan import FrozenMode, KeepsFrozen, held_modules, phase_scales, phase_trains
+from lightning_freeze.plan import (
+    FrozenMode,
+    HoldsBatchNorm,
+    KeepsFrozen,
+    held_modules,
+    phase_scales,
+    phase_trains,
+    without_held,
+)
 from lightning_freeze.preview import plot_schedule, preview_table
 from lightning_freeze.selectors import named_unique_parameters
 from lightning_freeze.strategies import (
@@ -226,6 +234,9 @@ class FreezeSchedule(Callback):
         """Resolve the schedule against the module and apply the phase, before anything is trained or restored."""
         if self.frozen_mode != "train":
             refuse_new_statistics(trainer, pl_module, type(self).__name__)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, HoldsBatchNorm):  # before flags change: it notes what it finds, to give it back
+                callback.hold(trainer, pl_module)
         self._take_up(trainer, restored=False)
         self._fit = _begin_fit(self, trainer, pl_module)
         # Modes wait for on_train_start: before it, Lightning warns of modules in eval mode.
@@ -371,13 +382,8 @@ class FreezeSchedule(Callback):
             trains=[(name, tuple(p.shape)) for name, p in self._fit.trains[self.phase_index].items()],
         )
         reshard(trainer.strategy, pl_module)
-        held = held_affine(pl_module)
-        trains = {id(p) for p in self._fit.trains[self.phase_index].values() if id(p) not in held}
-        if not trains:
-            raise ValueError(
-                f"Phase {self.phase_index + 1} ({self.phase.label!r}) trains nothing: all it selects is the affine "
-                "part of frozen BatchNorm layers. Give FreezeBatchNorm train_affine=True or select more."
-            )
+        selected = self._fit.trains[self.phase_index]
+        trains = {id(p) for p in without_held(self.phase, selected, held_affine(pl_module)).values()}
         ours = [p for p in self._fit.parameters.values() if id(p) not in self._fit.kept]
         changed = [p for p in ours if p.requires_grad != (id(p) in trains)]
         for parameter in changed:
@@ -564,7 +570,10 @@ def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningM
     keeper_of = {module: type(keeper).__name__ for keeper in keepers for module in keeper.kept_frozen(pl_module)}
     kept = {id(p): keeper for module, keeper in keeper_of.items() for p in module.parameters()}
     kept_modules = {child for module in keeper_of for child in module.modules()}
+    held = held_affine(pl_module)
     trains = [phase_trains(pl_module, phase, kept) for phase in schedule.phases]
+    for phase, selected in zip(schedule.phases, trains, strict=True):
+        without_held(phase, selected, held)
     scales = [phase_scales(pl_module, phase) for phase in schedule.phases]
     optimizers = [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
     for optimizer in optimizers:
@@ -600,7 +609,6 @@ def _begin_fit(schedule: FreezeSchedule, trainer: Trainer, pl_module: LightningM
         for home in homes:
             home.release()
         raise
-    held = held_affine(pl_module)
     flags = [(p, p.requires_grad) for p in parameters.values() if id(p) not in held and id(p) not in kept]
 
     @contextmanager

@@ -61,6 +61,59 @@ def test_flags_return_beside_a_schedule(swapped: bool) -> None:
     assert flags == {name: p.requires_grad for name, p in net.named_parameters()}
 
 
+class Failing(Net):
+    """Raises in the sanity validation or in mid-fit."""
+
+    fails: str | None = None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.fails == "in mid-fit" and (self.current_epoch, batch_idx) == (1, 2):
+            raise RuntimeError(self.fails)
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.fails == "in validation":
+            raise RuntimeError(self.fails)
+
+
+@pytest.mark.parametrize("fails", [None, "in mid-fit", "in validation"])
+@pytest.mark.parametrize("phases", [["*", "head"], ["head", "*"], ["*", ["*", "!backbone.1"]]], ids=str)
+@pytest.mark.parametrize("swapped", [False, True])
+def test_affine_parameters_frozen_by_the_user_beside_a_schedule(swapped: bool, phases: Any, fails: str | None) -> None:
+    """Also where a phase selects them: neither order of the callbacks lets them train, in the fit or after it."""
+    net = Failing(sgd)
+    net.backbone[1].requires_grad_(False)
+    net.backbone[5].bias.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in net.named_parameters()}
+    before = snapshot(net)
+    callbacks = [FreezeSchedule([Phase(phases[0], epochs=1), Phase(phases[1])]), FreezeBatchNorm("backbone")]
+    for net.fails in (fails, None, fails):
+        net.train()  # an error in validation leaves it in eval mode
+        run = trainer(callbacks=callbacks[::-1] if swapped else callbacks, max_epochs=2, num_sanity_val_steps=1)
+        if net.fails:
+            with pytest.raises(RuntimeError, match=net.fails):
+                run.fit(net, loader(), loader())
+        else:
+            run.fit(net, loader(), loader())
+        assert flags == {name: p.requires_grad for name, p in net.named_parameters()}
+        assert all("train" not in module.__dict__ for module in net.modules())
+    assert not (AFFINE | STATISTICS) & moved(before, snapshot(net))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_later_phase_of_nothing_but_its_layers_is_refused_at_the_start(swapped: bool) -> None:
+    callbacks = [FreezeSchedule([Phase("head", epochs=1), Phase("backbone.1", name="norm")]), FreezeBatchNorm()]
+    run = trainer(callbacks=callbacks[::-1] if swapped else callbacks)
+    with pytest.raises(ValueError, match=r"Phase 'norm' trains nothing: all it selects is .*train_affine=True"):
+        run.fit(Net(), loader(), loader())
+    assert run.global_step == 0
+
+
+def test_an_empty_selector_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"FreezeBatchNorm\(select=\[\]\) is an empty list"):
+        FreezeBatchNorm([])
+
+
 def test_a_generator_is_kept_as_a_list() -> None:
     net = Net(sgd)
     callback = FreezeBatchNorm(name for name in ("backbone", "!backbone.5"))
