@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_freeze.selectors import Selector, select_layers
 
@@ -105,7 +106,7 @@ def held_affine(module: nn.Module) -> set[int]:
         id(parameter)
         for child in every_module(module)
         if (stay := _held(child)) is not None and any(names is not None for names in stay.holders.values())
-        for parameter in child.parameters(recurse=False)
+        for parameter in _affine(child).values()
     }
 
 
@@ -199,9 +200,18 @@ def _batchnorm_layers(module: nn.Module, select: Selector, given: str) -> dict[s
     return layers
 
 
+def _affine(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Give a layer's affine parameters, and in the place of one that is parametrized what it is made of."""
+    affine = dict(layer.named_parameters(recurse=False))
+    if parametrize.is_parametrized(layer):
+        made_of = layer.get_submodule("parametrizations").named_parameters(prefix="parametrizations")
+        affine.update(made_of)
+    return affine
+
+
 def _freeze_affine(layer: nn.Module, stay: StayInEval, holder: str) -> bool:
     """Freeze the affine parameters for a holder; give whether that changed anything."""
-    before, own = stay.holders[holder], dict(layer.named_parameters(recurse=False))
+    before, own = stay.holders[holder], _affine(layer)
     found = [name for name, parameter in own.items() if parameter.requires_grad]
     stay.holders[holder] = tuple(dict.fromkeys([*(before or ()), *found]))
     for parameter in own.values():
@@ -214,18 +224,26 @@ def _free_affine(layer: nn.Module, stay: StayInEval, holder: str) -> bool:
     """Give back the affine parameters that a holder froze; give whether it had frozen them."""
     found_trainable, stay.holders[holder] = stay.holders[holder], None
     _give_back(layer, stay, found_trainable or ())
-    return found_trainable is not None and any(True for _ in layer.parameters(recurse=False))
+    return found_trainable is not None and bool(_affine(layer))
 
 
 def _give_back(layer: nn.Module, stay: StayInEval, found_trainable: Iterable[str]) -> None:
     """Make affine parameters trainable again, or leave that to whoever else keeps them frozen."""
-    heir = next((other for other, names in stay.holders.items() if names is not None), None)
-    if heir is not None:  # still frozen: whoever releases it last makes it trainable again
-        stay.holders[heir] = tuple({*(stay.holders[heir] or ()), *found_trainable})
+    other = next((other for other, names in stay.holders.items() if names is not None), None)
+    if other is not None:  # still frozen: whoever releases it last makes it trainable again
+        stay.holders[other] = tuple({*(stay.holders[other] or ()), *found_trainable})
         return
+    affine = _affine(layer)
     for name in found_trainable:
-        if (parameter := layer._parameters.get(name)) is not None:  # a parametrization takes it away
-            parameter.requires_grad = True
+        # A parametrization that was put on or taken off since has renamed it.
+        same = [name] if name in affine else [other for other in affine if _attribute(other) == _attribute(name)]
+        for found in same:
+            affine[found].requires_grad = True
+
+
+def _attribute(name: str) -> str:
+    """Give which tensor of a layer a name of :func:`_affine` belongs to."""
+    return name.removeprefix("parametrizations.").split(".")[0]
 
 
 def _plain(module: nn.Module, own: Callable[[bool], object] | None) -> bool:

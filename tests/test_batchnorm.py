@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lightning_freeze import freeze_batchnorm, unfreeze, unfreeze_batchnorm
 from lightning_freeze.batchnorm import (
@@ -169,13 +171,45 @@ def test_a_second_call_is_what_holds() -> None:
     assert modes(net) == {"": True, "0": True, "1": True, "2": True}
 
 
-def test_a_parametrization_put_on_a_frozen_layer() -> None:
+class Split(nn.Module):
+    """A parametrization with two tensors in the place of one, and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return self.scale * (a + b)
+
+    def right_inverse(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight / 2, weight / 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "when"),
+    [*itertools.product([nn.Identity, Split], ["before", "while frozen"]), (nn.Identity, "before, then off")],
+)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_parametrized_layer(kind: type[nn.Module], when: str, trainable: bool) -> None:
+    """What the affine parameters are made of freezes and comes back as they do, whatever is put on or taken off."""
     net = nn.Sequential(nn.BatchNorm1d(2))
-    freeze_batchnorm(net)
-    nn.utils.parametrize.register_parametrization(net[0], "weight", nn.Identity())
+    net[0].weight.requires_grad_(trainable)
+    if when.startswith("before"):
+        parametrize.register_parametrization(net[0], "weight", kind())
+    before = {name: p.requires_grad for name, p in net.named_parameters()}
+    assert list(freeze_batchnorm(net)) == ["0"]
+    assert not any(p.requires_grad for p in net.parameters())
+    assert held_affine(net) == set(map(id, net.parameters()))
+    if when == "while frozen":
+        parametrize.register_parametrization(net[0], "weight", kind())
+        before |= {name: trainable for name, _ in net.named_parameters() if "original" in name}
+    if when.endswith("off"):
+        parametrize.remove_parametrizations(net[0], "weight")
+        before["0.weight"] = trainable
     assert list(unfreeze_batchnorm(net)) == ["0"]
     assert net[0].training
-    assert net[0].bias.requires_grad
+    after = {name: p.requires_grad for name, p in net.named_parameters()}
+    assert after.items() <= (before | {"0.parametrizations.weight.0.scale": True}).items()
 
 
 def test_copies_are_frozen_on_their_own() -> None:
