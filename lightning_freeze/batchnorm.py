@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -50,7 +51,8 @@ def every_module(module: nn.Module) -> list[nn.Module]:
 class StayInEval:
     """Stands in for ``module.train``: keeps that one module in eval mode, whoever asks for training mode.
 
-    It refers to the module it sits on, so the module still pickles and deep-copies.
+    It refers to the module it sits on, so the module still pickles and deep-copies. A copy is held by whom
+    :func:`freeze_batchnorm` says; what a fit holds is the fit's, and the copy is in none.
 
     Args:
         module: The module that is held.
@@ -75,6 +77,15 @@ class StayInEval:
         _set_mode(self.module, False, self.own)
         return self.module
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Give what a copy has in the place of this."""
+        if _BY_HAND not in self.holders:
+            return (_itself, (self.own,)) if self.own is not None else (getattr, (self.module, "train"))
+        names = self.holders[_BY_HAND]
+        if names is not None:
+            names = tuple(dict.fromkeys(name for found in self.holders.values() for name in found or ()))
+        return StayInEval, (self.module, self.wants_training, self.own, {_BY_HAND: names})
+
 
 def hold_eval(modules: Iterable[nn.Module], holder: str) -> None:
     """Put each module, without its children, in eval mode until every holder has released it."""
@@ -93,6 +104,25 @@ def release_eval(
     for child in every_module(module):
         if child not in keep:
             _let_go(child, holder, root=module if root is None else root)
+
+
+def give_back_copy(module: nn.Module, twin: nn.Module, *, root: nn.Module) -> None:
+    """Bring a copy's modes and affine flags to what the module's will be when the fit has released it.
+
+    Args:
+        module: What is held in a fit.
+        twin: Its copy, which is not.
+        root: The module whose mode counts, as in :func:`release_eval`.
+    """
+    for child, copied in zip(every_module(module), every_module(twin), strict=True):
+        stay = _held(child)
+        if stay is None or _BY_HAND in stay.holders:
+            continue
+        if stay.own is None:
+            copied.__dict__.pop("train", None)
+        _set_mode(copied, stay.wants_training and root.training, copied.__dict__.get("train"))
+        for names in stay.holders.values():
+            _make_trainable(copied, names or ())
 
 
 def is_held(module: nn.Module) -> bool:
@@ -233,8 +263,12 @@ def _give_back(layer: nn.Module, stay: StayInEval, found_trainable: Iterable[str
     if other is not None:  # still frozen: whoever releases it last makes it trainable again
         stay.holders[other] = tuple({*(stay.holders[other] or ()), *found_trainable})
         return
+    _make_trainable(layer, found_trainable)
+
+
+def _make_trainable(layer: nn.Module, names: Iterable[str]) -> None:
     affine = _affine(layer)
-    for name in found_trainable:
+    for name in names:
         # A parametrization that was put on or taken off since has renamed it.
         same = [name] if name in affine else [other for other in affine if _attribute(other) == _attribute(name)]
         for found in same:
@@ -282,6 +316,10 @@ def _left_alone(modules: list[nn.Module]) -> Iterator[None]:
                 module.__dict__["train"] = own
 
 
+def _itself(thing: Any) -> Any:
+    return thing
+
+
 def _held(module: nn.Module) -> StayInEval | None:
     stay = module.__dict__.get("train")
     return stay if isinstance(stay, StayInEval) else None
@@ -290,7 +328,10 @@ def _held(module: nn.Module) -> StayInEval | None:
 def _hold(module: nn.Module, holder: str) -> StayInEval:
     stay = _held(module)
     if stay is None:
-        stay = StayInEval(module, module.training, module.__dict__.get("train"))
+        own = module.__dict__.get("train")
+        if getattr(own, "__func__", None) is type(module).train:  # a copy that was made in a fit has it
+            own = None
+        stay = StayInEval(module, module.training, own)
         module.__dict__["train"] = stay
     stay.holders.setdefault(holder, None)
     _set_mode(module, False, stay.own)

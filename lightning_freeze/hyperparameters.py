@@ -9,13 +9,12 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_freeze.batchnorm import release_eval
+from lightning_freeze.batchnorm import give_back_copy
 
 
 def give_back_modules(
     checkpoint: dict[str, Any],
     pl_module: LightningModule,
-    holder: str,
     flags: Iterable[tuple[nn.Parameter, bool]] = (),
 ) -> None:
     """Put copies in the place of the modules among a checkpoint's hyperparameters, given back as after the fit.
@@ -26,8 +25,7 @@ def give_back_modules(
     Args:
         checkpoint: What is about to be saved.
         pl_module: The LightningModule that it is of.
-        holder: Whose holds on modes and affine parameters are released.
-        flags: Which of the LightningModule's parameters require grad after the fit, as far as ``holder`` says.
+        flags: Which of the LightningModule's parameters require grad after the fit, as far as the callback knows.
     """
     after = {id(parameter): flag for parameter, flag in flags}
     saved = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
@@ -37,8 +35,8 @@ def give_back_modules(
         memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
         memo |= {id(parameter): copy.copy(parameter) for parameter in module.parameters()}
         twin = copy.deepcopy(module, memo)
-        # What is saved may be the copy that another callback has made already.
-        for live, parameter in zip(pl_module.hparams[key].parameters(), twin.parameters(), strict=True):
-            parameter.requires_grad = after.get(id(live), parameter.requires_grad)
-        release_eval(twin, holder, root=pl_module)
+        live: nn.Module = pl_module.hparams[key]  # what is saved may be the copy that another callback has made already
+        for parameter, copied in zip(live.parameters(), twin.parameters(), strict=True):
+            copied.requires_grad = after.get(id(parameter), copied.requires_grad)
+        give_back_copy(live, twin, root=pl_module)
         saved[key] = twin

@@ -88,7 +88,7 @@ class FreezeBatchNorm(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save modules among the hyperparameters as they are after the fit."""
         if self._layers:
-            give_back_modules(checkpoint, pl_module, self.state_key)
+            give_back_modules(checkpoint, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the layers back."""

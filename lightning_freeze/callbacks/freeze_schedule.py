@@ -207,7 +207,7 @@ class FreezeSchedule(Callback):
             else state
             for config, state in zip(trainer.lr_scheduler_configs, checkpoint["lr_schedulers"], strict=True)
         ]
-        give_back_modules(checkpoint, pl_module, _HOLDER, self._fit.flags)
+        give_back_modules(checkpoint, pl_module, self._fit.flags)
 
     # When
 

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
+import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_freeze import FeatureCache, FreezeBatchNorm, FreezeSchedule, GradientAudit, NormLogger, Phase
+from lightning_freeze import (
+    FeatureCache,
+    FreezeBatchNorm,
+    FreezeSchedule,
+    GradientAudit,
+    NormLogger,
+    Phase,
+    freeze_batchnorm,
+    unfreeze_batchnorm,
+)
+from lightning_freeze.batchnorm import is_held
 from tests.nets import Net, loader, moved, snapshot, trainer
 
 
@@ -90,20 +104,80 @@ def test_as_it_was(error: type[BaseException] | None, mode: Any, by_hand: bool) 
     assert anatomy(net) == before
 
 
-def test_the_model_pickles_and_copies_in_the_middle_of_a_fit() -> None:
-    """What averages or evaluates copies of the model during the fit can go on doing so."""
-    outputs = []
+def by_torch(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    copied: nn.Module = torch.load(file, weights_only=False)
+    return copied
+
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch.save": by_torch,
+    "a copy of a copy": lambda module: by_torch(copy.deepcopy(module)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("part", ["backbone", ""])
+@pytest.mark.parametrize("mode", ["batchnorm", "eval"])
+@pytest.mark.parametrize("by", ["schedule", "batchnorm"])
+def test_a_copy_made_in_the_middle_of_a_fit(by: str, mode: Any, part: str, way: str) -> None:
+    """It gives the same outputs, belongs to no fit, so that train() trains its BatchNorm, and leaves the fit alone."""
+    copies = []
+
+    class Copies(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            module = pl_module.get_submodule(part)
+            twin = COPIES[way](module)
+            assert [m.training for m in twin.modules()] == [m.training for m in module.modules()]
+            x = torch.randn(2, 2, 5, 5)
+            assert torch.equal(copy.deepcopy(twin).eval()(x), copy.deepcopy(module).eval()(x))
+            assert not net.backbone[1].training
+            copies.append(twin)
+
+    net = Net()
+    net.backbone[5].eval()
+    callbacks = {
+        "schedule": [FreezeSchedule([Phase("head", epochs=1), Phase(["head", "neck"])], frozen_mode=mode)],
+        "batchnorm": [FreezeBatchNorm()],
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*eval mode.*")
+        trainer(callbacks=[*callbacks[by], Copies()], max_epochs=2, limit_train_batches=2).fit(net, loader())
+    assert len(copies) == 4
+    for twin in copies:
+        assert not any(is_held(module) for module in twin.modules())
+        assert all(module.training for module in twin.train().modules())
+        assert not any(module.training for module in twin.eval().modules())
+        before = snapshot(twin)
+        twin.train()(torch.randn(2, 2, 5, 5))
+        assert sum("running_mean" in name for name in moved(before, snapshot(twin))) == 2
+        copy.deepcopy(twin), pickle.dumps(twin)
+
+
+def test_a_copy_of_what_is_frozen_by_hand_stays_frozen() -> None:
+    """The hold of a fit does not travel, that of freeze_batchnorm does, with the flags it found."""
+    copies = []
 
     class Copying(Net):
-        def on_train_epoch_end(self) -> None:
-            x = torch.randn(2, 2, 5, 5)
-            for twin in (copy.deepcopy(self.backbone), pickle.loads(pickle.dumps(self.backbone))):
-                twin.train()
-                frozen = [layer.training for layer in twin.modules() if isinstance(layer, nn.BatchNorm2d)]
-                outputs.append((frozen, torch.equal(twin.eval()(x), copy.deepcopy(self.backbone).eval()(x))))
+        def on_train_batch_end(self, *_: Any) -> None:
+            copies.extend([copy.deepcopy(self.backbone), by_torch(self.backbone)])
 
-    trainer(callbacks=[FreezeSchedule([Phase("head")])], max_epochs=2).fit(Copying(), loader(), loader())
-    assert outputs == [([False, False], True)] * 4
+    net = Copying()
+    freeze_batchnorm(net, "backbone.1")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*eval mode.*")
+        callbacks = [FreezeBatchNorm(), FreezeSchedule([Phase("*")])]
+        trainer(callbacks=callbacks, max_epochs=1, limit_train_batches=1).fit(net, loader())
+    for twin in copies:
+        twin.train()
+        assert [twin[1].training, twin[5].training] == [False, True]
+        assert list(unfreeze_batchnorm(twin)) == ["1"]
+        assert twin[1].training
+        assert twin[1].weight.requires_grad
 
 
 def test_the_callback_does_not_keep_the_model_alive() -> None:
