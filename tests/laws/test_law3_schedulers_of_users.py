@@ -5,13 +5,14 @@ from __future__ import annotations
 import bisect
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, StochasticWeightAveraging
 from torch import Tensor
 from torch.optim import lr_scheduler as lrs
 
@@ -146,14 +147,17 @@ class StepsItself(Net):
             self.advance()
 
 
-def rates_by_name(net: Net, schedule: FreezeSchedule | None, *others: Callback) -> list[dict[str, float]]:
+def rates_by_name(
+    net: Net, schedule: FreezeSchedule | None, *others: Callback, checkpoint: Path | None = None
+) -> list[dict[str, float]]:
     """The learning rate of each parameter that trains, in each step."""
     seen: list[dict[str, float]] = []
     names = {id(p): name for name, p in net.named_parameters()}
 
     class Note(Callback):
         def on_train_start(self, trainer: Trainer, _: LightningModule) -> None:
-            trainer.optimizers[0].register_step_post_hook(self.note)
+            for optimizer in trainer.optimizers:
+                optimizer.register_step_post_hook(self.note)
 
         def note(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
             groups = optimizer.param_groups
@@ -161,7 +165,9 @@ def rates_by_name(net: Net, schedule: FreezeSchedule | None, *others: Callback) 
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*", category=UserWarning)
-        trainer(callbacks=[*([schedule] if schedule else []), *others, Note()]).fit(net, loader(), loader())
+        callbacks = [*([schedule] if schedule else []), *others, Note()]
+        run = trainer(callbacks=callbacks, enable_checkpointing=any(isinstance(c, Checkpoint) for c in others))
+        run.fit(net, loader(stateful=True), loader(), ckpt_path=checkpoint, weights_only=False)
     return seen
 
 
@@ -270,3 +276,69 @@ def test_stochastic_weight_averaging(optimizer: Any) -> None:
     assert seen[:6] == plain[:6]
     for row, expected in zip(seen[6:], plain[6:], strict=True):
         assert row == {key: rate * (0.5 if key[:4] == "neck" else 1.0) for key, rate in expected.items()}
+
+
+class Wrapping(Switching):
+    """Saves what it wraps, as careful people do."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__(optimizer)
+        chained = lrs.SequentialLR(
+            optimizer, [lrs.LinearLR(optimizer, 0.1, total_iters=4), lrs.StepLR(optimizer, 3)], milestones=[4]
+        )
+        self.stages = {"first": lrs.ChainedScheduler([chained, lrs.LambdaLR(optimizer, lambda step: 0.99**step)])}
+
+    def step(self) -> None:
+        self.stages["first"].step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.stages["first"].state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.stages["first"].load_state_dict(state)
+
+
+@pytest.mark.parametrize("optimizer", [sgd, two_groups])
+@pytest.mark.parametrize("make", [Wrapping, Milestones])
+@pytest.mark.parametrize("step", [4, 9, 14])
+def test_resumed_with_and_without_the_callback(step: int, make: Any, optimizer: Any, tmp_path: Any) -> None:
+    """The checkpoint has the scheduler as the user's own groups need it."""
+    phases = [Phase("head", steps=4), Phase("*", epochs=1, lr_scale={"neck": 0.1}), Phase("*", lr_scale={"neck": 3.0})]
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    path = tmp_path / f"step={step}.ckpt"
+    whole = rates_by_name(Returned(optimizer, make, interval="step"), FreezeSchedule(phases), saver)
+    plain = rates_by_name(Returned(optimizer, make, interval="step"), None)
+    for schedule, expected in ((FreezeSchedule(phases), whole), (None, plain)):
+        net = Returned(optimizer, make, interval="step")
+        assert rates_by_name(net, schedule, checkpoint=path) == expected[step:]
+    (state,) = torch.load(path, weights_only=False)["lr_schedulers"]
+    assert len(state["_last_lr"]) == (1 if optimizer is sgd else 2)
+
+
+def test_two_optimizers_of_which_one_has_a_scheduler_that_nobody_returned() -> None:
+    class Two(Net):
+        def configure_optimizers(self) -> Any:
+            self.automatic_optimization = False
+            first = torch.optim.SGD(self.backbone.parameters(), lr=0.01)
+            second = torch.optim.Adam([*self.neck.parameters(), *self.head.parameters()], lr=0.02)
+            self.kept = Peaks(second)
+            return [first, second], [lrs.OneCycleLR(first, [0.1], total_steps=60)]
+
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+                optimizer.zero_grad()
+            self.lr_schedulers().step()
+            self.kept.step()
+            return loss
+
+    plain = rates_by_name(Two(), None)
+    phases = [Phase("*", epochs=1), Phase("*", lr_scale={"neck": 0.1, "backbone.0": 0.5})]
+    seen = rates_by_name(Two(), FreezeSchedule(phases))
+    assert len(seen) == len(plain) == 24 * 2
+    for number, (row, expected) in enumerate(zip(seen, plain, strict=True)):
+        scales = {"neck": 0.1, "backbone.0": 0.5} if number >= 12 else {}
+        wanted = {name: rate * scales.get(name.rpartition(".")[0], 1.0) for name, rate in expected.items()}
+        assert row == wanted
