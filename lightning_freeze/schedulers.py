@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations, islice
 from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor
@@ -24,6 +25,10 @@ _RATES = ("_lrs", "_last_lr")
 _OTHERS = ("_lambdas", "_momentums")
 # Where a group's rate stands, and where a scheduler writes with which it began.
 _BEGINS = ("lr", "initial_lr")
+# What torch's base class keeps with an entry a group, in every scheduler.
+_OF_BASE = ("base_lrs", "_last_lr")
+# Every choice among eight lists; of more, those that turn few.
+_TRIALS = 256
 # Longer lists hold data, and no schedulers.
 _FEW = 64
 
@@ -246,7 +251,7 @@ def _by_trial(
         (id(node), name): apart.get((id(node), name), _is_per_group(name))
         for node in nodes
         for name, values in _sequences(node)
-        if len(values) == own and not any(id(value) in known for value in values)
+        if len(values) == own and name not in _OF_BASE and not any(id(value) in known for value in values)
     }
     # A scale that is 1 for now would hide that an entry has got where it is read for the user's own group.
     unlike = [_Unlike(follower.source) for follower in followers]
@@ -255,14 +260,14 @@ def _by_trial(
     del groups[own:]
     alone = _rates_to_come(asked, nodes)
     groups.extend(appended)
-    for count in range(len(places) + 1):
-        for turned in combinations(places, count):
-            trial = {**apart, **{place: places[place] != (place in turned) for place in places}}
-            with _unchanged(nodes, groups):
-                follow_groups(asked, own, unlike, trial)
-                rates = _rates_to_come(asked, nodes)
-            if all(a is None or (b is not None and b[:own] == a) for a, b in zip(alone, rates, strict=True)):
-                return {place: trial[place] for place in turned}
+    choices = chain.from_iterable(combinations(places, count) for count in range(len(places) + 1))
+    for turned in islice(choices, _TRIALS):
+        trial = {**apart, **{place: places[place] != (place in turned) for place in places}}
+        with _unchanged(nodes, groups):
+            follow_groups(asked, own, unlike, trial)
+            rates = _rates_to_come(asked, nodes)
+        if all(a is None or (b is not None and b[:own] == a) for a, b in zip(alone, rates, strict=True)):
+            return {place: trial[place] for place in turned}
     raise ValueError(
         f"{type(asked).__name__}.get_lr() does not give learning rates for a parameter group that is added to its "
         "optimizer, as lr_scale does, or a phase that trains what the optimizer was not given. Compute them from "
@@ -276,7 +281,8 @@ def _rates_to_come(scheduler: LRScheduler, nodes: Sequence[Scheduler]) -> list[l
     rates: list[list[str] | None] = []
     groups = scheduler.optimizer.param_groups
     for epoch in (0, *(2**power for power in range(16))):
-        with _unchanged(nodes, groups):
+        with _unchanged(nodes, groups), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             scheduler.last_epoch = epoch
             scheduler._get_lr_called_within_step = True
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -234,7 +235,7 @@ def test_rates_that_cannot_follow_are_refused_at_the_start() -> None:
 
 
 def test_asking_for_rates_changes_nothing() -> None:
-    """What a scheduler counts, keeps and writes into groups while it is asked at the start is put back."""
+    """What it counts, keeps and writes into groups while it is asked is put back; its warnings are not shown."""
 
     class Counting(lrs.LRScheduler):
         def __init__(self, optimizer: Any) -> None:
@@ -245,6 +246,7 @@ def test_asking_for_rates_changes_nothing() -> None:
             self.asked += 1
             self.log.append(self.last_epoch)
             self.by_epoch[self.last_epoch] = self.asked
+            warnings.warn("asked", stacklevel=2)
             for group in self.optimizer.param_groups:
                 group["momentum"] *= 0.99
             return [group["lr"] * 0.9 for group in self.optimizer.param_groups]
@@ -253,10 +255,29 @@ def test_asking_for_rates_changes_nothing() -> None:
     for schedule in (None, FreezeSchedule([Phase("*", lr_scale={"neck": 0.1})])):
         net = Returned(sgd, Counting, interval="step")
         run = trainer(callbacks=[schedule] if schedule else [])
-        run.fit(net, loader(), loader())
-        scheduler = run.lr_scheduler_configs[0].scheduler
-        kept.append((scheduler.asked, scheduler.log, scheduler.by_epoch, run.optimizers[0].param_groups[0]["momentum"]))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run.fit(net, loader(), loader())
+        scheduler, group = run.lr_scheduler_configs[0].scheduler, run.optimizers[0].param_groups[0]
+        times = sum(str(one.message) == "asked" for one in said)
+        kept.append((times, scheduler.asked, scheduler.log, scheduler.by_epoch, group["momentum"]))
     assert kept[0] == kept[1]
+    assert kept[0][:2] == (25, 25)
+
+
+def test_refusing_takes_no_time() -> None:
+    """Among twenty lists that could have an entry a group, not every choice is tried."""
+
+    class Many(Fixed):
+        def __init__(self, optimizer: Any) -> None:
+            for number in range(20):
+                setattr(self, f"list_{number}", [0.1])
+            super().__init__(optimizer)
+
+    begin = time.perf_counter()
+    with pytest.raises(ValueError, match=r"Many\.get_lr"):
+        rates_by_name(StepsItself(sgd, Many), FreezeSchedule([Phase("*", lr_scale={"neck": 0.1})]))
+    assert time.perf_counter() - begin < 10
 
 
 @pytest.mark.parametrize("optimizer", [sgd, two_groups])
