@@ -227,6 +227,7 @@ class FeatureMemory:
         """Let other ranks that use the same folder see the rows of this one, and see theirs."""
         for form in self._forms.values():
             form.shelf.refresh()
+            self._say_error(form.shelf)
 
     def rest(self) -> None:
         """Let go of the weights, not of what was remembered with them."""
@@ -248,7 +249,10 @@ class FeatureMemory:
     def close(self) -> None:
         """Forget everything; what lies in a folder stays there, under the weights it belongs to."""
         for form in self._forms.values():
+            is_used = len(form.shelf) > 0
             form.shelf.close()
+            if is_used:
+                self._say_error(form.shelf)
         self._forms.clear()
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
@@ -318,8 +322,8 @@ class FeatureMemory:
         try:
             shelf = self._shelf(text, outputs)
         except OSError as error:
-            self._break(f"the folder cannot be written to: {error}")
-            return output
+            shelf = Shelf(outputs.row_bytes, Budget(0))
+            shelf.error = error
         form = self._forms[text] = _Form(outputs, shelf, len(shelf) > 0, fits={mark: True})
         slots = shelf.find(keys)
         self.counts.known += int(np.count_nonzero(slots >= 0))
@@ -507,7 +511,11 @@ class FeatureMemory:
             kept = form.shelf.put(list(compress(keys, new)), mark, rows[new])
         else:
             return
-        if kept < np.count_nonzero(new):
+        if form.shelf.error is not None and not self.rows:
+            self._break(f"the folder cannot be written to: {form.shelf.error}")
+        elif form.shelf.error is not None:
+            self._say_error(form.shelf)
+        elif kept < np.count_nonzero(new):
             self._say(
                 f"{self.name}: the cache is full with {self.rows:,} samples in {self.size:,} bytes; what is "
                 "not in it is computed. More max_bytes, or dtype=torch.float16, would make room."
@@ -524,6 +532,13 @@ class FeatureMemory:
             self._say(f"{self.name}: features of an earlier run are refused, and computed anew: {reason}.")
             journal.delete()
             return Shelf(form.row_bytes, self._budget, journal)
+
+    def _say_error(self, shelf: Shelf) -> None:
+        if shelf.error is not None:
+            self._say(
+                f"the folder cannot be written to ({shelf.error.strerror}): what was there serves on, and the rest is "
+                "computed."
+            )
 
     def _break(self, why: str) -> None:
         self.broken = why

@@ -93,6 +93,7 @@ class Shelf:
         self.row_bytes = row_bytes
         self.marks: NDArray[np.uint64] = np.empty(0, np.uint64)
         self.damaged = 0
+        self.error: OSError | None = None  # what the disk has refused to do; no more rows are taken after that
         self._budget = budget
         self._journal = journal
         self._slots: dict[bytes, int] = {}
@@ -139,7 +140,10 @@ class Shelf:
             self._open_rows[slot - self._open_start] = row
             self.marks[slot] = mark
             if self._journal is not None:
-                self._journal.write(slot + self._offset, _ENTRY.pack(key, mark, _checksum(key, mark, row)))
+                try:
+                    self._journal.write(slot + self._offset, _ENTRY.pack(key, mark, _checksum(key, mark, row)))
+                except OSError as error:
+                    self.error = error
         return len(keys)
 
     def read(self, slots: Slots, out: Bytes | None = None) -> Bytes:
@@ -158,6 +162,10 @@ class Shelf:
         """Let other ranks see the rows of this one, and see theirs."""
         if self._journal is None:
             return
+        try:
+            self._journal.flush()
+        except OSError as error:
+            self.error = error
         for entries, rows in self._journal.read_others(self.row_bytes):
             self._add_block(rows)
             self._enter(self._starts[-2], entries)
@@ -168,7 +176,10 @@ class Shelf:
         self._slots.clear()
         self._open_rows = self._open_rows[:0]
         if self._journal is not None:
-            self._journal.close((self._next + self._offset) * self.row_bytes)
+            try:
+                self._journal.close((self._next + self._offset) * self.row_bytes)
+            except OSError as error:
+                self.error = error
             self._taken = (self._end - self._next) * self._each  # what was reserved and not used
         self._budget.used -= self._taken
 
@@ -176,7 +187,8 @@ class Shelf:
         """Give the memory back, and remove the rows from the disk."""
         self.close()
         if self._journal is not None:
-            self._journal.delete()
+            with suppress(OSError):
+                self._journal.delete()
 
     def _add_block(self, rows: Bytes) -> None:
         self._blocks.append(rows)
@@ -199,6 +211,8 @@ class Shelf:
 
     def _has_room(self) -> bool:
         """Make room for one more row if there is none."""
+        if self.error is not None:
+            return False
         if self._next < self._end:
             return True
         first = min(max(_FIRST_BLOCK // self._each, _FEWEST_ROWS), _MOST_ROWS)
@@ -214,7 +228,10 @@ class Shelf:
                 if self._journal is None
                 else self._journal.reserve(start, rows, self.row_bytes)
             )
-        except (OSError, MemoryError):
+        except MemoryError:
+            return False
+        except OSError as error:
+            self.error = error
             return False
         self._budget.take(rows * self._each)
         self._taken += rows * self._each
@@ -242,13 +259,18 @@ class Journal:
         """Give ``(key, mark, checksum)`` of each row that an earlier run left.
 
         Raises:
-            Damaged: If the files are not such a pair, or are cut off.
+            Damaged: If the files are not such a pair, or rows are missing.
+            OSError: If there are none and none can be made.
         """
         rows, index = self._files(self._path)
         if not index.exists():
-            index.parent.mkdir(parents=True, exist_ok=True)
-            rows.write_bytes(b"")
-            index.write_bytes(_header(row_bytes))
+            index.parent.mkdir(exist_ok=True)  # not the folder itself: somebody has removed it
+            try:
+                rows.write_bytes(b"")
+                index.write_bytes(_header(row_bytes))
+            except OSError:
+                self.delete()
+                raise
         entries = _read_index(index, rows, row_bytes)
         self._file = index.open("r+b")
         return entries
@@ -271,19 +293,19 @@ class Journal:
 
     def read_others(self, row_bytes: int) -> list[tuple[list[tuple[bytes, int, bytes]], Bytes]]:
         """Give the rows that other ranks have written since the last time, with their entries."""
-        self._file.flush()
         found = []
         for index in sorted(self._path.parent.glob(self._others)):
             path = index.with_suffix("")
             if path == self._path:
                 continue
+            seen = self._seen.get(path, 0)
             try:
-                entries = _read_index(index, self._files(path)[0], row_bytes, growing=True)
-            except Damaged:
+                entries = _read_index(index, self._files(path)[0], row_bytes)[seen:]
+                if entries:
+                    found.append((entries, self.map(seen, len(entries), row_bytes, path=path)))
+            except (ValueError, OSError):  # damaged, or removed meanwhile
                 continue
-            seen, self._seen[path] = self._seen.get(path, 0), len(entries)
-            if len(entries) > seen:
-                found.append((entries[seen:], self.map(seen, len(entries) - seen, row_bytes, path=path)))
+            self._seen[path] = seen + len(entries)
         return found
 
     def write(self, at: int, entry: bytes) -> None:
@@ -291,10 +313,16 @@ class Journal:
         self._file.seek(_HEADER.size + at * _ENTRY.size)
         self._file.write(entry)
 
+    def flush(self) -> None:
+        """Write all out."""
+        self._file.flush()
+
     def close(self, used_bytes: int) -> None:
         """Write all out and give reserved space back."""
-        self._file.close()
-        os.truncate(self._files(self._path)[0], used_bytes)
+        try:
+            self._file.close()
+        finally:
+            os.truncate(self._files(self._path)[0], used_bytes)
 
     def delete(self) -> None:
         """Remove the files."""
@@ -377,17 +405,14 @@ def _header(row_bytes: int) -> bytes:
     return _HEADER.pack(_MAGIC, row_bytes, checksum)
 
 
-def _read_index(index: Path, rows: Path, row_bytes: int, growing: bool = False) -> list[tuple[bytes, int, bytes]]:
+def _read_index(index: Path, rows: Path, row_bytes: int) -> list[tuple[bytes, int, bytes]]:
     content = index.read_bytes()
     if content[: _HEADER.size] != _header(row_bytes):
         raise Damaged(f"{index} does not begin as a feature store of rows of {row_bytes} bytes does")
-    entries = content[_HEADER.size :]
-    if growing:
-        entries = entries[: len(entries) // _ENTRY.size * _ENTRY.size]
-    if len(entries) % _ENTRY.size:
-        raise Damaged(f"{index} is cut off")
-    found = list(_ENTRY.iter_unpack(entries))
-    if not rows.exists() or rows.stat().st_size < len(found) * row_bytes:
+    # The last entry is cut off while it is being written, and stays so where a disk is full.
+    count = (len(content) - _HEADER.size) // _ENTRY.size
+    found = list(_ENTRY.iter_unpack(content[_HEADER.size :][: count * _ENTRY.size]))
+    if not rows.exists() or rows.stat().st_size < count * row_bytes:
         raise Damaged(f"{rows} is cut off")
     return found
 

@@ -112,14 +112,33 @@ def written(tmp_path: Path, count: int = 300) -> tuple[list[bytes], Bytes, Path,
     return keys, content, index, data
 
 
-@pytest.mark.parametrize("which", ["index", "rows"])
-@pytest.mark.parametrize("cut", [1, 17, 5000, 10**9])
+@pytest.mark.parametrize(
+    ("which", "cut"), [("rows", 1), ("rows", 17), ("rows", 5000), ("rows", 10**9), ("index", 300 * 32 + 1)]
+)
 def test_truncated_files_are_refused(which: str, cut: int, tmp_path: Path) -> None:
     _, _, index, data = written(tmp_path)
     file = index if which == "index" else data
     file.write_bytes(file.read_bytes()[: max(0, file.stat().st_size - cut)])
     with pytest.raises(Damaged, match=r"cut off|does not begin"):
         shelf_in(tmp_path / "s")
+
+
+@pytest.mark.parametrize("cut", [1, 17, 32, 5000, 300 * 32])
+def test_an_index_that_ends_in_the_middle_of_an_entry_serves_up_to_there(cut: int, tmp_path: Path) -> None:
+    """So it is after a run that was killed, or whose disk was full; what is missing can be added."""
+    keys, content, index, _ = written(tmp_path)
+    index.write_bytes(index.read_bytes()[:-cut])
+    there = 300 - -(-cut // 32)
+    for missing in (300 - there, 0):
+        shelf, folder = shelf_in(tmp_path / "s")
+        slots = shelf.find(keys)
+        assert np.count_nonzero(slots < 0) == missing
+        assert (shelf.read(slots[slots >= 0]) == content[slots >= 0]).all()
+        shelf.put(keys[300 - missing :], 9, content[300 - missing :])
+        shelf.close()
+        folder.close()
+        OPEN.clear()
+    assert shelf.damaged == 0
 
 
 def test_a_foreign_index_is_refused(tmp_path: Path) -> None:

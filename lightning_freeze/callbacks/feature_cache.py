@@ -272,14 +272,16 @@ class FeatureCache(Callback):
             _log.info("FeatureCache: %s", sentence)
 
     def _end(self) -> None:
-        if self._chain is not None:
-            self._chain.__exit__()
-            self._stats = self._chain.stats()
-            self._kept = self._chain.leave()
+        try:
+            if self._chain is not None:
+                self._chain.__exit__()
+                self._stats = self._chain.stats()
+                self._kept = self._chain.leave()
+        finally:
             self._chain = None
-        if self._folder is not None:
-            self._folder.close()
-            self._folder = None
+            if self._folder is not None:
+                self._folder.close()
+                self._folder = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""

@@ -276,7 +276,7 @@ def test_damaged_files_are_refused_and_made_anew(kind: str, tmp_path: Path, capl
     folder = tmp_path / "features"
     fit_in(folder)
     (file,) = folder.rglob(kind)
-    file.write_bytes(file.read_bytes()[:-5])
+    file.write_bytes(file.read_bytes()[5:])
     assert fit_in(folder).stats.misses == 24 + 4
     assert "are refused, and computed anew" in caplog.text
     assert fit_in(folder).stats.misses == 4
