@@ -369,7 +369,12 @@ class Folder:
 
     def size(self) -> int:
         """Give the bytes that lie in the folder."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        size = 0
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with suppress(OSError):  # removed meanwhile
+                    size += os.stat(os.path.join(folder, name)).st_size
+        return size
 
     def close(self) -> None:
         """Let others use it."""

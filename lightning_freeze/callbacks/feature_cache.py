@@ -70,8 +70,8 @@ class FeatureCache(Callback):
             was given, such as a transformer's masks. That each gets just this is checked; where something else reads
             what is between, that is computed.
         max_bytes: The most bytes to keep; what does not fit is computed. By default half of the memory that is
-            available when the fit starts, shared by the processes on this machine, or half of the disk space for a
-            folder.
+            available when the fit starts, shared by the processes on this machine. By default a folder may take half
+            of the disk space that would be free without it, shared by all processes.
         storage: ``"memory"``, or a folder, which is mapped into memory and can be used by later runs. What lies there
             belongs to these very weights, buffers and kinds of layers, and is checked before it is used; files that
             are damaged are refused, as is a folder that holds something else or that another run uses. The ranks of a
@@ -110,9 +110,7 @@ class FeatureCache(Callback):
     ) -> None:
         self.module = _check_module(module)
         self.max_bytes = _check_max_bytes(max_bytes)
-        if not isinstance(storage, str | Path):
-            raise TypeError(f'FeatureCache(storage={storage!r}): it is "memory" or the path of a folder.')
-        self.storage = storage
+        self.storage = _check_storage(storage)
         self.dtype = _check_dtype(dtype)
         self._chain: FeatureChain | None = None
         self._folder: Folder | None = None
@@ -145,8 +143,8 @@ class FeatureCache(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that cannot be used."""
-        if self.storage != "memory" and self._folder is None:
-            self._folder = Folder(Path(self.storage), trainer.global_rank)
+        if isinstance(self.storage, Path) and self._folder is None:
+            self._folder = Folder(self.storage, trainer.global_rank)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stand in front of the module."""
@@ -264,7 +262,9 @@ class FeatureCache(Callback):
         if self.max_bytes is not None:
             return self.max_bytes
         if self._folder is not None:
-            return shutil.disk_usage(self._folder.path).free // 2
+            there = self._folder.size()
+            free_without = shutil.disk_usage(self._folder.path).free + there
+            return there + (free_without // 2 - there) // max(1, trainer.world_size)
         return available_memory() // 2 // max(1, trainer.num_devices)
 
     def _say(self, trainer: Trainer, sentence: str) -> None:
@@ -356,6 +356,15 @@ def _check_max_bytes(max_bytes: Any) -> int | None:
             f"FeatureCache(max_bytes={max_bytes}): it is at least 1; leave the callback out to cache nothing."
         )
     return max_bytes
+
+
+def _check_storage(storage: Any) -> str | Path:
+    """Give a folder as a path that stays the same wherever the user goes."""
+    if not isinstance(storage, str | Path):
+        raise TypeError(f'FeatureCache(storage={storage!r}): it is "memory" or the path of a folder.')
+    if storage == "":
+        raise ValueError('FeatureCache(storage=""): it is "memory" or the path of a folder, such as "features".')
+    return storage if storage == "memory" else Path(storage).expanduser().absolute()
 
 
 def _check_dtype(dtype: Any) -> torch.dtype | None:

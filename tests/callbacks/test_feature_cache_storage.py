@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import nn
 
 from lightning_freeze import FeatureCache
 from tests.callbacks.test_feature_cache import Frozen
-from tests.nets import loader, moved, snapshot, trainer
+from tests.nets import Probe, loader, moved, snapshot, trainer
 
 resource = pytest.importorskip("resource")
 
@@ -83,3 +85,71 @@ def test_a_full_disk_costs_speed_only(end: int, tmp_path: Path, caplog: pytest.L
     check_same(plain, fit(Narrow, [again], **options))
     assert "refused" not in caplog.text
     assert again.stats.hits > 4096
+
+
+# Another place
+
+
+def at_step(step: int, do: Callable[[], Any]) -> Probe:
+    return Probe(lambda trainer, _: do() if trainer.global_step == step else None)
+
+
+@pytest.mark.parametrize("step", [0, 3, 8])
+def test_a_relative_folder_stays_where_it_is_when_the_user_moves(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    plain = fit(Frozen, [])
+    cache = FeatureCache("backbone", storage="features")
+    move = at_step(step, lambda: monkeypatch.chdir(tmp_path / "elsewhere"))
+    check_same(plain, fit(Frozen, [cache, move]))
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert cache.stats.hits > 24
+    misses = cache.stats.misses
+    fit(Frozen, [cache])
+    assert cache.stats.misses == misses + 4  # it finds its folder from elsewhere, too
+
+
+def test_no_name_is_no_folder() -> None:
+    with pytest.raises(ValueError, match=r'storage=""'):
+        FeatureCache("backbone", storage="")
+
+
+def test_a_folder_can_be_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    fit(Frozen, [FeatureCache("backbone", storage="~/features")])
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert list((tmp_path / "home" / "features").rglob("*.rows"))
+
+
+# A folder that is gone
+
+
+@pytest.mark.parametrize("step", [0, 3, 6, 8, 23])
+@pytest.mark.parametrize("make", [Frozen, Narrow])
+def test_a_folder_can_be_removed_in_mid_fit(
+    step: int, make: type[Frozen], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "features"
+    plain = fit(make, [])
+    cache = FeatureCache("backbone", storage=folder)
+    check_same(plain, fit(make, [cache, at_step(step, lambda: shutil.rmtree(folder))]))
+    said = [sentence for sentence in sentences(caplog) if "No such file" in sentence]
+    assert len(said) == 1
+    assert not folder.exists()
+    fit(make, [cache])
+    assert len(list(folder.rglob("*.rows"))) == 1
+
+
+def test_a_default_room_does_not_count_what_lies_there_twice(tmp_path: Path) -> None:
+    """Half of what is free and of what lies there, which is what was free before."""
+    fit(Frozen, [FeatureCache("backbone", storage=tmp_path / "features")])
+    with (tmp_path / "features" / "of-another-run.rows").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 200_000_000)
+    cache = FeatureCache("backbone", storage=tmp_path / "features")
+    left = []
+    fit(Frozen, [cache, at_step(1, lambda: left.append(cache._chain._budget.left))])  # type: ignore[union-attr]
+    free = shutil.disk_usage(tmp_path).free
+    assert abs(left[0] - (free // 2 - 100_000_000)) < 50_000_000  # others use the disk meanwhile
