@@ -247,6 +247,8 @@ class FeatureChain:
         self._stand_ins: list[StandIn] = []
         self._inside = False
         self._suspicious = False
+        self._called = False
+        self._idle: str | None = None
         # How many links are known to run one on the output of the other; what the next one should get.
         self._follow = 1
         self._linked = len(self._links)
@@ -353,6 +355,16 @@ class FeatureChain:
         lane.epochs += samples > 0
         return counts
 
+    def notice_idleness(self, epoch: int) -> None:
+        """Say so if calls would be answered now, and an epoch of training has passed without any so far."""
+        if self._called or self._idle is not None or not self._covers(self._look()):
+            return
+        self._idle = f"it was never called in training epoch {epoch}"
+        self._say(
+            f"{self._name}: of no use, because {self._idle}: only calls of the module itself are answered, not of its "
+            "other methods or of modules in it. Name the modules that are called."
+        )
+
     def stats(self) -> FeatureStats:
         """Give what has been done, and whether outputs are remembered now."""
         look = self._last if self._last is not None and not self._stand_ins else self._look()
@@ -366,6 +378,8 @@ class FeatureChain:
         if off and all(off):
             why = off[0]
         broken = (memory is not None and memory.broken is not None) or (bool(off) and all(off))
+        if self._idle is not None and not self._called and covers:
+            why, broken = self._idle, True
         return FeatureStats(
             active=bool(covers) and not broken,
             why=why,
@@ -460,6 +474,7 @@ class FeatureChain:
     # Calls
 
     def _call(self, index: int, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._called = True
         if self._inside or _is_special():
             return run(*args, **kwargs)
         if index > 0:

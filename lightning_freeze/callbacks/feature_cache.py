@@ -117,6 +117,7 @@ class FeatureCache(Callback):
         self._kept: Kept | None = None
         self._stats = FeatureStats()
         self._logged = (0, 0)
+        self._has_trained = False
 
     @property
     def state_key(self) -> str:
@@ -152,12 +153,15 @@ class FeatureCache(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Distrust the weights: what is written through ``tensor.data`` does not count as written."""
+        self._has_trained = False
         self._refresh()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log, and judge whether samples come back."""
+        """Log, and judge whether the module is called and samples come back."""
         if self._chain is None:
             return
+        if self._has_trained:
+            self._chain.notice_idleness(trainer.current_epoch)
         counts = self._chain.end_epoch("train")
         stats = self.stats
         hits, misses = self._logged
@@ -200,12 +204,17 @@ class FeatureCache(Callback):
         if self._chain is not None:
             self._chain.suspect_step(optimizer)
 
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Compute what the user keeps of what is between the modules of a chain."""
         if self._chain is not None:
             self._chain.settle()
 
-    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = on_train_batch_end
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        """Compute what the user keeps of what is between the modules of a chain."""
+        self._has_trained = True
+        self.on_validation_batch_end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Step aside."""
