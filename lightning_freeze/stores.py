@@ -107,6 +107,7 @@ class Shelf:
         self._each = row_bytes + (_KEY_BYTES if journal is None else _ENTRY.size)
         if journal is not None:
             entries = journal.open(row_bytes)
+            budget.used -= journal.trim(len(entries) * row_bytes)
             if entries:
                 self._add_block(journal.map(0, len(entries), row_bytes))
                 self._next = self._end = len(entries)
@@ -275,6 +276,13 @@ class Journal:
         self._file = index.open("r+b")
         return entries
 
+    def trim(self, used_bytes: int) -> int:
+        """Give space back that was reserved and not used, as by a run that was killed; give how much that is."""
+        rows, _ = self._files(self._path)
+        spare = rows.stat().st_size - used_bytes
+        os.truncate(rows, used_bytes)
+        return spare
+
     def map(self, start: int, count: int, row_bytes: int, *, path: Path | None = None) -> Bytes:
         """Map rows that are in the file; to be written only if they are this rank's own."""
         rows, _ = self._files(path or self._path)
@@ -322,7 +330,7 @@ class Journal:
         try:
             self._file.close()
         finally:
-            os.truncate(self._files(self._path)[0], used_bytes)
+            self.trim(used_bytes)
 
     def delete(self) -> None:
         """Remove the files."""
@@ -342,26 +350,19 @@ class Folder:
         rank: Of this process.
 
     Raises:
-        ValueError: If the folder holds something else.
+        ValueError: If the folder holds something else, or cannot be made or written to.
         RuntimeError: If another run uses it.
     """
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         self.path = path
         self._rank = rank
-        if path.exists() and not path.is_dir():
-            raise ValueError(f'storage="{path}" is a file. Name a folder.')
-        if path.exists() and not (path / _MARK).exists() and not all(map(_is_ours, path.iterdir())):
-            raise ValueError(f'storage="{path}" holds something that is no feature store. Name a folder of its own.')
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = FileLock(path / f"{_LOCK}{rank}")
         try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise RuntimeError(
-                f'storage="{path}" is in use by another run or FeatureCache. Wait for it, or name another folder.'
-            ) from None
-        (path / _MARK).touch()
+            self._open()
+        except OSError as error:
+            raise ValueError(
+                f'storage="{path}" cannot be used: {error.strerror}. Name a folder that can be made and written to.'
+            ) from error
 
     def journal(self, fingerprint: bytes, form: bytes) -> Journal:
         """Give the journal for modules of one fingerprint and arguments of one form."""
@@ -379,6 +380,22 @@ class Folder:
     def close(self) -> None:
         """Let others use it."""
         self._lock.release()
+
+    def _open(self) -> None:
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise ValueError(f'storage="{path}" is a file. Name a folder.')
+        if path.exists() and not (path / _MARK).exists() and not all(map(_is_ours, path.iterdir())):
+            raise ValueError(f'storage="{path}" holds something that is no feature store. Name a folder of its own.')
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path / f"{_LOCK}{self._rank}")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise RuntimeError(
+                f'storage="{path}" is in use by another run or FeatureCache. Wait for it, or name another folder.'
+            ) from None
+        (path / _MARK).touch()
 
 
 def available_memory() -> int:

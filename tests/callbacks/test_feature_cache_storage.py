@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,10 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from lightning_freeze import FeatureCache
 from tests.callbacks.test_feature_cache import Frozen
 from tests.nets import Probe, loader, moved, snapshot, trainer
+from tests.replicas import on_two_processes
 
 resource = pytest.importorskip("resource")
 
@@ -153,3 +157,83 @@ def test_a_default_room_does_not_count_what_lies_there_twice(tmp_path: Path) -> 
     fit(Frozen, [cache, at_step(1, lambda: left.append(cache._chain._budget.left))])  # type: ignore[union-attr]
     free = shutil.disk_usage(tmp_path).free
     assert abs(left[0] - (free // 2 - 100_000_000)) < 50_000_000  # others use the disk meanwhile
+
+
+# Runs that are killed
+
+
+def fit_and_be_killed(folder: Path, step: int, options: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    cache = FeatureCache("backbone", storage=folder, **options)
+    kill = at_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    trainer(callbacks=[cache, kill], max_epochs=4).fit(Frozen(), loader())
+
+
+def be_killed(folder: Path, step: int, **options: Any) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.nets"])
+    process = context.Process(target=fit_and_be_killed, args=(folder, step, options))
+    process.start()
+    process.join(100)
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_the_run_after_one_that_was_killed(step: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    be_killed(tmp_path / "features", step)
+    cache = FeatureCache("backbone", storage=tmp_path / "features")
+    check_same(fit(Frozen, []), fit(Frozen, [cache]))
+    assert "refused" not in caplog.text
+    assert cache.stats.misses <= 24 - 4 * min(step, 6) + 8  # one batch or two show that what was there is right
+
+
+def test_what_a_killed_run_reserved_is_room_again(tmp_path: Path) -> None:
+    folder = tmp_path / "features"
+    be_killed(folder, 3, max_bytes=12_000)
+    cache = FeatureCache("backbone", storage=folder, max_bytes=12_000)
+    fit(Frozen, [cache])
+    assert cache.stats.samples == 24
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 12_000 + 200
+
+
+# Two processes
+
+
+def train_on_two(folder: Path, kill: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    net = Frozen()
+    cache = FeatureCache("backbone", storage=folder)
+    left: list[int] = []
+    probes = [at_step(1, lambda: left.append(cache._chain._budget.left))]  # type: ignore[union-attr]
+    if kill and os.environ["RANK"] == "1":
+        probes.append(at_step(6, lambda: os.kill(os.getpid(), signal.SIGKILL)))
+    plain = Frozen()
+    plain.load_state_dict(net.state_dict())
+    for one, callbacks in ((plain, []), (net, [cache, *probes])):
+        trainer(callbacks=callbacks, max_epochs=4, strategy="ddp", devices=2).fit(one, loader(32))
+    check_same(plain, net)
+    return {"misses": torch.tensor(cache.stats.misses), "left": torch.tensor(left)}
+
+
+def test_one_of_two_ranks_is_killed(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with pytest.raises((ProcessExitedException, ProcessRaisedException)):
+        on_two_processes(train_on_two, tmp_path / "one", tmp_path / "features", True)
+    free = shutil.disk_usage(tmp_path).free
+    results = on_two_processes(train_on_two, tmp_path / "two", tmp_path / "features", False)
+    for result in results:
+        assert result["misses"] <= 8
+        assert result["left"] < 0.3 * free  # the two share half of it
+
+
+# Folders that cannot be
+
+
+@pytest.mark.parametrize("name", ["file/below", "link", "n" * 300])
+def test_a_folder_that_cannot_be_is_an_error_at_the_start(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("dear")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"cannot be used: .*Name a folder that can be made and written to"):
+        fit(Frozen, [FeatureCache("backbone", storage=tmp_path / name)])
