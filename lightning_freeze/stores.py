@@ -5,15 +5,17 @@ What a :class:`Shelf` finds in a folder, from an earlier run or another rank, is
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import repeat
+from itertools import repeat, starmap
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
+import torch
 import xxhash
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
@@ -133,19 +135,21 @@ class Shelf:
 
     def put(self, keys: Sequence[bytes], mark: int, rows: Bytes) -> int:
         """Keep rows under keys that are not there; give for how many there was room."""
-        for count, (key, row) in enumerate(zip(keys, rows, strict=True)):
+        entries = []
+        for key, row in zip(keys, rows, strict=True):
             if not self._has_room():
-                return count
+                break
             slot = self._slots[key] = self._next
             self._next += 1
             self._open_rows[slot - self._open_start] = row
             self.marks[slot] = mark
-            if self._journal is not None:
-                try:
-                    self._journal.write(slot + self._offset, _ENTRY.pack(key, mark, _checksum(key, mark, row)))
-                except OSError as error:
-                    self.error = error
-        return len(keys)
+            entries.append((key, mark, b"" if self._journal is None else _checksum(key, mark, row)))
+        if self._journal is not None and entries:
+            try:
+                self._journal.write(self._next + self._offset - len(entries), entries)
+            except OSError as error:
+                self.error = error
+        return len(entries)
 
     def read(self, slots: Slots, out: Bytes | None = None) -> Bytes:
         """Copy rows into ``out``, uint8 of shape ``(len(slots), row_bytes)``."""
@@ -163,10 +167,6 @@ class Shelf:
         """Let other ranks see the rows of this one, and see theirs."""
         if self._journal is None:
             return
-        try:
-            self._journal.flush()
-        except OSError as error:
-            self.error = error
         for entries, rows in self._journal.read_others(self.row_bytes):
             self._add_block(rows)
             self._enter(self._starts[-2], entries)
@@ -178,7 +178,7 @@ class Shelf:
         self._open_rows = self._open_rows[:0]
         if self._journal is not None:
             try:
-                self._journal.close((self._next + self._offset) * self.row_bytes)
+                self._journal.trim((self._next + self._offset) * self.row_bytes)
             except OSError as error:
                 self.error = error
             self._taken = (self._end - self._next) * self._each  # what was reserved and not used
@@ -272,22 +272,28 @@ class Journal:
             except OSError:
                 self.delete()
                 raise
-        entries = _read_index(index, rows, row_bytes)
-        self._file = index.open("r+b")
-        return entries
+        return _read_index(index, rows, row_bytes)
 
     def trim(self, used_bytes: int) -> int:
-        """Give space back that was reserved and not used, as by a run that was killed; give how much that is."""
+        """Give space back that was reserved and is not used, also by a run that was killed; give how much that is."""
         rows, _ = self._files(self._path)
         spare = rows.stat().st_size - used_bytes
         os.truncate(rows, used_bytes)
         return spare
 
     def map(self, start: int, count: int, row_bytes: int, *, path: Path | None = None) -> Bytes:
-        """Map rows that are in the file; to be written only if they are this rank's own."""
+        """Map rows that are in the file; to be written only if they are this rank's own.
+
+        Raises:
+            OSError: If the system refuses to.
+        """
         rows, _ = self._files(path or self._path)
-        shape = (count, row_bytes)
-        return np.memmap(rows, np.uint8, "r" if path else "r+", offset=start * row_bytes, shape=shape)
+        try:
+            # np.memmap would keep a file open for each block, and a process may open few.
+            mapped = torch.from_file(str(rows), shared=True, size=(start + count) * row_bytes, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        return mapped.numpy()[start * row_bytes :].reshape(count, row_bytes)
 
     def reserve(self, start: int, count: int, row_bytes: int) -> Bytes:
         """Map more rows, from row ``start`` on.
@@ -311,26 +317,20 @@ class Journal:
                 entries = _read_index(index, self._files(path)[0], row_bytes)[seen:]
                 if entries:
                     found.append((entries, self.map(seen, len(entries), row_bytes, path=path)))
-            except (ValueError, OSError):  # damaged, or removed meanwhile
+            except (Damaged, OSError):  # or removed meanwhile
                 continue
             self._seen[path] = seen + len(entries)
         return found
 
-    def write(self, at: int, entry: bytes) -> None:
-        """Write the entry of a row."""
-        self._file.seek(_HEADER.size + at * _ENTRY.size)
-        self._file.write(entry)
+    def write(self, at: int, entries: Sequence[tuple[bytes, int, bytes]]) -> None:
+        """Write the entries of rows, from row ``at`` on.
 
-    def flush(self) -> None:
-        """Write all out."""
-        self._file.flush()
-
-    def close(self, used_bytes: int) -> None:
-        """Write all out and give reserved space back."""
-        try:
-            self._file.close()
-        finally:
-            self.trim(used_bytes)
+        Raises:
+            OSError: If the disk has no room for them, or the file is gone.
+        """
+        with self._files(self._path)[1].open("r+b") as file:
+            file.seek(_HEADER.size + at * _ENTRY.size)
+            file.write(b"".join(starmap(_ENTRY.pack, entries)))
 
     def delete(self) -> None:
         """Remove the files."""
