@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import repeat, starmap
 from pathlib import Path
@@ -249,9 +249,11 @@ class Journal:
         folder: Where they lie.
         name: What they are called, the same for all ranks.
         rank: Whose they are; those of other ranks are only read.
+        check: Raises an OSError if the folder is no longer this run's.
     """
 
-    def __init__(self, folder: Path, name: str, rank: int) -> None:
+    def __init__(self, folder: Path, name: str, rank: int, check: Callable[[], None]) -> None:
+        self._check = check
         self._path = folder / f"{name}-{rank}"
         self._others = f"{name}-*.index"
         self._seen: dict[Path, int] = {}
@@ -263,6 +265,7 @@ class Journal:
             Damaged: If the files are not such a pair, or rows are missing.
             OSError: If there are none and none can be made.
         """
+        self._check()
         rows, index = self._files(self._path)
         if not index.exists():
             index.parent.mkdir(exist_ok=True)  # not the folder itself: somebody has removed it
@@ -276,6 +279,7 @@ class Journal:
 
     def trim(self, used_bytes: int) -> int:
         """Give space back that was reserved and is not used, also by a run that was killed; give how much that is."""
+        self._check()
         rows, _ = self._files(self._path)
         spare = rows.stat().st_size - used_bytes
         os.truncate(rows, used_bytes)
@@ -301,6 +305,7 @@ class Journal:
         Raises:
             OSError: If the disk has no room for them.
         """
+        self._check()
         with self._files(self._path)[0].open("r+b") as file:
             _fill(file, start * row_bytes, count * row_bytes)
         return self.map(start, count, row_bytes)
@@ -328,12 +333,14 @@ class Journal:
         Raises:
             OSError: If the disk has no room for them, or the file is gone.
         """
+        self._check()
         with self._files(self._path)[1].open("r+b") as file:
             file.seek(_HEADER.size + at * _ENTRY.size)
             file.write(b"".join(starmap(_ENTRY.pack, entries)))
 
     def delete(self) -> None:
         """Remove the files."""
+        self._check()
         for file in self._files(self._path):
             file.unlink(missing_ok=True)
 
@@ -366,7 +373,7 @@ class Folder:
 
     def journal(self, fingerprint: bytes, form: bytes) -> Journal:
         """Give the journal for modules of one fingerprint and arguments of one form."""
-        return Journal(self.path / fingerprint.hex(), form.hex(), self._rank)
+        return Journal(self.path / fingerprint.hex(), form.hex(), self._rank, self._check)
 
     def size(self) -> int:
         """Give the bytes that lie in the folder."""
@@ -379,7 +386,13 @@ class Folder:
 
     def close(self) -> None:
         """Let others use it."""
+        self._mark.close()
         self._lock.release()
+
+    def _check(self) -> None:
+        """Refuse a folder that has been removed, also if another run has made one of the same name since."""
+        if not os.path.samestat(os.fstat(self._mark.fileno()), os.stat(self.path / _MARK)):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
 
     def _open(self) -> None:
         path = self.path
@@ -395,7 +408,7 @@ class Folder:
             raise RuntimeError(
                 f'storage="{path}" is in use by another run or FeatureCache. Wait for it, or name another folder.'
             ) from None
-        (path / _MARK).touch()
+        self._mark = (path / _MARK).open("ab")
 
 
 def available_memory() -> int:

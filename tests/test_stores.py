@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -211,3 +212,30 @@ def test_ranks_see_each_others_rows(tmp_path: Path) -> None:
         slots = shelf.find(keys)
         assert (shelf.read(slots) == content).all()
         assert shelf.damaged == 0
+
+
+@pytest.mark.parametrize("act", ["put", "close", "discard", "open"])
+def test_whoever_has_lost_its_folder_leaves_the_next_one_alone(
+    act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody removes the folder of a run, and another run makes one of the same name, for the same features."""
+    monkeypatch.setattr("lightning_freeze.stores._FIRST_BLOCK", 5000)
+    keys, content = rows(900)
+    first, folder = shelf_in(tmp_path / "s")
+    first.put(keys[:50], 1, content[:50])
+    shutil.rmtree(tmp_path / "s")
+    second, _ = shelf_in(tmp_path / "s")
+    second.put(keys[300:], 2, content[300:])
+    if act == "put":
+        assert first.put(keys[50:300], 1, content[50:300]) < 250
+        assert isinstance(first.error, FileNotFoundError)
+        assert (first.read(first.find(keys[:50])) == content[:50]).all()
+    elif act == "open":
+        with pytest.raises(FileNotFoundError):
+            Shelf(LENGTH, Budget(10**7), folder.journal(PRINT, b"h" * 16))
+    else:
+        getattr(first, act)()
+    assert (second.read(second.find(keys[300:])) == content[300:]).all()
+    (index,), (data,) = ((tmp_path / "s").rglob(f"*.{kind}") for kind in ("index", "rows"))
+    assert index.stat().st_size == 44 + 600 * 32
+    assert data.stat().st_size >= 600 * LENGTH
