@@ -516,9 +516,12 @@ class FeatureMemory:
         elif form.shelf.error is not None:
             self._say_error(form.shelf)
         elif kept < np.count_nonzero(new):
+            mends = "or dtype=torch.float16,"
+            if self._folder is not None:
+                mends = "dtype=torch.float16, or removing features of other weights from the folder"
             self._say(
                 f"{self.name}: the cache is full with {self.rows:,} samples in {self.size:,} bytes; what is "
-                "not in it is computed. More max_bytes, or dtype=torch.float16, would make room."
+                f"not in it is computed. More max_bytes, {mends} would make room."
             )
 
     def _shelf(self, text: str, form: OutputForm) -> Shelf:

@@ -131,6 +131,16 @@ def test_many_forms_leave_the_user_files_to_open(tmp_path: Path) -> None:
     assert len(list((tmp_path / "features").rglob("*.rows"))) == 150
 
 
+def test_a_folder_full_of_features_of_other_weights_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for seed in (1, 0):
+        torch.manual_seed(seed)
+        net = Frozen()
+        cache = FeatureCache("backbone", storage=tmp_path / "features", max_bytes=12_000)
+        trainer(callbacks=[cache]).fit(net, loader())
+    (said,) = (sentence for sentence in sentences(caplog) if "the cache is full" in sentence)
+    assert "or removing features of other weights from the folder would make room" in said
+
+
 # Another place
 
 
