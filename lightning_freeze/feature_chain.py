@@ -247,6 +247,7 @@ class FeatureChain:
         self._stand_ins: list[StandIn] = []
         self._inside = False
         self._suspicious = False
+        self._first = 0 if whole is None else _WHOLE
         self._called = False
         self._idle: str | None = None
         # How many links are known to run one on the output of the other; what the next one should get.
@@ -474,7 +475,8 @@ class FeatureChain:
     # Calls
 
     def _call(self, index: int, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._called = True
+        if index == self._first:
+            self._called = True
         if self._inside or _is_special():
             return run(*args, **kwargs)
         if index > 0:
@@ -495,6 +497,7 @@ class FeatureChain:
             self._passed = None
             self.settle()  # nobody but those who keep it holds what was between links now
             return output
+        self._called = True  # layers of a whole that trains in part are answered by themselves, too
         depth = min(look.depth, self._linked)
         if depth > self._follow:
             return self._watch(run, args, kwargs)

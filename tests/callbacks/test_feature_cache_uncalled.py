@@ -59,6 +59,10 @@ def children(backbone: Any, x: Tensor) -> Tensor:
     return torch.relu(backbone.norm(backbone.conv(x)))
 
 
+def forward(backbone: Any, x: Tensor) -> Tensor:
+    return backbone.forward(x)
+
+
 def not_at_all(backbone: Any, x: Tensor) -> Tensor:
     return x.repeat(1, 2, 1, 1)
 
@@ -72,7 +76,7 @@ def run(
     return cache, [r.message for r in caplog.records if "never called" in r.message]
 
 
-@pytest.mark.parametrize("use", [method, children])
+@pytest.mark.parametrize("use", [method, children, forward])
 @pytest.mark.parametrize("module", ["backbone", ["backbone"]])
 def test_a_module_that_is_used_and_never_called(use: Use, module: Any, caplog: pytest.LogCaptureFixture) -> None:
     at: list[int] = []
@@ -89,6 +93,28 @@ def test_a_module_that_is_used_and_never_called(use: Use, module: Any, caplog: p
 
 def test_what_the_sentence_advises_helps(caplog: pytest.LogCaptureFixture) -> None:
     cache, said = run(caplog, User(children), module=["backbone.conv", "backbone.norm"], max_epochs=4)
+    assert not said
+    assert cache.stats.hits > 24
+
+
+class Walking(Frozen):
+    """Goes through an nn.Sequential by itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.backbone:
+            x = layer(x)
+        return self.head(torch.relu(self.neck(x.mean((2, 3)))))
+
+
+def test_layers_of_a_sequential_that_are_called_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
+    cache, said = run(caplog, Walking())
+    assert len(said) == 1
+    assert not cache.stats.active
+
+
+def test_no_false_alarm_where_they_are_answered(caplog: pytest.LogCaptureFixture) -> None:
+    schedule = FreezeSchedule([Phase(["head", "backbone.3"])], frozen_mode="eval", verbose=False)
+    cache, said = run(caplog, Walking(), schedule, max_epochs=4)
     assert not said
     assert cache.stats.hits > 24
 
