@@ -319,12 +319,12 @@ class Journal:
                 continue
             seen = self._seen.get(path, 0)
             try:
-                entries = _read_index(index, self._files(path)[0], row_bytes)[seen:]
-                if entries:
-                    found.append((entries, self.map(seen, len(entries), row_bytes, path=path)))
+                entries = _read_index(index, self._files(path)[0], row_bytes)
+                if len(entries) > seen:
+                    found.append((entries[seen:], self.map(seen, len(entries) - seen, row_bytes, path=path)))
             except (Damaged, OSError):  # or removed meanwhile
                 continue
-            self._seen[path] = seen + len(entries)
+            self._seen[path] = len(entries)
         return found
 
     def write(self, at: int, entries: Sequence[tuple[bytes, int, bytes]]) -> None:

@@ -75,7 +75,7 @@ class FeatureCache(Callback):
         storage: ``"memory"``, or a folder, which is mapped into memory and can be used by later runs. What lies there
             belongs to these very weights, buffers and kinds of layers, and is checked before it is used; files that
             are damaged are refused, as is a folder that holds something else or that another run uses. The ranks of a
-            run share it.
+            run share it. If it is full, or removed in mid-fit, what was there serves on and the rest is computed.
         dtype: Keep wider floating numbers in this dtype, such as ``torch.float16`` to halve the space. Outputs are then
             rounded to it, whether they come from memory or not.
 
