@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
-from operator import attrgetter, is_, ne
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ _code = attrgetter("code")
 
 # Where classes that are random in train mode keep the probability, by the names torch, torchvision and timm use.
 _PROBABILITIES = ("p", "drop_prob", "dropout")
+_LARGE = 1 << 20  # bytes: less is read faster than another thread is asked to
 # What every module keeps itself.
 _OWN = frozenset(vars(nn.Module()))
 _RANDOM_NAMES = ("Dropout", "DropPath", "StochasticDepth", "DropBlock")
@@ -161,7 +163,7 @@ class Weights:
     def take(self) -> None:
         """Take the content that there is now for what it was."""
         self._marks = self._read_marks()
-        self._contents = [_content(tensor) for tensor in self._tensors]
+        self._contents = _contents(self._tensors)
 
     def changed(self) -> bool:
         """Whether a tensor has been written to and has other content now."""
@@ -174,7 +176,7 @@ class Weights:
 
     def content_changed(self) -> bool:
         """Whether a tensor has other content, however it was written. Reads all of it."""
-        return any(map(ne, map(_content, self._tensors), self._contents))
+        return _contents(self._tensors) != self._contents
 
     def fingerprint(self) -> bytes:
         """Give 16 bytes for all that the tensors hold, the same in every run."""
@@ -206,6 +208,14 @@ def _layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:
     return chain(module.parameters(), module.buffers())
+
+
+def _contents(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
+    """Give the content of each tensor. Large ones are read by several threads: hashing lets others run."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        # Those on a device are copied to be read: one at a time.
+        found = [pool.submit(_content, t) if t.is_cpu and t.nbytes >= _LARGE else _content(t) for t in tensors]
+    return [content.result() if isinstance(content, Future) else content for content in found]
 
 
 def _content(tensor: Tensor) -> tuple[Any, ...]:
