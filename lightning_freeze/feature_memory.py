@@ -84,6 +84,8 @@ class _Form:
         form: Of the outputs.
         shelf: Their bytes.
         inherited: Whether rows are there that come from another fit or run, and none of them has been proved yet.
+        rounds: Whether numbers are rounded to half precision on the way, which hides most of what circumstances change:
+            that some were seen to be equal then says nothing of the others.
         equal: For two marks, how many numbers were seen to be equal in both; -1 after one that was not.
         mixed: For each mark, how many numbers were seen to be equal in batches that were put together anew.
         begins: The first slots of batches that were kept whole.
@@ -93,6 +95,7 @@ class _Form:
     form: OutputForm
     shelf: Shelf
     inherited: bool
+    rounds: bool
     equal: dict[tuple[int, int], int] = field(default_factory=dict)
     mixed: dict[int, int] = field(default_factory=dict)
     begins: set[int] = field(default_factory=set)
@@ -100,11 +103,11 @@ class _Form:
 
     def alike(self, a: int, b: int) -> bool:
         """Whether the bits of two circumstances are the same."""
-        return self.equal.get((min(a, b), max(a, b)), 0) >= _ENOUGH
+        return not self.unlike(a, b) and self.equal.get((min(a, b), max(a, b)), 0) >= _ENOUGH
 
     def unlike(self, a: int, b: int) -> bool:
-        """Whether they have been seen to differ."""
-        return self.equal.get((min(a, b), max(a, b)), 0) < 0
+        """Whether they have been seen to differ, or may do so unseen."""
+        return (self.rounds and a != b) or self.equal.get((min(a, b), max(a, b)), 0) < 0
 
     def note(self, a: int, b: int, numbers: int) -> None:
         """Take in that so many numbers were equal, or, if negative, that one was not."""
@@ -324,7 +327,7 @@ class FeatureMemory:
         except OSError as error:
             shelf = Shelf(outputs.row_bytes, Budget(0))
             shelf.error = error
-        form = self._forms[text] = _Form(outputs, shelf, len(shelf) > 0, fits={mark: True})
+        form = self._forms[text] = _Form(outputs, shelf, len(shelf) > 0, _rounds(call, outputs), fits={mark: True})
         slots = shelf.find(keys)
         self.counts.known += int(np.count_nonzero(slots >= 0))
         if not self._compare(form, slots, rows, mark):
@@ -620,6 +623,14 @@ def autocast_states(leaves: Iterable[Any]) -> list[tuple[str, bool, torch.dtype]
     """Give each kind of device among the tensors, and the CPU, with whether autocast is on there and its dtype."""
     kinds = sorted({"cpu", *(leaf.device.type for leaf in leaves if isinstance(leaf, Tensor))})
     return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+
+
+def _rounds(call: Call, outputs: OutputForm) -> bool:
+    """Whether something is rounded to less than 32 bits on the way from a call to what is kept of its outputs."""
+    dtypes = {leaf.dtype for leaf in call.leaves if isinstance(leaf, Tensor)}
+    dtypes |= {dtype for leaf in outputs.leaves if isinstance(leaf, TensorForm) for dtype in (leaf.dtype, leaf.stored)}
+    half = any(dtype.is_floating_point and dtype.itemsize < torch.float32.itemsize for dtype in dtypes)
+    return half or any(is_on for _, is_on, _ in autocast_states(call.leaves))
 
 
 def _context(call: Call) -> str:

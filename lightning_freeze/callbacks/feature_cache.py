@@ -45,10 +45,11 @@ class FeatureCache(Callback):
     cached: one that draws random numbers, writes into its input or keeps tensors aside for others to read.
 
     The bits of an output can depend on the size of the batch, because kernels are chosen by shape. Features therefore
-    serve batches of another size only after both were seen to give the same bits. The first samples that come back are
-    computed a second time and compared, the first in another company, too, and ever fewer batches later on. A module
-    that fails this is not cached. Should a kernel be seen to differ from itself by rounding, the cache says by how
-    much, and ``stats.difference`` keeps the bound. A plain value in an output is taken for constant until it differs.
+    serve batches of another size only after both were seen to give the same bits, and never where numbers are rounded
+    to half precision, under autocast too: that hides most differences. The first samples that come back are computed a
+    second time and compared, the first in another company, too, and ever fewer batches later on. A module that fails
+    this is not cached. Should a kernel be seen to differ from itself by rounding, the cache says by how much, and
+    ``stats.difference`` keeps the bound. A plain value in an output is taken for constant until it differs.
 
     Training, validation, test and prediction share what is kept, also in another call of the Trainer with the same
     weights; :meth:`clear` gives the memory back. If fewer than 2 % of the samples of an epoch come
