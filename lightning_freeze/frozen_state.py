@@ -106,7 +106,8 @@ class Conditions:
         self._layers = layers
         self._parameters = [list(module.parameters()) for module in modules]
         self._graphs = [layer for layer in layers if isinstance(layer, fx.GraphModule)]
-        self._outer, self._inner = _readable(modules), _readable(layer for layer in layers if layer not in modules)
+        self._outer = _readable(layer for layer in layers if layer in modules)
+        self._inner = _readable(layer for layer in layers if layer not in modules)
         self._outer_functions, self._inner_functions = map(_functions, (self._outer, self._inner))
 
     def hold(self) -> bool:
@@ -234,4 +235,4 @@ def _functions(modules: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
 
 def _readable(modules: Iterable[nn.Module]) -> list[nn.Module]:
     """Give those that give the same functions whenever they are read, which a descriptor need not do."""
-    return [m for m in modules if not isinstance(m, torch.jit.ScriptModule) and _functions([m]) == _functions([m])]
+    return [module for module in modules if _functions([module]) == _functions([module])]

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from lightning_freeze.norms import stored_values
 from lightning_freeze.stand_in import is_compiled
 
 # What takes a tensor's values out of its graph.
@@ -82,7 +83,7 @@ class Received:
             gradient, mark = parameter.grad, gradient_mark(parameter)
             if name in self.names or id(parameter) not in given or gradient is None or mark is None:
                 continue
-            if mark != self._before[name] and not _is_zero(gradient):
+            if mark != self._before[name] and stored_values(gradient).any():
                 self.names.add(name)
 
     def close(self) -> None:
@@ -112,12 +113,6 @@ def gradient_mark(parameter: nn.Parameter) -> tuple[int, ...] | None:
     # FSDP2 adds to what is inside a DTensor, whose own version does not tell of that.
     inside = gradient._local_tensor if isinstance(gradient, DTensor) else gradient
     return id(gradient), gradient._version, inside._version
-
-
-def _is_zero(gradient: Tensor) -> bool:
-    if gradient.layout is not torch.strided:
-        gradient = gradient.coalesce().values() if gradient.layout is torch.sparse_coo else gradient.values()
-    return not gradient.any()
 
 
 @dataclass

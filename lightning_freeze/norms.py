@@ -414,7 +414,7 @@ def _norms(alike: list[Tensor]) -> Tensor:
         return _sharded_norms(alike)
     half = alike[0].dtype in (torch.float16, torch.bfloat16)
     if alike[0].layout is not torch.strided:
-        alike = [_values(tensor) for tensor in alike]
+        alike = [stored_values(tensor) for tensor in alike]
     return torch.stack(torch._foreach_norm(alike, 2, dtype=torch.float32 if half else None))
 
 
@@ -433,6 +433,8 @@ def _sharded_norms(alike: list[Tensor]) -> Tensor:
     return squares.full_tensor().sqrt()
 
 
-def _values(tensor: Tensor) -> Tensor:
-    """Give what a sparse tensor holds, as a strided one; duplicate entries add up."""
+def stored_values(tensor: Tensor) -> Tensor:
+    """Give what a sparse tensor holds, as a strided one; duplicate entries add up. A strided one is given as it is."""
+    if tensor.layout is torch.strided:
+        return tensor
     return (tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor).values()
