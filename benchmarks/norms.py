@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_freeze import NormLogger
-from lightning_freeze.norms import gradient_norms
+from lightning_freeze.norms.core import gradient_norms
 
 SIZES = {"bias-sized, 64": (64,), "small, 64x64": (64, 64), "large, 256x256": (256, 256)}
 

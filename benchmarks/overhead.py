@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_freeze import FreezeSchedule, Phase
-from lightning_freeze.optimizers import HomeGroups
+from lightning_freeze.freezing.optimizers import HomeGroups
 
 STEPS = 60  # in a fit
 WARM_UP = 10  # first steps of a fit that do not count

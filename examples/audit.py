@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional import accuracy
 
 from lightning_freeze import FreezeSchedule, GradientAudit, Phase
-from lightning_freeze.findings import Report, alike
+from lightning_freeze.audit.findings import Report, alike
 
 
 class Careless(LightningModule):

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional import accuracy
 
 from lightning_freeze import FeatureCache, FreezeSchedule, Phase, trainable_summary
-from lightning_freeze.preview import draw_schedule
+from lightning_freeze.schedule.preview import draw_schedule
 
 PHASES = [
     Phase("head", name="head", epochs=6),

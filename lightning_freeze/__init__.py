@@ -1,19 +1,24 @@
 """Say which parameters train when; everything else in PyTorch Lightning follows exactly."""
 
-from lightning_freeze.arrays import to_numpy
-from lightning_freeze.batchnorm import freeze_batchnorm, unfreeze_batchnorm
-from lightning_freeze.callbacks.feature_cache import FeatureCache
-from lightning_freeze.callbacks.freeze_batchnorm import FreezeBatchNorm
-from lightning_freeze.callbacks.freeze_schedule import FreezeSchedule
-from lightning_freeze.callbacks.gradient_audit import GradientAudit
-from lightning_freeze.callbacks.metric_logger import MetricLogger
-from lightning_freeze.callbacks.norm_logger import NormLogger
-from lightning_freeze.callbacks.target_network import TargetNetwork
-from lightning_freeze.gradients import freeze, frozen, trainable_summary, unfreeze
-from lightning_freeze.optimizers import parameter_groups
-from lightning_freeze.phases import Phase, Plateau
-from lightning_freeze.presets import chain_thaw, gradual_unfreezing, layerwise_sampling, linear_probe_then_finetune
+from lightning_freeze._arrays import to_numpy
+from lightning_freeze.audit.callback import GradientAudit
+from lightning_freeze.feature_cache.callback import FeatureCache
+from lightning_freeze.freezing.batchnorm import freeze_batchnorm, unfreeze_batchnorm
+from lightning_freeze.freezing.callback import FreezeBatchNorm
+from lightning_freeze.freezing.optimizers import parameter_groups
+from lightning_freeze.functional import freeze, frozen, trainable_summary, unfreeze
+from lightning_freeze.metrics.callback import MetricLogger
+from lightning_freeze.norms.callback import NormLogger
+from lightning_freeze.schedule.callback import FreezeSchedule
+from lightning_freeze.schedule.phases import Phase, Plateau
+from lightning_freeze.schedule.presets import (
+    chain_thaw,
+    gradual_unfreezing,
+    layerwise_sampling,
+    linear_probe_then_finetune,
+)
 from lightning_freeze.selectors import select_parameters
+from lightning_freeze.target.callback import TargetNetwork
 
 __all__ = [
     "FeatureCache",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_freeze import FreezeBatchNorm, Phase, freeze_batchnorm, select_parameters
-from lightning_freeze.batchnorm import has_running_statistics
+from lightning_freeze.freezing.batchnorm import has_running_statistics
 from lightning_freeze.selectors import clean_name, select_layers, selector_text
 from tests.nets import Net
 from tests.trees import trees

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_freeze import FreezeSchedule, Phase, Plateau
-from lightning_freeze.optimizers import HomeGroups
+from lightning_freeze.freezing.optimizers import HomeGroups
 from tests.nets import Net, Probe, adamw, loader, members, sgd, trainer
 
 LOW = ["backbone.0.weight", "backbone.0.bias", "backbone.1.weight", "backbone.1.bias", "backbone.4.weight"]

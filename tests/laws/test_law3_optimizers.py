@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_freeze import FreezeSchedule, Phase
-from lightning_freeze.optimizers import HomeGroups
+from lightning_freeze.freezing.optimizers import HomeGroups
 from tests.nets import WarmUp, loader, same, sgd, trainer
 
 OPTIMIZERS = sorted(

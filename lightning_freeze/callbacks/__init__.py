@@ -1,1 +1,0 @@
-"""Callbacks: each decides when; what is done then stands in the modules above."""

@@ -1,0 +1,1 @@
+"""What freezes and unfreezes: parameters, BatchNorm, optimizers, the wrapper of a strategy."""

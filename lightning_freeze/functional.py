@@ -1,0 +1,197 @@
+"""Which parameters require grad: freeze, unfreeze, and a summary of what trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_freeze._tables import Table
+from lightning_freeze.selectors import Selector, named_unique_parameters, select_parameters, unwrapped
+
+
+def freeze(module: nn.Module, select: Selector = "*") -> dict[str, nn.Parameter]:
+    """Freeze parameters: no gradient is computed for them, and one that is there is dropped.
+
+    Args:
+        module: Any module.
+        select: What to freeze, see :func:`select_parameters`.
+
+    Returns:
+        Name to parameter, for what was trainable before.
+
+    Raises:
+        ValueError: If ``select`` matches nothing.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> list(freeze(net, "bias")), list(freeze(net))
+        (['bias'], ['weight'])
+    """
+    changed = {name: p for name, p in select_parameters(module, select).items() if p.requires_grad}
+    for parameter in changed.values():
+        set_trainable(parameter, False)
+    return changed
+
+
+def unfreeze(module: nn.Module, select: Selector = "*") -> dict[str, nn.Parameter]:
+    """Make parameters trainable.
+
+    Args:
+        module: Any module.
+        select: What to unfreeze, see :func:`select_parameters`. Parameters that cannot require grad, because their
+            dtype is neither floating nor complex, are passed over.
+
+    Returns:
+        Name to parameter, for what was frozen before.
+
+    Raises:
+        ValueError: If ``select`` matches nothing.
+
+    Example:
+        >>> net = nn.Linear(2, 1).requires_grad_(False)
+        >>> list(unfreeze(net, "weight")), list(unfreeze(net))
+        (['weight'], ['bias'])
+    """
+    selected = select_parameters(module, select)
+    changed = {name: p for name, p in selected.items() if not p.requires_grad and can_train(p)}
+    for parameter in changed.values():
+        set_trainable(parameter, True)
+    return changed
+
+
+@contextmanager
+def frozen(module: nn.Module, select: Selector = "*") -> Iterator[None]:
+    """Freeze parameters inside a ``with`` block and restore their flags after it, also on error.
+
+    Args:
+        module: Any module; its tensors are not copied. Gradients that are already there stay.
+        select: What to freeze, see :func:`select_parameters`.
+
+    Raises:
+        ValueError: If ``select`` matches nothing.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Linear(2, 1)
+        >>> with frozen(net, "bias"):
+        ...     net(torch.ones(1, 2)).sum().backward()
+        >>> net.bias.grad is None, net.bias.requires_grad
+        (True, True)
+    """
+    parameters = select_parameters(module, select).values()
+    with ExitStack() as restore:  # every flag, also where one cannot be: what became of an integer dtype, say
+        for parameter in parameters:
+            restore.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
+        for parameter in parameters:
+            parameter.requires_grad = False
+        yield
+
+
+def can_train(parameter: nn.Parameter) -> bool:
+    """Whether a parameter's dtype has gradients; those of quantized layers, for example, have none."""
+    return parameter.is_floating_point() or parameter.is_complex()
+
+
+def scalars(parameter: nn.Parameter) -> int:
+    """Give the number of scalars, 0 for a parameter of a lazy module that has not seen its first batch."""
+    return 0 if is_lazy(parameter) else parameter.numel()
+
+
+def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:
+    """Set the flag; a parameter that freezes loses its gradient, which would otherwise still be applied."""
+    parameter.requires_grad = trainable  # not by requires_grad_(), which lazy parameters refuse
+    if not trainable:
+        parameter.grad = None
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """What one top-level module has: numbers of scalars, not of tensors."""
+
+    name: str
+    kind: str
+    trainable: int
+    total: int
+
+
+@dataclass(frozen=True)
+class TrainableSummary:
+    """How much of a module trains; ``str`` gives a table.
+
+    Args:
+        rows: One for each top-level module that has parameters, and one for parameters of the module itself.
+    """
+
+    rows: tuple[SummaryRow, ...]
+
+    @property
+    def trainable(self) -> int:
+        """The number of scalars that require grad."""
+        return sum(row.trainable for row in self.rows)
+
+    @property
+    def total(self) -> int:
+        """The number of scalars."""
+        return sum(row.total for row in self.rows)
+
+    @property
+    def fraction(self) -> float:
+        """The trainable share, 0.0 for a module without parameters."""
+        return self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        rows = [*self.rows, SummaryRow("total", "", self.trainable, self.total)]
+        return str(
+            Table(
+                ("module", "type", "trainable", "total", "share"),
+                [
+                    (row.name, row.kind, f"{row.trainable:,}", f"{row.total:,}", percent(row.trainable, row.total))
+                    for row in rows
+                ],
+            )
+        )
+
+
+def percent(part: int, whole: int) -> str:
+    """Give a share as text.
+
+    Example:
+        >>> percent(3, 4)
+        '75.0 %'
+    """
+    return f"{100 * part / whole if whole else 0.0:.1f} %"
+
+
+def trainable_summary(module: nn.Module) -> TrainableSummary:
+    """Summarise how much of a module trains. A tied parameter counts once, where it comes first.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        An object with ``trainable``, ``total``, ``fraction`` and ``rows``; print it for a table.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        >>> _ = freeze(net, "0")
+        >>> print(trainable_summary(net))
+        module  type    trainable  total    share
+        ------  ------  ---------  -----  -------
+        0       Linear          0      9    0.0 %
+        1       Linear          4      4  100.0 %
+        total                   4     13   30.8 %
+    """
+    module = unwrapped(module)
+    counts: dict[str, list[int]] = {}
+    for name, parameter in named_unique_parameters(module).items():
+        top = name.split(".")[0]
+        count = counts.setdefault(top, [0, 0])
+        count[0] += scalars(parameter) if parameter.requires_grad else 0
+        count[1] += scalars(parameter)
+    children = dict(module.named_children())
+    kinds = {name: type(children[name]).__name__ if name in children else "Parameter" for name in counts}
+    return TrainableSummary(tuple(SummaryRow(name, kinds[name], *count) for name, count in counts.items()))

@@ -1,0 +1,309 @@
+"""Phases as plain data, and which of them holds at a given progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal, TypeGuard
+
+from lightning_freeze._arguments import whole_number
+from lightning_freeze.selectors import Selector, as_patterns, selector_text
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """The end of a phase: a metric has stopped getting better.
+
+    The metric is looked at after each validation run that logs it, otherwise once a training epoch. A value that is
+    not finite counts as no improvement.
+
+    Args:
+        monitor: The name of a logged metric, as in ``trainer.callback_metrics``.
+        patience: How many looks without improvement end the phase, at least 1.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
+        min_delta: What counts as an improvement: more than this, in the metric's own unit, at least 0.
+
+    Raises:
+        TypeError: If a number is none.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> Plateau("val_loss", patience=2)
+        Plateau(monitor='val_loss', patience=2, mode='min', min_delta=0.0)
+    """
+
+    monitor: str
+    patience: int = 3
+    mode: Literal["min", "max"] = "min"
+    min_delta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.monitor, str) or not self.monitor:
+            raise ValueError(f"Plateau(monitor={self.monitor!r}): name a logged metric, for example 'val_loss'.")
+        object.__setattr__(self, "patience", whole_number("Plateau", "patience", self.patience))
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"Plateau(mode={self.mode!r}): mode is 'min' or 'max'.")
+        object.__setattr__(
+            self, "min_delta", _number(f"Plateau(min_delta={self.min_delta!r}): min_delta", self.min_delta)
+        )
+        if not self.min_delta >= 0:
+            raise ValueError(
+                f"Plateau(min_delta={self.min_delta!r}): min_delta is 0 or more; mode tells the direction."
+            )
+
+    def better(self, value: float, best: float | None) -> bool:
+        """Whether a value improves on the best one so far.
+
+        Example:
+            >>> Plateau("acc", mode="max", min_delta=0.1).better(0.55, 0.5)
+            False
+        """
+        if not math.isfinite(value):
+            return False
+        if best is None:
+            return True
+        return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training in which a given set of parameters trains and every other one is frozen.
+
+    It lasts ``epochs`` epochs, ``steps`` optimizer steps, or until a :class:`Plateau`, whichever of those given comes
+    first. An epoch that the phase enters midway counts as its first.
+
+    Args:
+        train: What trains, see :func:`select_parameters`; what it does not select is frozen.
+        name: What logs call the phase; the selector if not given.
+        epochs: How many epochs it lasts, at least 1.
+        steps: How many optimizer steps it lasts, at least 1, as ``trainer.global_step`` counts them: with several
+            optimizers each one's step counts.
+        until: The plateau that ends it.
+        lr_scale: A factor on the learning rate that the user's optimizer and scheduler give, for all that trains or,
+            as ``{selector: factor}``, for a part of it; where two selectors overlap the later one holds. A tuple is a
+            list of selectors: ``{("*", "!head"): 0.1}``.
+
+    Raises:
+        TypeError: If an argument is of another type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> Phase("head", epochs=2).label
+        'head'
+        >>> Phase(["head", "backbone.layer4"], steps=500, lr_scale={"backbone": 0.1}).label
+        'head, backbone.layer4'
+    """
+
+    train: Selector
+    _: dataclasses.KW_ONLY
+    name: str | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    until: Plateau | None = None
+    # Keys are selectors; a Mapping of them would refuse a variable that is a dict[str, float].
+    lr_scale: float | Mapping[Any, float] | None = None
+
+    def __post_init__(self) -> None:
+        for end in ("epochs", "steps"):
+            if getattr(self, end) is not None:
+                object.__setattr__(self, end, whole_number("Phase", end, getattr(self, end)))
+        if self.until is not None and not isinstance(self.until, Plateau):
+            raise TypeError(f"Phase(until={self.until!r}): until is a Plateau, for example Plateau('val_loss').")
+        if not self.train or not (isinstance(self.train, str | Sequence) or callable(self.train)):
+            raise ValueError(
+                f"Phase(train={self.train!r}): say what trains, for example 'head', ['head', 'neck'] or '*'."
+            )
+        as_patterns(self.train)
+        for select, factor in self.scales.items():
+            as_patterns(select)
+            factor = _number(f"Phase(lr_scale={self.lr_scale!r}): a factor", factor)
+            if not (factor > 0 and math.isfinite(factor)):
+                raise ValueError(
+                    f"Phase(lr_scale={self.lr_scale!r}): a factor is above 0 and finite. "
+                    "To train something not at all, leave it out of `train`."
+                )
+
+    @property
+    def scales(self) -> Mapping[Selector, float]:
+        """``lr_scale`` as ``{selector: factor}``."""
+        if self.lr_scale is None:
+            return {}
+        return self.lr_scale if isinstance(self.lr_scale, Mapping) else {"*": self.lr_scale}
+
+    @property
+    def has_end(self) -> bool:
+        """Whether anything ends the phase."""
+        return not (self.epochs is None and self.steps is None and self.until is None)
+
+    @property
+    def label(self) -> str:
+        """What to call the phase."""
+        return self.name if self.name is not None else selector_text(self.train)
+
+    def is_over(self, begin: tuple[int, int], epoch: int, step: int) -> bool:
+        """Whether its epochs or steps are over, having begun at ``begin = (epoch, optimizer step)``.
+
+        Example:
+            >>> Phase("*", epochs=2, steps=100).is_over((0, 0), epoch=1, step=100)
+            True
+        """
+        by_epochs = self.epochs is not None and epoch - begin[0] >= self.epochs
+        return by_epochs or (self.steps is not None and step - begin[1] >= self.steps)
+
+
+def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
+    """Give a schedule as phases, from phases or from the plain dicts that YAML gives.
+
+    Raises:
+        TypeError: If an element is neither.
+        ValueError: If the schedule is empty, a key is unknown, or a phase before the last has no end.
+
+    Example:
+        >>> as_phases([{"train": "head", "epochs": 2}, {"train": "*"}])[0]
+        Phase(train='head', name=None, epochs=2, steps=None, until=None, lr_scale=None)
+    """
+    if isinstance(phases, Phase | Mapping | str) or not isinstance(phases, Sequence):
+        raise TypeError(
+            f"A schedule is a list of phases, not {phases!r}: FreezeSchedule([Phase('head', epochs=2), …])."
+        )
+    if not phases:
+        raise ValueError("FreezeSchedule([]) has no phases. Give at least one, for example [Phase('head')].")
+    built = tuple(_phase(phase, index) for index, phase in enumerate(phases))
+    for index, phase in enumerate(built[:-1]):
+        if not phase.has_end:
+            raise ValueError(
+                f"Phase {index + 1} of {len(built)} ({phase.label!r}) has no end, so the next one never begins. "
+                "Give it epochs=…, steps=… or until=Plateau(…); only the last phase may be open-ended."
+            )
+    return built
+
+
+def describe(phases: Sequence[Phase]) -> list[dict[str, Any]]:
+    """Give a schedule as plain data, to tell in a checkpoint whether it is the same one."""
+    return [
+        {
+            "train": selector_text(phase.train),
+            "name": phase.name,
+            "epochs": phase.epochs,
+            "steps": phase.steps,
+            "until": dataclasses.asdict(phase.until) if phase.until else None,
+            "lr_scale": {selector_text(select): float(factor) for select, factor in phase.scales.items()},
+        }
+        for phase in phases
+    ]
+
+
+def walk(
+    phases: Sequence[Phase], epoch: int, step: int, steps_per_epoch: float | None, *, passed: int = 0
+) -> list[tuple[int, int, int]]:
+    """Give where each phase began, up to the one that holds at a progress: ``(epoch, optimizer step, index)``.
+
+    Args:
+        phases: The schedule.
+        epoch: The epoch that is about to begin or has begun, from 0.
+        step: Optimizer steps taken.
+        steps_per_epoch: Optimizer steps an epoch takes; None if unknown, then ends in the unknown unit are not reached.
+        passed: Phases that end by a plateau alone count as over if they are among the first ``passed``.
+
+    Example:
+        >>> walk([Phase("a", epochs=2), Phase("b", steps=15), Phase("c")], 9, 90, steps_per_epoch=10)
+        [(0, 0, 0), (2, 20, 1), (3, 35, 2)]
+    """
+    begins = [(0, 0, 0)]
+    for index, phase in enumerate(phases[:-1]):
+        begin_epoch, begin_step, _ = begins[-1]
+        ends = []
+        if phase.epochs is not None:
+            end_epoch = begin_epoch + phase.epochs
+            ends.append((end_epoch, round(end_epoch * steps_per_epoch) if steps_per_epoch else begin_step))
+        if phase.steps is not None:
+            end_step = begin_step + phase.steps
+            ends.append((int(end_step / steps_per_epoch) if steps_per_epoch else begin_epoch, end_step))
+        if not ends and index < passed:
+            ends.append((begin_epoch, begin_step))
+        reached = [(end_step, end_epoch) for end_epoch, end_step in ends if end_epoch <= epoch and end_step <= step]
+        if not reached:
+            break
+        end_step, end_epoch = min(reached)
+        begins.append((end_epoch, end_step, index + 1))
+    return begins
+
+
+def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:
+    if isinstance(phase, Phase):
+        return phase
+    if not isinstance(phase, Mapping):
+        raise TypeError(f"Phase {index + 1} is {phase!r}: a phase is a Phase or a dict of its arguments.")
+    options = _known(Phase, dict(phase), f"Phase {index + 1}")
+    if "train" not in options:
+        raise ValueError(f"Phase {index + 1}, {dict(phase)!r}, does not say what trains: add 'train'.")
+    if isinstance(options.get("until"), Mapping):
+        until = _known(Plateau, dict(options["until"]), f"Phase {index + 1}: until")
+        if "monitor" not in until:
+            raise ValueError(f"Phase {index + 1}: until={until!r} does not say which metric: add 'monitor'.")
+        options["until"] = Plateau(**until)
+    return Phase(**options)
+
+
+def _known(cls: Callable[..., Any], options: dict[str, Any], where: str) -> dict[str, Any]:
+    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in options:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{where} has no option {key!r}.{hint} The options are {', '.join(fields)}.")
+    return options
+
+
+def _number(given: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        text = f" YAML takes {value} for text: write {value.replace('e', '.0e', 1)}." if _is_yaml_text(value) else ""
+        raise TypeError(f"{given} is a number.{text}")
+    return float(value)
+
+
+def _is_yaml_text(value: object) -> TypeGuard[str]:
+    """Whether a text is what YAML 1.1 gives for a number such as 1e-3, in which it misses the point."""
+    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value) is not None
+
+
+@dataclass
+class PlateauWatch:
+    """How far a metric is from its plateau. Looks are counted here; when to look is the caller's matter.
+
+    Args:
+        best: The best value so far.
+        bad: Looks without improvement since then.
+        ended_at: The optimizer steps taken when the plateau was reached, None before.
+    """
+
+    best: float | None = None
+    bad: int = 0
+    ended_at: int | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the plateau is reached."""
+        return self.ended_at is not None
+
+    def look(self, until: Plateau, value: float, step: int) -> None:
+        """Take in one value of the metric, at a number of optimizer steps taken.
+
+        Example:
+            >>> watch = PlateauWatch()
+            >>> for step, loss in enumerate((1.0, 0.5, 0.6, 0.7)):
+            ...     watch.look(Plateau("loss", patience=2), loss, step)
+            >>> watch
+            PlateauWatch(best=0.5, bad=2, ended_at=3)
+        """
+        if until.better(value, self.best):
+            self.best, self.bad = value, 0
+        else:
+            self.bad += 1
+        if self.ended_at is None and self.bad >= until.patience:
+            self.ended_at = step

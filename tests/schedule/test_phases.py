@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_freeze import Phase, Plateau
+from lightning_freeze.schedule.phases import PlateauWatch, as_phases, describe, walk
+
+ends = st.tuples(st.none() | st.integers(1, 4), st.none() | st.integers(1, 17)).filter(any)
+
+
+def simulate(
+    phases: list[Phase], epochs: int, steps_per_epoch: int
+) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
+    """Where each phase had begun at every epoch and step of a fit; changes come before a step, as the callback's do."""
+    history = [(0, 0, 0)]
+    seen: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for epoch in range(epochs):
+        for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
+            at_start = step == epoch * steps_per_epoch
+            while history[-1][2] + 1 < len(phases):
+                phase, (begin_epoch, begin_step, index) = phases[history[-1][2]], history[-1]
+                by_epochs = phase.epochs is not None and at_start and epoch - begin_epoch >= phase.epochs
+                by_steps = phase.steps is not None and step - begin_step >= phase.steps
+                if not (by_epochs or by_steps):
+                    break
+                history.append((epoch, step, index + 1))
+            seen[epoch, step] = list(history)
+    return seen
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(ends, min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 8))
+def test_walk_is_where_a_fit_would_be(lengths: Any, steps_per_epoch: int, epochs: int) -> None:
+    phases = [Phase("*", epochs=e, steps=s) for e, s in lengths]
+    for (epoch, step), history in simulate(phases, epochs, steps_per_epoch).items():
+        assert walk(phases, epoch, step, steps_per_epoch) == history
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(ends, min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 8))
+def test_walk_without_the_length_of_an_epoch(lengths: Any, each: int, epochs: int) -> None:
+    """It is exact in the first epoch, the only one in which nothing is known, and where all phases end in one unit."""
+    phases = [Phase("*", epochs=e, steps=s) for e, s in lengths]
+    for (epoch, step), history in simulate(phases, epochs, each).items():
+        one_unit = all(phase.steps is None for phase in phases) or all(phase.epochs is None for phase in phases)
+        if epoch == 0 or one_unit:
+            assert walk(phases, epoch, step, None)[-1][2] == history[-1][2]
+
+
+@given(st.integers(0, 3))
+def test_plateaus_count_as_over_as_far_as_they_were(passed: int) -> None:
+    phases = [Phase("*", until=Plateau("x")) for _ in range(4)]
+    assert walk(phases, 5, 50, 10, passed=passed)[-1][2] == passed
+    mixed = [Phase("*", until=Plateau("x"), epochs=3), Phase("*")]
+    assert walk(mixed, 2, 20, 10, passed=1)[-1][2] == 0
+    assert walk(mixed, 3, 30, 10, passed=0)[-1] == (3, 30, 1)
+
+
+metrics = st.lists(st.sampled_from([0.0, 1.0, 1.05, 2.0, 3.0, math.nan, math.inf, -math.inf]), max_size=20)
+
+
+@settings(max_examples=300)
+@given(metrics, st.integers(1, 4), st.sampled_from(["min", "max"]), st.sampled_from([0.0, 0.1, 5.0]))
+def test_a_plateau_is_patience_looks_without_a_better_value(
+    values: Any, patience: int, mode: Any, delta: float
+) -> None:
+    until, watch = Plateau("x", patience=patience, mode=mode, min_delta=delta), PlateauWatch()
+    best, since, end = None, 0, None
+    sign = 1 if mode == "min" else -1
+    for step, value in enumerate(values):
+        watch.look(until, value, step)
+        if math.isfinite(value) and (best is None or sign * (best - value) > delta):
+            best, since = value, 0
+        else:
+            since += 1
+        end = step if end is None and since >= patience else end
+        assert watch == PlateauWatch(best, since, end)
+        assert watch.ended == (end is not None)
+    assert PlateauWatch(**json.loads(json.dumps(dataclasses.asdict(watch)))) == watch
+
+
+phase_options = st.fixed_dictionaries(
+    {"train": st.sampled_from(["head", ["head", "!x"], "*"])},
+    optional={
+        "name": st.sampled_from(["first", None]),
+        "epochs": st.integers(1, 5),
+        "steps": st.integers(1, 5),
+        "until": st.sampled_from([Plateau("x"), {"monitor": "x", "mode": "max"}]),
+        "lr_scale": st.sampled_from([0.1, 2, {"head": 0.5}, None]),
+    },
+)
+
+
+@given(st.lists(phase_options, min_size=1, max_size=4))
+def test_from_dicts_and_back(options: list[dict[str, Any]]) -> None:
+    for one in options[:-1]:
+        one.setdefault("epochs", 1)
+    phases = as_phases(options)
+    built = [
+        Phase(**{**one, "until": Plateau(**one["until"]) if isinstance(one.get("until"), dict) else one.get("until")})
+        for one in options
+    ]
+    assert phases == tuple(built) == as_phases(built)
+    described = describe(phases)
+    assert json.loads(json.dumps(described)) == described == describe(pickle.loads(pickle.dumps(phases)))
+    assert [phase.has_end for phase in phases[:-1]] == [True] * (len(phases) - 1)
+
+
+def test_numbers_of_numpy_are_plain_ones(tmp_path: Path) -> None:
+    """A checkpoint holds them, and loads with `weights_only=True`."""
+    until = Plateau("x", patience=np.int64(2), min_delta=np.float64(0.5))
+    phases = [Phase("a", epochs=np.int64(3), steps=np.uint8(4), until=until, lr_scale=np.float32(0.5))]
+    assert [type(v) for v in (phases[0].epochs, phases[0].steps, until.patience, until.min_delta)] == [int] * 3 + [
+        float
+    ]
+    torch.save(describe(phases), tmp_path / "phases.pt")
+    assert torch.load(tmp_path / "phases.pt", weights_only=True) == describe(phases)
+    with pytest.raises(TypeError, match="epochs is a whole number"):
+        Phase("a", epochs=np.float64(2))
+
+
+def test_phases_do_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Phase("head").epochs = 3  # type: ignore[misc]
+    with pytest.raises(TypeError, match="positional"):
+        Phase("head", 3)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("phase", "epoch", "step", "over"),
+    [
+        (Phase("*", epochs=2), 2, 99, False),
+        (Phase("*", epochs=2), 3, 0, True),
+        (Phase("*", steps=5), 99, 14, False),
+        (Phase("*", steps=5), 1, 15, True),
+        (Phase("*", epochs=2, steps=5), 3, 11, True),
+        (Phase("*"), 99, 999, False),
+        (Phase("*", until=Plateau("x")), 99, 999, False),
+    ],
+)
+def test_is_over(phase: Phase, epoch: int, step: int, over: bool) -> None:
+    assert phase.is_over((1, 10), epoch, step) == over
+
+
+def test_scales() -> None:
+    assert Phase("*").scales == {}
+    assert Phase("*", lr_scale=0.1).scales == {"*": 0.1}
+    assert Phase("*", lr_scale={"head": 2}).scales == {"head": 2}
+
+
+def test_two_lambdas_are_told_apart_by_their_names_only() -> None:
+    assert describe([Phase(lambda n, p: True)])[0]["train"].endswith("<lambda>")

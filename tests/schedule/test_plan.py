@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_freeze import Phase
+from lightning_freeze.freezing.batchnorm import wholly_frozen
+from lightning_freeze.schedule.plan import held_modules, phase_scales, phase_trains
+from tests.nets import Net
+from tests.trees import subsets, trees
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_scales_of_the_later_selector_hold(data: st.DataObject) -> None:
+    module = data.draw(trees())
+    names = [name for name, _ in module.named_parameters()]
+    some = data.draw(st.lists(st.sampled_from(names), unique=True, max_size=len(names) - 1))
+    factors = {name: data.draw(st.sampled_from([0.1, 2.0])) for name in some}
+    scales = phase_scales(module, Phase("*", lr_scale={"*": 0.5, **factors}))
+    assert scales == {id(p): factors.get(name, 0.5) for name, p in module.named_parameters()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_held(data: st.DataObject) -> None:
+    module = data.draw(trees())
+    chosen = data.draw(subsets(module))
+    trains = {id(p) for name, p in module.named_parameters() if name in chosen}
+    frozen = wholly_frozen(module, trains)
+    assert held_modules(module, trains, "train") == []
+    assert held_modules(module, trains, "eval") == frozen
+    assert held_modules(module, trains, "batchnorm") == [m for m in frozen if isinstance(m, nn.BatchNorm1d)]
+
+
+def test_what_has_no_gradient_does_not_train() -> None:
+    net = nn.Linear(2, 1)
+    net.table = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    assert list(phase_trains(net, Phase("*"))) == ["weight", "bias"]
+    with pytest.raises(ValueError, match="'table' trains nothing: all it selects has a dtype without gradients"):
+        phase_trains(net, Phase("table"))
+
+
+def test_errors_show_what_was_written() -> None:
+    with pytest.raises(ValueError, match=r'Phase\(train="hed"\) matches no parameter\. Did you mean "head"\?'):
+        phase_trains(Net(), Phase("hed"))
+    with pytest.raises(ValueError, match=r'Phase\(lr_scale=\{"hed": …\}\) matches no parameter'):
+        phase_scales(Net(), Phase("*", lr_scale={"hed": 0.1}))
+    with pytest.raises(ValueError, match="is left with no parameter: later selectors name all of them"):
+        phase_scales(Net(), Phase("*", lr_scale={"head": 0.1, "*": 0.2}))

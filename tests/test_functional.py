@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lightning_freeze import freeze, frozen, trainable_summary, unfreeze
+from lightning_freeze.functional import can_train, percent, scalars
+from tests.trees import subsets, trees
+
+
+def flags(module: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in module.named_parameters()}
+
+
+def interrupted(module: nn.Module, select: list[str]) -> None:
+    """Leave the block by an exception, a flag set inside; it does not stay either."""
+    with contextlib.suppress(KeyboardInterrupt), frozen(module, select):
+        dict(module.named_parameters())[select[0]].requires_grad = True
+        raise KeyboardInterrupt
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_round_trips(data: st.DataObject) -> None:
+    module = data.draw(trees())
+    chosen = data.draw(subsets(module)) or {next(module.named_parameters())[0]}
+    before = flags(module)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+    with frozen(module, sorted(chosen)):
+        assert flags(module) == {name: flag and name not in chosen for name, flag in before.items()}
+        assert all(p.grad is not None for p in module.parameters())
+    assert flags(module) == before
+    interrupted(module, sorted(chosen))
+    assert flags(module) == before
+
+    changed = freeze(module, sorted(chosen))
+    assert set(changed) == {name for name in chosen if before[name]}
+    named = dict(module.named_parameters())
+    assert all(named[name] is p and p.grad is None for name, p in changed.items())
+    assert all(p.grad is not None for name, p in named.items() if name not in changed)
+    assert freeze(module, sorted(chosen)) == {}
+    undone = unfreeze(module, sorted(changed)) if changed else {}
+    assert undone.keys() == changed.keys()
+    assert flags(module) == before
+    assert set(unfreeze(module)) == {name for name, flag in before.items() if not flag}
+    assert all(flags(module).values())
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_summary(data: st.DataObject) -> None:
+    module = data.draw(trees())
+    summary = trainable_summary(module)
+    parameters = list(module.parameters())
+    assert summary.total == sum(p.numel() for p in parameters)
+    assert summary.trainable == sum(p.numel() for p in parameters if p.requires_grad)
+    assert summary.fraction == summary.trainable / summary.total
+    assert {row.name for row in summary.rows} <= {name for name, _ in module.named_children()}
+    lines = str(summary).splitlines()
+    assert len(lines) == len(summary.rows) + 3
+    assert lines[-1].split()[0] == "total"
+
+
+def test_summary_of_what_has_no_children_or_nothing() -> None:
+    assert [row.kind for row in trainable_summary(nn.Linear(2, 1)).rows] == ["Parameter", "Parameter"]
+    empty = trainable_summary(nn.ReLU())
+    assert (empty.trainable, empty.total, empty.fraction) == (0, 0, 0.0)
+    assert "0.0 %" in str(empty)
+
+
+def test_a_freeze_of_nothing_says_so() -> None:
+    for act in (freeze, unfreeze):
+        with pytest.raises(ValueError, match="matches no parameter"):
+            act(nn.Linear(2, 1), "wait")
+    with pytest.raises(ValueError, match="matches no parameter"), frozen(nn.Linear(2, 1), "wait"):
+        pass
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_dtypes_without_gradients_are_passed_over(dtype: torch.dtype) -> None:
+    net = nn.Linear(2, 1).requires_grad_(False)
+    net.table = nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)
+    assert not can_train(net.table)
+    assert list(unfreeze(net)) == ["weight", "bias"]
+
+
+def test_lazy_parameters() -> None:
+    net = nn.LazyLinear(3)
+    assert list(freeze(net)) == ["weight", "bias"]
+    assert scalars(net.weight) == 0
+    with frozen(net):
+        pass
+    net(torch.ones(1, 2))
+    assert not any(p.requires_grad for p in net.parameters())
+    assert trainable_summary(net).total == 9
+
+
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_every_flag_is_restored_though_one_cannot_be(index: int) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    converted = list(net.parameters())[index]
+    with pytest.raises(RuntimeError, match="floating point"), frozen(net):
+        converted.data = converted.data.to(torch.int8)
+    assert [p.requires_grad for p in net.parameters()] == [place != index for place in range(4)]
+
+
+def test_summary_through_wrappers() -> None:
+    net = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
+    expected = trainable_summary(net)
+    parallel = nn.DataParallel(net)
+    for wrapped in (parallel, *(torch.compile(module, backend="eager") for module in (net, parallel))):
+        assert trainable_summary(wrapped) == expected
+
+
+def test_percent_of_nothing() -> None:
+    assert percent(0, 0) == "0.0 %"
