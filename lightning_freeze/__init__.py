@@ -1,12 +1,15 @@
 """Say which parameters train when; everything else in PyTorch Lightning follows exactly."""
 
-from lightning_freeze._arrays import to_numpy
-from lightning_freeze.audit.callback import GradientAudit
+from importlib.metadata import version
+
+from lightning_freeze.audit.callback import AuditError, GradientAudit
+from lightning_freeze.audit.findings import Finding, Report
 from lightning_freeze.feature_cache.callback import FeatureCache
+from lightning_freeze.feature_cache.chain import FeatureStats
 from lightning_freeze.freezing.batchnorm import freeze_batchnorm, unfreeze_batchnorm
 from lightning_freeze.freezing.callback import FreezeBatchNorm
 from lightning_freeze.freezing.optimizers import parameter_groups
-from lightning_freeze.functional import freeze, frozen, trainable_summary, unfreeze
+from lightning_freeze.functional import freeze, frozen, to_numpy, trainable_summary, unfreeze
 from lightning_freeze.metrics.callback import MetricLogger
 from lightning_freeze.norms.callback import NormLogger
 from lightning_freeze.schedule.callback import FreezeSchedule
@@ -17,11 +20,16 @@ from lightning_freeze.schedule.presets import (
     layerwise_sampling,
     linear_probe_then_finetune,
 )
-from lightning_freeze.selectors import select_parameters
+from lightning_freeze.selectors import Selector, select_parameters
 from lightning_freeze.target.callback import TargetNetwork
 
+__version__ = version("lightning-freeze")
+
 __all__ = [
+    "AuditError",
     "FeatureCache",
+    "FeatureStats",
+    "Finding",
     "FreezeBatchNorm",
     "FreezeSchedule",
     "GradientAudit",
@@ -29,7 +37,10 @@ __all__ = [
     "NormLogger",
     "Phase",
     "Plateau",
+    "Report",
+    "Selector",
     "TargetNetwork",
+    "__version__",
     "chain_thaw",
     "freeze",
     "freeze_batchnorm",
@@ -44,3 +55,8 @@ __all__ = [
     "unfreeze",
     "unfreeze_batchnorm",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return the public names: everything else is the package's own."""
+    return sorted(__all__)

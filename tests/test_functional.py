@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_freeze import freeze, frozen, trainable_summary, unfreeze
-from lightning_freeze.functional import can_train, percent, scalars
+from lightning_freeze.functional import can_train, scalars
+from lightning_freeze.words import percent
 from tests.trees import subsets, trees
 
 

@@ -12,8 +12,8 @@ def test_a_level_set_before_the_import_is_kept(before: str, level: int) -> None:
     lines = [
         "import logging",
         f"logging.getLogger('lightning_freeze').setLevel({before!r} or 0)",
-        "import lightning_freeze._logs",
-        "lightning_freeze._logs.get_logger('lightning_freeze.some')",
+        "import lightning_freeze.logs",
+        "lightning_freeze.logs.get_logger('lightning_freeze.some')",
         "print(logging.getLogger('lightning_freeze').level)",
     ]
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(lines)], capture_output=True, text=True)

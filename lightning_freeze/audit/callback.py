@@ -8,22 +8,27 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.core.optimizer import _MockOptimizer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_freeze._arguments import whole_number
-from lightning_freeze._logs import get_logger
-from lightning_freeze._pickling import without_fit
-from lightning_freeze._ranks import from_all
-from lightning_freeze.audit.digests import Witness, differing, digest, has_values
+from lightning_freeze._lightning import (
+    Callback,
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    LightningModule,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    StochasticWeightAveraging,
+    Trainer,
+    WeightAveraging,
+    _MockOptimizer,
+    without_fit,
+)
+from lightning_freeze.audit.digests import Witness, differing
 from lightning_freeze.audit.findings import Finding, Report, alike, described
 from lightning_freeze.audit.gradient_flow import Received, Uses, can_be_watched, stop_watching, watch_next_call
 from lightning_freeze.audit.graphs import container, tensors_with_graph
@@ -39,9 +44,13 @@ from lightning_freeze.audit.verdicts import (
     value_moved,
     without_gradient,
 )
+from lightning_freeze.logs import get_logger
+from lightning_freeze.ranks import from_all
 from lightning_freeze.schedule.callback import FreezeSchedule
 from lightning_freeze.schedule.plan import KeepsFrozen
 from lightning_freeze.selectors import Selector, named_unique_parameters, resolve
+from lightning_freeze.tensors import digest, has_values
+from lightning_freeze.words import whole_number
 
 OnViolation = Literal["warn", "raise"]
 

@@ -1,54 +1,12 @@
-"""Witness: remembers what values were, by digest, and says which have changed."""
+"""What values were, by digest, and which of them have changed."""
 
 from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 
-import torch
-import xxhash
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from lightning_freeze._arrays import shared_bytes
-
-
-def digest(tensor: Tensor) -> bytes:
-    """Give the 128-bit xxh3 hash of a tensor's values, shape and dtype.
-
-    Two tensors with the same digest are bit-identical, but for a chance of 2⁻¹²⁸; minus zero differs from zero, and one
-    NaN from another. On a GPU the values are copied to the host, one tensor at a time. Of a distributed tensor, the
-    part that this process holds counts.
-
-    Args:
-        tensor: Any tensor that has values.
-
-    Example:
-        >>> a = torch.ones(2, 3)
-        >>> digest(a) == digest(a.clone()), digest(a) == digest(-a), digest(a) == digest(a.T)
-        (True, False, False)
-    """
-    hasher = xxhash.xxh3_128(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
-    for plain in _plain(tensor.detach()):
-        hasher.update(shared_bytes(plain.cpu().contiguous()).data)
-    return hasher.digest()
-
-
-def has_values(tensor: Tensor) -> bool:
-    """Whether there is something to hash: not empty, not on the meta device, not yet to be made by a lazy module."""
-    return not is_lazy(tensor) and not tensor.is_meta and tensor.numel() > 0
-
-
-def _plain(tensor: Tensor) -> list[Tensor]:
-    """Give the dense tensors that a tensor is made of: a subclass and a sparse one have several."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()
-        return [plain for name in names for plain in _plain(getattr(tensor, name))]
-    if tensor.layout is torch.sparse_coo:
-        tensor = tensor.coalesce()
-        return [tensor.indices(), tensor.values()]
-    if tensor.layout is not torch.strided:
-        return [tensor.to_dense()]
-    return [tensor.as_subclass(Tensor).resolve_conj().resolve_neg()]
+from lightning_freeze.tensors import digest
 
 
 class Witness:

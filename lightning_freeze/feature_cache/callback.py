@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze._logs import get_logger
-from lightning_freeze._pickling import without_fit
+from lightning_freeze._lightning import (
+    Callback,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    LightningModule,
+    ModelParallelStrategy,
+    Trainer,
+    without_fit,
+)
 from lightning_freeze.feature_cache.chain import FeatureChain, FeatureStats, Kept, sequential_links
 from lightning_freeze.feature_cache.interceptor import is_compiled_around
 from lightning_freeze.feature_cache.stores import Folder, available_memory
+from lightning_freeze.logs import get_logger
 from lightning_freeze.selectors import clean_name
 
 _log = get_logger(__name__)

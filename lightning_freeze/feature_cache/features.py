@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from lightning_freeze._arrays import shared_bytes
+from lightning_freeze.tensors import shared_bytes
 
 Bytes: TypeAlias = NDArray[np.uint8]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 
+from lightning_freeze._lightning import Callback, MisconfigurationException, StochasticWeightAveraging, Trainer
 from lightning_freeze.freezing.batchnorm import has_running_statistics
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lightning_freeze._pickling import without_fit
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, without_fit
 from lightning_freeze.freezing.averagers import refuse_new_statistics
 from lightning_freeze.freezing.batchnorm import hold_batchnorm, release_layers
 from lightning_freeze.freezing.hyperparameters import give_back_modules

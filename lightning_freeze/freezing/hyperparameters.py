@@ -6,9 +6,9 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from torch import nn
 
+from lightning_freeze._lightning import LightningModule
 from lightning_freeze.freezing.batchnorm import give_back_copy
 
 

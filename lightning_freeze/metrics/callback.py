@@ -8,16 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import MetricTracker
 
-from lightning_freeze._logs import get_logger
-from lightning_freeze._pickling import without_fit
-from lightning_freeze._ranks import from_all
+from lightning_freeze._lightning import Callback, LightningModule, MisconfigurationException, Trainer, without_fit
+from lightning_freeze.logs import get_logger
+from lightning_freeze.ranks import from_all
 
 _log = get_logger(__name__)
 

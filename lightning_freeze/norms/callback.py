@@ -9,16 +9,20 @@ from typing import Any, get_args
 
 import torch
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_freeze._arguments import whole_number
-from lightning_freeze._logs import get_logger
-from lightning_freeze._pickling import without_fit
+from lightning_freeze._lightning import (
+    Callback,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    without_fit,
+)
+from lightning_freeze.logs import get_logger
 from lightning_freeze.norms.core import (
     NO_NORMS,
     ParameterNames,
@@ -35,6 +39,7 @@ from lightning_freeze.norms.core import (
     when_gradients_are_ready,
 )
 from lightning_freeze.selectors import named_unique_parameters
+from lightning_freeze.words import whole_number
 
 _log = get_logger(__name__)
 _SHOWN = 5

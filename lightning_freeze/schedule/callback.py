@@ -12,16 +12,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze._logs import get_logger
-from lightning_freeze._pickling import without_fit
-from lightning_freeze._tables import Table
+from lightning_freeze._lightning import (
+    BaseFinetuning,
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    _MockOptimizer,
+    without_fit,
+)
 from lightning_freeze.freezing.averagers import refuse_new_statistics, refuse_rates_by_group
 from lightning_freeze.freezing.batchnorm import (
     every_module,
@@ -42,7 +44,8 @@ from lightning_freeze.freezing.strategies import (
     only_true,
     reshard,
 )
-from lightning_freeze.functional import percent, scalars, set_trainable
+from lightning_freeze.functional import scalars, set_trainable
+from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.phases import Phase, PlateauWatch, as_phases, describe, walk
 from lightning_freeze.schedule.plan import (
     FrozenMode,
@@ -55,6 +58,7 @@ from lightning_freeze.schedule.plan import (
 )
 from lightning_freeze.schedule.preview import plot_schedule, preview_table
 from lightning_freeze.selectors import named_unique_parameters
+from lightning_freeze.words import Table, percent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal, TypeGuard
 
-from lightning_freeze._arguments import whole_number
 from lightning_freeze.selectors import Selector, as_patterns, selector_text
+from lightning_freeze.words import whole_number
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 
-from lightning_freeze._arguments import whole_number
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.selectors import Selector
+from lightning_freeze.words import whole_number
 
 
 def linear_probe_then_finetune(

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from lightning_freeze._arguments import whole_number
-from lightning_freeze._tables import Table
 from lightning_freeze.freezing.batchnorm import every_module, has_running_statistics, held_affine, is_held
-from lightning_freeze.functional import percent, scalars
+from lightning_freeze.functional import scalars
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.plan import FrozenMode, held_modules, phase_scales, phase_trains, without_held
 from lightning_freeze.selectors import named_unique_parameters, selector_text, unwrapped
+from lightning_freeze.words import Table, percent, whole_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_freeze.selectors import clean_name, named_unique_parameters
-
-_SHOWN = 5
+from lightning_freeze.words import listed
 
 
 @dataclass(frozen=True)
@@ -171,17 +170,6 @@ def shared_parameters(module: nn.Module, others: Iterable[nn.Parameter]) -> list
     """
     theirs = {_address(parameter) for parameter in others}
     return [name for name, parameter in named_unique_parameters(module).items() if _address(parameter) in theirs]
-
-
-def listed(names: Sequence[str], separator: str = ", ") -> str:
-    """Give names as text, the first few of many.
-
-    Example:
-        >>> listed(["a", "b", "c", "d", "e", "f", "g"])
-        'a, b, c, d, e and 2 more'
-    """
-    rest = len(names) - _SHOWN
-    return separator.join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _owners(module: nn.Module, buffers: bool) -> Iterator[tuple[str, nn.Module]]:

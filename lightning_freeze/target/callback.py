@@ -6,31 +6,29 @@ import difflib
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _MockOptimizer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_freeze._arguments import whole_number
-from lightning_freeze._logs import get_logger
-from lightning_freeze._pickling import without_fit
+from lightning_freeze._lightning import (
+    Callback,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    LightningModule,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    Trainer,
+    _MockOptimizer,
+    without_fit,
+)
 from lightning_freeze.freezing.batchnorm import hold_eval, release_eval
 from lightning_freeze.freezing.strategies import follow_trainable_set
 from lightning_freeze.freezing.withheld import Withheld
 from lightning_freeze.functional import set_trainable
+from lightning_freeze.logs import get_logger
 from lightning_freeze.selectors import clean_name
-from lightning_freeze.target.averaging import (
-    Pair,
-    as_tau,
-    hard_copy,
-    listed,
-    pair_up,
-    polyak_average,
-    shared_parameters,
-)
+from lightning_freeze.target.averaging import Pair, as_tau, hard_copy, pair_up, polyak_average, shared_parameters
+from lightning_freeze.words import listed, whole_number
 
 _log = get_logger(__name__)
 

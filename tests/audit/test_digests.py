@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_freeze.audit.digests import Witness, differing, digest, has_values
+from lightning_freeze.audit.digests import Witness, differing
+from lightning_freeze.tensors import digest, has_values
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.uint8]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_freeze import to_numpy
-from lightning_freeze._arrays import shared_bytes
+from lightning_freeze.tensors import shared_bytes
 
 Pair = namedtuple("Pair", "left right")
 

@@ -1,0 +1,114 @@
+"""How errors, logs and tables are worded: suggestions, short lists of names, shares, checks of arguments."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any
+
+
+def suggestion(word: object, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'x'?`` for the closest known word, or nothing.
+
+    Example:
+        >>> suggestion("heads", ["head", "neck"])
+        " Did you mean 'head'?"
+    """
+    close = difflib.get_close_matches(str(word), list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def listed(names: Iterable[str], separator: str = ", ", *, most: int = 5) -> str:
+    """Return names as text, the first few of many.
+
+    Example:
+        >>> listed(["a", "b", "c", "d", "e", "f", "g"])
+        'a, b, c, d, e and 2 more'
+    """
+    names = list(names)
+    return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def percent(part: int, whole: int) -> str:
+    """Return a share as text.
+
+    Example:
+        >>> percent(3, 4)
+        '75.0 %'
+    """
+    return f"{100 * part / whole if whole else 0.0:.1f} %"
+
+
+def whole_number(where: str, name: str, value: object) -> int:
+    """Return a count as an int, also if it is one of NumPy's, which a checkpoint could not hold.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it is below 1.
+
+    Example:
+        >>> whole_number("Phase", "epochs", 0)
+        Traceback (most recent call last):
+        ValueError: Phase(epochs=0): epochs is at least 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{where}({name}={value!r}): {name} is a whole number.")
+    if value < 1:
+        raise ValueError(f"{where}({name}={value}): {name} is at least 1.")
+    return int(value)
+
+
+def one_of(where: str, name: str, value: object, allowed: Sequence[str]) -> Any:
+    """Return a value that is among those allowed.
+
+    Raises:
+        ValueError: If it is not.
+
+    Example:
+        >>> one_of("FreezeSchedule", "frozen_mode", "evil", ["eval", "train"])
+        Traceback (most recent call last):
+        ValueError: FreezeSchedule(frozen_mode='evil'): frozen_mode is one of 'eval', 'train'. Did you mean 'eval'?
+    """
+    if value not in allowed:
+        choices = ", ".join(map(repr, allowed))
+        raise ValueError(f"{where}({name}={value!r}): {name} is one of {choices}.{suggestion(value, allowed)}")
+    return value
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under named columns; ``str`` lays them out in plain text.
+
+    Args:
+        columns: The column headings.
+        rows: One sequence of cells a row, as many as there are columns.
+
+    Example:
+        >>> print(Table(("phase", "epochs"), [("head", 2), ("everything", 10)]))
+        phase       epochs
+        ----------  ------
+        head             2
+        everything      10
+    """
+
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[object, ...]]
+
+    def __str__(self) -> str:
+        cells = [[str(cell) for cell in row] for row in self.rows]
+        widths = [max(len(line[i]) for line in [list(self.columns), *cells]) for i in range(len(self.columns))]
+        numeric = [all(_is_number(row[i]) for row in cells) for i in range(len(self.columns))]
+        lines = [list(self.columns), ["-" * width for width in widths], *cells]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(line, widths, numeric, strict=True)
+            ).rstrip()
+            for line in lines
+        )
+
+
+def _is_number(cell: str) -> bool:
+    return cell.replace(",", "").replace(".", "").replace("%", "").strip().lstrip("-+×").isdigit()
