@@ -8,7 +8,7 @@ from lightning_freeze.feature_cache.callback import FeatureCache
 from lightning_freeze.feature_cache.chain import FeatureStats
 from lightning_freeze.freezing.batchnorm import freeze_batchnorm, unfreeze_batchnorm
 from lightning_freeze.freezing.callback import FreezeBatchNorm
-from lightning_freeze.freezing.optimizers import parameter_groups
+from lightning_freeze.freezing.parameter_groups import parameter_groups
 from lightning_freeze.functional import freeze, frozen, to_numpy, trainable_summary, unfreeze
 from lightning_freeze.metrics.callback import MetricLogger
 from lightning_freeze.norms.callback import NormLogger

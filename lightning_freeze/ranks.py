@@ -1,16 +1,20 @@
-"""What the processes of one fit tell each other."""
+"""What the processes of one fit ask each other; every process has to ask at the same point."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import hashlib
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+
+from lightning_freeze._lightning import MisconfigurationException, ParallelStrategy, Strategy
 
 T = TypeVar("T")
 
 
 def from_all(value: T) -> list[T]:
-    """Give what each process gave, in the order of ranks; every process has to call it at the same point.
+    """Return what each process passed, in the order of ranks.
 
     Args:
         value: Anything that pickles.
@@ -24,3 +28,71 @@ def from_all(value: T) -> list[T]:
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
+
+
+def check_agreement(strategy: Strategy, **facts: Any) -> None:
+    """Compare what the ranks are about to do.
+
+    Args:
+        strategy: Any strategy.
+        facts: What must be the same everywhere, by what to call it; anything whose ``repr`` tells it.
+
+    Raises:
+        RuntimeError: On every rank, if one differs in a fact; it names the fact and what the ranks have.
+    """
+    if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
+        return
+    mine = torch.tensor([_digest(repr(fact)) for fact in facts.values()], device=strategy.root_device)
+    greatest, least = strategy.reduce(torch.stack([mine, -mine]), reduce_op="max")
+    differ = [name for name, same in zip(facts, (greatest == -least).tolist(), strict=True) if not same]
+    if not differ:
+        return
+    shown = "; ".join(f"{name} = {facts[name]!r}"[:500] for name in differ)
+    raise RuntimeError(
+        f"The ranks do not agree on the schedule's next phase: they differ in {' and '.join(differ)}. Here, on rank "
+        f"{strategy.global_rank} of {strategy.world_size}: {shown}. Every rank needs the same module, the same "
+        "schedule and the same number of training batches."
+    )
+
+
+def mean_over_ranks(strategy: Strategy, value: float | None) -> float | None:
+    """Return the mean of a value over the ranks that have one, the same on every rank.
+
+    Args:
+        strategy: Any strategy.
+        value: This rank's value, None if it has none.
+
+    Returns:
+        The mean; None if no rank has a value.
+
+    Example:
+        >>> from lightning.pytorch.strategies import SingleDeviceStrategy
+        >>> mean_over_ranks(SingleDeviceStrategy(device="cpu"), 0.5)
+        0.5
+    """
+    if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
+        return value
+    pair = torch.tensor([0.0 if value is None else value, value is not None], dtype=torch.float64)
+    total, count = strategy.reduce(pair.to(strategy.root_device), reduce_op="sum").tolist()
+    return total / count if count else None
+
+
+def only_true(strategy: Strategy, fact: bool) -> bool:
+    """Return whether a fact holds on every rank, the same on every rank."""
+    return strategy.reduce_boolean_decision(fact, all=True)
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+
+
+def refuse_differences(strategy: Strategy, why: str, **facts: Any) -> None:
+    """Refuse ranks that differ in what has to be alike before the first batch.
+
+    Raises:
+        MisconfigurationException: On every rank, with ``why`` and what the ranks have.
+    """
+    try:
+        check_agreement(strategy, **facts)
+    except RuntimeError as error:
+        raise MisconfigurationException(f"{why} {error}") from None

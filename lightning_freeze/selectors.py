@@ -130,6 +130,31 @@ def select_layers(
     return layers
 
 
+def overlay(module: nn.Module, selects: Sequence[Selector], *, given: str = "select={}") -> dict[str, Selector]:
+    """Return, for each parameter that one of several selectors names, the last selector that does.
+
+    Raises:
+        ValueError: If a selector matches nothing, or if later ones leave it nothing.
+    """
+    owner: dict[str, Selector] = {}
+    for select in selects:
+        owner.update(dict.fromkeys(resolve(module, select, given=given), select))
+    for select in selects:
+        if not any(holder is select for holder in owner.values()):
+            mine = resolve(module, select, given=given)
+            for other in selects:
+                if other is not select and resolve(module, other, given=given).keys() == mine.keys():
+                    raise ValueError(
+                        f"{given.format(repr(selector_text(select)))} names the same parameters as "
+                        f"{selector_text(other)!r}: {', '.join(mine)}. Tied parameters are one. Keep one of the two."
+                    )
+            raise ValueError(
+                f"{given.format(repr(selector_text(select)))} is left with no parameter: later selectors name all of "
+                "them, and the later one holds. Put the wider selector first."
+            )
+    return owner
+
+
 def selector_text(select: Selector) -> str:
     """Give a selector as text, the same in every run.
 

@@ -44,10 +44,10 @@ from lightning_freeze.audit.verdicts import (
     value_moved,
     without_gradient,
 )
+from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.logs import get_logger
 from lightning_freeze.ranks import from_all
 from lightning_freeze.schedule.callback import FreezeSchedule
-from lightning_freeze.schedule.plan import KeepsFrozen
 from lightning_freeze.selectors import Selector, named_unique_parameters, resolve
 from lightning_freeze.tensors import digest, has_values
 from lightning_freeze.words import whole_number
@@ -335,8 +335,8 @@ class GradientAudit(Callback):
         fit = self._current()
         parameters = named_unique_parameters(pl_module)
         trains = {id(p) for name, p in parameters.items() if p.requires_grad or name in fit.flickering}
-        keepers = [callback for callback in _callbacks(trainer) if isinstance(callback, KeepsFrozen)]
-        kept = [module for keeper in keepers for module in keeper.kept_frozen(pl_module)]
+        keepers = [callback for callback in _callbacks(trainer) if isinstance(callback, Holder)]
+        kept = [module for keeper in keepers for module in keeper.holds(pl_module).own]
         moves = {id(tensor) for module in kept for tensor in (*module.parameters(), *module.buffers())}
         ignored_layers = {name.rpartition(".")[0] for name in fit.ignored}
         awake = any(schedule.frozen_mode == "train" for schedule in _schedules(trainer))

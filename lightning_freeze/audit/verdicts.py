@@ -12,8 +12,9 @@ from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.gradient_flow import Use, Uses
 from lightning_freeze.audit.graphs import by_design, container, globals_of_users, tensors_with_graph, ways_to
 from lightning_freeze.audit.membership import held_twice
-from lightning_freeze.freezing.batchnorm import frozen_running_statistics, is_held
-from lightning_freeze.freezing.optimizers import homeless
+from lightning_freeze.freezing.batchnorm import frozen_running_statistics
+from lightning_freeze.freezing.eval_mode import is_held
+from lightning_freeze.freezing.optimizers import missing as homeless
 from lightning_freeze.selectors import clean_name
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -1,9 +1,8 @@
-"""Phases as plain data, and which of them holds at a given progress."""
+"""What users say of a phase, as plain data."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from numbers import Real
 from typing import Any, Literal, TypeGuard
 
 from lightning_freeze.selectors import Selector, as_patterns, selector_text
-from lightning_freeze.words import whole_number
+from lightning_freeze.words import suggestion, whole_number
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Plateau:
             )
 
     def better(self, value: float, best: float | None) -> bool:
-        """Whether a value improves on the best one so far.
+        """Return whether a value improves on the best one so far.
 
         Example:
             >>> Plateau("acc", mode="max", min_delta=0.1).better(0.55, 0.5)
@@ -137,7 +136,7 @@ class Phase:
 
     @property
     def has_end(self) -> bool:
-        """Whether anything ends the phase."""
+        """Return whether anything ends the phase."""
         return not (self.epochs is None and self.steps is None and self.until is None)
 
     @property
@@ -146,7 +145,7 @@ class Phase:
         return self.name if self.name is not None else selector_text(self.train)
 
     def is_over(self, begin: tuple[int, int], epoch: int, step: int) -> bool:
-        """Whether its epochs or steps are over, having begun at ``begin = (epoch, optimizer step)``.
+        """Return whether its epochs or steps are over, having begun at ``begin = (epoch, optimizer step)``.
 
         Example:
             >>> Phase("*", epochs=2, steps=100).is_over((0, 0), epoch=1, step=100)
@@ -157,7 +156,7 @@ class Phase:
 
 
 def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
-    """Give a schedule as phases, from phases or from the plain dicts that YAML gives.
+    """Return a schedule as phases, from phases or from the plain dicts that YAML gives.
 
     Raises:
         TypeError: If an element is neither.
@@ -184,7 +183,7 @@ def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
 
 
 def describe(phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    """Give a schedule as plain data, to tell in a checkpoint whether it is the same one."""
+    """Return a schedule as plain data, to tell in a checkpoint whether it is the same one."""
     return [
         {
             "train": selector_text(phase.train),
@@ -196,42 +195,6 @@ def describe(phases: Sequence[Phase]) -> list[dict[str, Any]]:
         }
         for phase in phases
     ]
-
-
-def walk(
-    phases: Sequence[Phase], epoch: int, step: int, steps_per_epoch: float | None, *, passed: int = 0
-) -> list[tuple[int, int, int]]:
-    """Give where each phase began, up to the one that holds at a progress: ``(epoch, optimizer step, index)``.
-
-    Args:
-        phases: The schedule.
-        epoch: The epoch that is about to begin or has begun, from 0.
-        step: Optimizer steps taken.
-        steps_per_epoch: Optimizer steps an epoch takes; None if unknown, then ends in the unknown unit are not reached.
-        passed: Phases that end by a plateau alone count as over if they are among the first ``passed``.
-
-    Example:
-        >>> walk([Phase("a", epochs=2), Phase("b", steps=15), Phase("c")], 9, 90, steps_per_epoch=10)
-        [(0, 0, 0), (2, 20, 1), (3, 35, 2)]
-    """
-    begins = [(0, 0, 0)]
-    for index, phase in enumerate(phases[:-1]):
-        begin_epoch, begin_step, _ = begins[-1]
-        ends = []
-        if phase.epochs is not None:
-            end_epoch = begin_epoch + phase.epochs
-            ends.append((end_epoch, round(end_epoch * steps_per_epoch) if steps_per_epoch else begin_step))
-        if phase.steps is not None:
-            end_step = begin_step + phase.steps
-            ends.append((int(end_step / steps_per_epoch) if steps_per_epoch else begin_epoch, end_step))
-        if not ends and index < passed:
-            ends.append((begin_epoch, begin_step))
-        reached = [(end_step, end_epoch) for end_epoch, end_step in ends if end_epoch <= epoch and end_step <= step]
-        if not reached:
-            break
-        end_step, end_epoch = min(reached)
-        begins.append((end_epoch, end_step, index + 1))
-    return begins
 
 
 def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:
@@ -254,9 +217,9 @@ def _known(cls: Callable[..., Any], options: dict[str, Any], where: str) -> dict
     fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in options:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{where} has no option {key!r}.{hint} The options are {', '.join(fields)}.")
+            raise ValueError(
+                f"{where} has no option {key!r}.{suggestion(key, fields)} The options are {', '.join(fields)}."
+            )
     return options
 
 
@@ -268,42 +231,5 @@ def _number(given: str, value: object) -> float:
 
 
 def _is_yaml_text(value: object) -> TypeGuard[str]:
-    """Whether a text is what YAML 1.1 gives for a number such as 1e-3, in which it misses the point."""
+    """Return whether a text is what YAML 1.1 gives for a number such as 1e-3, in which it misses the point."""
     return isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value) is not None
-
-
-@dataclass
-class PlateauWatch:
-    """How far a metric is from its plateau. Looks are counted here; when to look is the caller's matter.
-
-    Args:
-        best: The best value so far.
-        bad: Looks without improvement since then.
-        ended_at: The optimizer steps taken when the plateau was reached, None before.
-    """
-
-    best: float | None = None
-    bad: int = 0
-    ended_at: int | None = None
-
-    @property
-    def ended(self) -> bool:
-        """Whether the plateau is reached."""
-        return self.ended_at is not None
-
-    def look(self, until: Plateau, value: float, step: int) -> None:
-        """Take in one value of the metric, at a number of optimizer steps taken.
-
-        Example:
-            >>> watch = PlateauWatch()
-            >>> for step, loss in enumerate((1.0, 0.5, 0.6, 0.7)):
-            ...     watch.look(Plateau("loss", patience=2), loss, step)
-            >>> watch
-            PlateauWatch(best=0.5, bad=2, ended_at=3)
-        """
-        if until.better(value, self.best):
-            self.best, self.bad = value, 0
-        else:
-            self.bad += 1
-        if self.ended_at is None and self.bad >= until.patience:
-            self.ended_at = step

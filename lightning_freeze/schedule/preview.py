@@ -1,31 +1,87 @@
-"""A schedule as a table and as a picture, without training."""
+"""A schedule as a table, without training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 from torch import nn
 
-from lightning_freeze.freezing.batchnorm import every_module, has_running_statistics, held_affine, is_held
-from lightning_freeze.functional import scalars
+from lightning_freeze._lightning import Callback, LightningModule, callbacks_of
+from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
+from lightning_freeze.freezing.eval_mode import BY_HAND, is_held
+from lightning_freeze.freezing.holder import Holder
+from lightning_freeze.functional import can_train, scalars
+from lightning_freeze.schedule.fit import Resolved, resolve_phases
+from lightning_freeze.schedule.meaning import FrozenMode
 from lightning_freeze.schedule.phases import Phase
-from lightning_freeze.schedule.plan import FrozenMode, held_modules, phase_scales, phase_trains, without_held
 from lightning_freeze.selectors import named_unique_parameters, selector_text, unwrapped
 from lightning_freeze.words import Table, percent, whole_number
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_FROZEN, _TRAINS = "#d8dee9", "#2f6f9f"
+Span = tuple[float, float]
 
 
-def phase_spans(
-    phases: Sequence[Phase], max_epochs: int, steps_per_epoch: int | None = None
-) -> list[tuple[float, float] | None]:
-    """Give from which to which epoch each phase lasts, as fractions; None for one that the fit never reaches.
+@dataclass(frozen=True)
+class Plan:
+    """A schedule laid out over a fit of one module.
+
+    Args:
+        phases: The schedule.
+        model: The module, without wrappers.
+        max_epochs: How many epochs the fit takes.
+        spans: From which to which epoch each phase lasts, None for one that the fit never reaches.
+        resolved: What each phase means.
+        held_layers: The layers that callbacks, or the user by hand, keep in eval mode throughout.
+    """
+
+    phases: Sequence[Phase]
+    model: nn.Module
+    max_epochs: int
+    spans: list[Span | None]
+    resolved: Resolved
+    held_layers: set[nn.Module]
+
+    @classmethod
+    def of(
+        cls,
+        phases: Sequence[Phase],
+        model: nn.Module,
+        max_epochs: int,
+        steps_per_epoch: int | None,
+        mode: FrozenMode,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> Plan:
+        """Return the plan of a schedule; ``callbacks`` are the Trainer's, else those of the model's own Trainer."""
+        model = unwrapped(model)
+        spans = phase_spans(phases, max_epochs, steps_per_epoch)
+        parameters = named_unique_parameters(model)
+        holders = [one for one in _callbacks(model) if isinstance(one, Holder)] if callbacks is None else callbacks
+        holds = {one.state_key: one.holds(model) for one in holders if isinstance(one, Holder)}
+        held = {key: who for who, hold in holds.items() for key in hold.frozen}
+        layers = [layer for layer in model.modules() if has_running_statistics(layer)]
+        held |= dict.fromkeys(affine_frozen_by_hand(layers), BY_HAND)
+        resolved = resolve_phases(
+            model,
+            parameters,
+            phases,
+            came_frozen={id(p) for p in parameters.values() if can_train(p) and not p.requires_grad},
+            held=held,
+            mode=mode,
+            left_alone={module for hold in holds.values() for module in hold.own},
+        )
+        by_others = {module for hold in holds.values() for module in hold.eval_mode}
+        return cls(phases, model, max_epochs, spans, resolved, by_others | {one for one in layers if is_held(one)})
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All parameters, by name."""
+        return named_unique_parameters(self.model)
+
+
+def phase_spans(phases: Sequence[Phase], max_epochs: int, steps_per_epoch: int | None = None) -> list[Span | None]:
+    """Return from which to which epoch each phase lasts, as fractions; None for one that the fit never reaches.
 
     A plateau cannot be foreseen: a phase that only a plateau ends is drawn as if it lasted an equal share of what is
     left of the fit.
@@ -42,7 +98,7 @@ def phase_spans(
     if steps_per_epoch is not None:
         steps_per_epoch = whole_number("preview", "steps_per_epoch", steps_per_epoch)
     # Thirds of an epoch have to add up to whole ones.
-    begin, spans = Fraction(0), list[tuple[float, float] | None]()
+    begin, spans = Fraction(0), list[Span | None]()
     for index, phase in enumerate(phases):
         ends = [Fraction(max_epochs)]
         if index < len(phases) - 1:
@@ -60,90 +116,29 @@ def phase_spans(
     return spans
 
 
-def preview_table(
-    phases: Sequence[Phase], model: nn.Module, max_epochs: int, steps_per_epoch: int | None, frozen_mode: FrozenMode
-) -> Table:
-    """Give a row for each phase: when, what trains, how much that is, how many BatchNorm are frozen, at which rate."""
-    model = unwrapped(model)
-    total = sum(scalars(parameter) for parameter in named_unique_parameters(model).values())
-    layers = [layer for layer in every_module(model) if has_running_statistics(layer)]
-    by_hand = {layer for layer in layers if is_held(layer)}
+def preview_table(plan: Plan) -> Table:
+    """Return a row for each phase: when, what trains, how much that is, frozen BatchNorm, and at which rate."""
+    total = sum(map(scalars, plan.parameters.values()))
+    layers = {layer for layer in plan.model.modules() if has_running_statistics(layer)}
     rows = []
-    for number, (phase, span) in enumerate(zip(phases, phase_spans(phases, max_epochs, steps_per_epoch)), 1):  # noqa: B905
-        trains = _trains(model, phase)
-        phase_scales(model, phase)
-        held = by_hand.union(held_modules(model, {id(parameter) for parameter in trains.values()}, frozen_mode))
-        count = sum(scalars(parameter) for parameter in trains.values())
+    for index, phase in enumerate(plan.phases):
+        held = plan.held_layers.union(plan.resolved.holds[index].eval_mode)
+        count = sum(map(scalars, plan.resolved.trains[index].values()))
         rows.append(
             (
-                number,
+                index + 1,
                 phase.label,
-                _epochs(phase, span, last=number == len(phases)),
+                _epochs(phase, plan.spans[index], last=index == len(plan.phases) - 1),
                 f"{count:,}",
                 percent(count, total),
-                f"{sum(map(has_running_statistics, held))}/{len(layers)}",
+                f"{len(held & layers)}/{len(layers)}",
                 ", ".join(f"{selector_text(select)}: {factor:g}" for select, factor in phase.scales.items()) or "1",
             )
         )
     return Table(("phase", "trains", "epochs", "parameters", "share", "BatchNorm frozen", "lr scale"), rows)
 
 
-def plot_schedule(phases: Sequence[Phase], model: nn.Module, max_epochs: int, steps_per_epoch: int | None) -> Figure:
-    """Give a figure with what :func:`draw_schedule` draws."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("plot() needs matplotlib: pip install 'lightning-freeze[plot]'.") from error
-    rows = len({name.split(".")[0] for name in named_unique_parameters(unwrapped(model))})
-    figure = Figure(figsize=(9, 1.6 + 0.42 * rows), layout="constrained")
-    draw_schedule(figure.add_subplot(), phases, model, max_epochs, steps_per_epoch)
-    return figure
-
-
-def draw_schedule(
-    axes: Axes, phases: Sequence[Phase], model: nn.Module, max_epochs: int, steps_per_epoch: int | None = None
-) -> None:
-    """Draw a bar for each top-level module: dark while it trains, by the share of it that does; pale while frozen."""
-    spans = phase_spans(phases, max_epochs, steps_per_epoch)
-    parameters = named_unique_parameters(unwrapped(model))
-    tops = list(dict.fromkeys(name.split(".")[0] for name in parameters))
-    for phase, span in zip(phases, spans, strict=True):
-        if span is None:
-            continue
-        trains, scales = _trains(model, phase), phase_scales(model, phase)
-        begin, end = span
-        for row, top in enumerate(tops):
-            own = {name: p for name, p in parameters.items() if name.split(".")[0] == top}
-            active = {name: p for name, p in own.items() if name in trains}
-            share = sum(scalars(p) for p in active.values()) / max(1, sum(scalars(p) for p in own.values()))
-            axes.barh(row, end - begin, left=begin, color=_FROZEN, edgecolor="white", height=0.8)
-            axes.barh(row, end - begin, left=begin, color=_TRAINS, alpha=share, edgecolor="white", height=0.8)
-            factors = sorted({scales.get(id(p), 1.0) for p in active.values()} - {1.0})
-            words = [f"{share:.0%}"] if 0 < share < 1 else []
-            words += [f"lr ×{factor:g}" for factor in factors]
-            if words:
-                colour = "white" if share > 0.4 else "black"
-                middle = (begin + end) / 2
-                axes.text(middle, row, ", ".join(words), ha="center", va="center", fontsize=8, color=colour)
-        axes.axvline(begin, color="black", linewidth=0.8)
-        axes.annotate(
-            phase.label if phase.until is None else f"{phase.label} (until {phase.until.monitor} plateaus)",
-            (begin, 1.0), xycoords=("data", "axes fraction"), xytext=(3, 4), textcoords="offset points", fontsize=9,
-            parse_math=False,
-        )  # fmt: skip
-    axes.set_yticks(range(len(tops)), tops, parse_math=False)
-    axes.invert_yaxis()
-    axes.set_xlim(0, max_epochs)
-    axes.set_xlabel("epoch")
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _trains(model: nn.Module, phase: Phase) -> dict[str, nn.Parameter]:
-    """Give what a phase trains: what it selects, but for the affine part of BatchNorm that is frozen by hand."""
-    return without_held(phase, phase_trains(model, phase), held_affine(model))
-
-
-def _epochs(phase: Phase, span: tuple[float, float] | None, *, last: bool) -> str:
+def _epochs(phase: Phase, span: Span | None, *, last: bool) -> str:
     if span is None:
         return "never"
     begin, end = span
@@ -152,3 +147,13 @@ def _epochs(phase: Phase, span: tuple[float, float] | None, *, last: bool) -> st
     if phase.until is None or last:
         return text
     return f"{text}, or until {phase.until.monitor} plateaus"
+
+
+def _callbacks(model: nn.Module) -> list[Callback]:
+    """Return the callbacks of the Trainer that a LightningModule is attached to."""
+    if not isinstance(model, LightningModule):
+        return []
+    try:
+        return callbacks_of(model.trainer)
+    except RuntimeError:  # it is attached to none
+        return []

@@ -2,55 +2,52 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from lightning_freeze._lightning import (
-    Callback,
     DeepSpeedStrategy,
     FSDPStrategy,
     LightningModule,
     MisconfigurationException,
     ModelParallelStrategy,
     Trainer,
-    _MockOptimizer,
-    without_fit,
+    callbacks_of,
+    optimizers_of,
 )
-from lightning_freeze.freezing.batchnorm import hold_eval, release_eval
-from lightning_freeze.freezing.strategies import follow_trainable_set
-from lightning_freeze.freezing.withheld import Withheld
-from lightning_freeze.functional import set_trainable
+from lightning_freeze.freezing.holder import Holder
+from lightning_freeze.freezing.ledger import Hold
+from lightning_freeze.freezing.optimizers import members
 from lightning_freeze.logs import get_logger
 from lightning_freeze.selectors import clean_name
-from lightning_freeze.target.averaging import Pair, as_tau, hard_copy, pair_up, polyak_average, shared_parameters
-from lightning_freeze.words import listed, whole_number
+from lightning_freeze.target.core import Pair, as_tau, hard_copy, pair_up, polyak_average, shared_parameters
+from lightning_freeze.words import listed, suggestion, whole_number
 
 _log = get_logger(__name__)
 
 
-class TargetNetwork(Callback):
+class TargetNetwork(Holder):
     """Let a target network follow another of the same architecture: in Q-learning, BYOL, a mean teacher.
 
     The target is a module of yours, most simply ``self.target = copy.deepcopy(self.online)``. At the start of a fresh
     fit it is copied from the source; a fit that resumes from a checkpoint or goes on after another keeps it as it is.
     Then it follows: with ``tau`` by a Polyak average, ``target += tau * (source - target)``, after every step; with
-    ``every_n_steps`` by a copy after every so many. During the fit it never requires grad, and no optimizer holds it,
-    also where you hand one ``self.parameters()``. After the fit, flags, modes and optimizers are as they were.
+    ``every_n_steps`` by a copy after every so many. During the fit it never requires grad, so no optimizer moves it,
+    also where you hand one ``self.parameters()``. After the fit, flags and modes are as they were.
 
-    What counts as a step is one that an optimizer takes while it holds a parameter of the source. So with gradient
+    What counts as a step is one of an optimizer that has a parameter of the source that trains. So with gradient
     accumulation only the batches that step count, with manual optimization every call of ``optimizer.step()``, and a
-    step that AMP skips does not. An optimizer of other parameters, such as an actor's beside a critic's, does not
+    step that AMP skips does not. An optimizer inside of another one, as SAM has it, counts once, and so does one that
+    takes another's place in mid-fit. An optimizer of other parameters, such as an actor's beside a critic's, does not
     count; where two optimizers share the source, each one's step does. The target has followed when
     ``on_train_batch_end`` comes.
 
     Beside a :class:`FreezeSchedule`, in whichever order the two are given, the target is left out of what a phase such
-    as ``"*"`` selects, and its mode is none of the schedule's business. While a phase freezes the source wholly, no
-    optimizer holds it, so the target rests.
+    as ``"*"`` selects, and its mode is none of the schedule's business. While a phase freezes the source wholly, the
+    target rests.
 
     Under DDP the target does not have to be reduced: every process averages the same source, and no
     ``find_unused_parameters`` is needed. Running statistics of a plain BatchNorm differ between processes in the target
@@ -60,8 +57,10 @@ class TargetNetwork(Callback):
     Args:
         source: The dotted name of the module to follow, such as ``"online"`` or ``"agent.critic"``.
         target: The dotted name of the module that follows.
-        tau: How far the target moves after each step, in (0, 1]; Lillicrap et al. 2016 take 0.001, BYOL (Grill et al.
-            2020) 0.004 to 0. Keep weights in float32: in bfloat16 such a step is lost to rounding.
+        tau: How far the target moves after each step, in [0, 1], or a function of the steps counted so far that
+            returns it; Lillicrap et al. 2016 take 0.001, BYOL (Grill et al. 2020) lets it fall from 0.004 to 0 by a
+            cosine: ``lambda step: 0.002 * (1 + math.cos(math.pi * step / total))``. Keep weights in float32: in
+            bfloat16 such a step is lost to rounding.
         every_n_steps: After how many steps the target becomes a copy, at least 1; Mnih et al. 2015 take 10,000.
         copy_buffers: Whether buffers, such as a BatchNorm's running statistics, follow too: floating ones are averaged
             as parameters are, others are copied. If not, the target's buffers are left alone, also at the start.
@@ -91,7 +90,7 @@ class TargetNetwork(Callback):
         source: str,
         target: str,
         *,
-        tau: float | None = None,
+        tau: float | Callable[[int], float] | None = None,
         every_n_steps: int | None = None,
         copy_buffers: bool = True,
         eval_mode: bool = False,
@@ -102,7 +101,7 @@ class TargetNetwork(Callback):
                 f"TargetNetwork(tau={tau!r}, every_n_steps={every_n_steps!r}): give one of the two, tau=0.005 for a "
                 "Polyak average after every step, or every_n_steps=1000 for a copy after so many."
             )
-        if tau is not None:
+        if tau is not None and not callable(tau):
             tau = as_tau(tau, "TargetNetwork")
         if every_n_steps is not None:
             every_n_steps = whole_number("TargetNetwork", "every_n_steps", every_n_steps)
@@ -111,7 +110,7 @@ class TargetNetwork(Callback):
         self.copy_buffers, self.eval_mode = copy_buffers, eval_mode
         self.steps = 0
         self._restored = False
-        self._fit: _Fit | None = None
+        self._fit: tuple[list[Pair], set[int]] | None = None
 
     @property
     def state_key(self) -> str:
@@ -121,7 +120,7 @@ class TargetNetwork(Callback):
     # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Give how many steps have counted; the target itself is in the model's state."""
+        """Return how many steps have counted; the target itself is in the model's state."""
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -133,74 +132,57 @@ class TargetNetwork(Callback):
         self._restored = True
         self.steps = 0
 
-    # For others
-
-    def kept_frozen(self, module: nn.Module) -> list[nn.Module]:
-        """Give what never trains, whatever a schedule selects: the target."""
-        return [_module(module, self.target, "target")]
-
     # When
+
+    def holds(self, module: nn.Module) -> Hold:
+        """Return the target: it never trains, whatever a schedule selects, and its mode is this callback's."""
+        inside = tuple(_module(module, self.target, "target").modules())
+        frozen = frozenset(id(parameter) for parameter in inside[0].parameters())
+        return Hold(frozen, inside if self.eval_mode else (), own=frozenset(inside))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what an earlier fit restored; it comes before a checkpoint is loaded."""
         self._restored = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Pair the two, freeze the target and, in a fresh fit, copy the source."""
+        """Compare the two, freeze the target and, in a fresh fit, copy the source."""
         _check_strategy(trainer)
         _check_optimizers(trainer)
         pairs = self._pairs(pl_module)
-        target = _module(pl_module, self.target, "target")
         self._check_others(trainer)
-        frozen = [parameter for parameter in target.parameters() if parameter.requires_grad]
-        self._fit = _Fit(pairs, target, frozen)
-        for parameter in frozen:
-            set_trainable(parameter, False)
-        if frozen:
-            follow_trainable_set(trainer.strategy)
+        super().on_fit_start(trainer, pl_module)
+        source = _module(pl_module, self.source, "source")
+        self._fit = pairs, {id(parameter) for parameter in source.parameters()}
+        self.ledger.steps.counted.append(self._after_step)
         if not self._restored and trainer.global_step == 0 and trainer.current_epoch == 0:
             self.steps = 0
             hard_copy(pairs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the target out of the optimizers and follow their steps.
-
-        Only now, because in ``on_fit_start`` other callbacks still look at the groups as the user made them, and before
-        it Lightning warns of modules in eval mode.
-        """
-        assert self._fit is not None
-        sources = {id(parameter) for parameter in _module(pl_module, self.source, "source").parameters()}
-        for optimizer in trainer.optimizers:
-            self._fit.withheld.append(Withheld(optimizer, self._fit.target.parameters()))
-            self._fit.hooks.append(
-                optimizer.register_step_post_hook(lambda stepped, *_: self._after_step(stepped, sources))
-            )
-        if not any(_holds(optimizer, sources) for optimizer in trainer.optimizers) and trainer.is_global_zero:
+        """Warn of a source that nothing steps."""
+        super().on_train_start(trainer, pl_module)
+        sources = self._fit[1] if self._fit is not None else set()
+        if not any(id(p) in sources for p in members(optimizers_of(trainer))) and trainer.is_global_zero:
             _log.warning(
                 "TargetNetwork: no optimizer holds a parameter of %r, so %r rests until one does.",
                 *(self.source, self.target),
             )
-        if self.eval_mode:
-            hold_eval(self._fit.target.modules(), self.state_key)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give everything back."""
-        self._release()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give everything back."""
-        self._release()
 
     # What
 
-    def _after_step(self, optimizer: Optimizer, sources: set[int]) -> None:
-        if self._fit is None or not _holds(optimizer, sources) or _skips(optimizer):
+    def _after_step(self, optimizer: Optimizer) -> None:
+        if self._fit is None or _skips(optimizer):
+            return
+        pairs, sources = self._fit
+        active = sources & self.ledger.trains
+        if not any(id(parameter) in active for parameter in members([optimizer])):
             return
         self.steps += 1
         if self.tau is not None:
-            polyak_average(self._fit.pairs, self.tau)
+            tau = as_tau(self.tau(self.steps - 1), "TargetNetwork") if callable(self.tau) else self.tau
+            polyak_average(pairs, tau)
         elif self.every_n_steps is not None and self.steps % self.every_n_steps == 0:
-            hard_copy(self._fit.pairs)
+            hard_copy(pairs)
 
     def _pairs(self, pl_module: LightningModule) -> list[Pair]:
         source, target = _module(pl_module, self.source, "source"), _module(pl_module, self.target, "target")
@@ -219,48 +201,24 @@ class TargetNetwork(Callback):
 
     def _check_others(self, trainer: Trainer) -> None:
         """Refuse to follow what no optimizer trains because it is a target itself."""
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        others = [callback for callback in callbacks if isinstance(callback, TargetNetwork)]
+        others = [callback for callback in callbacks_of(trainer) if isinstance(callback, TargetNetwork)]
         if any(other.target == self.source for other in others):
             raise MisconfigurationException(
                 f"TargetNetwork({self.source!r}, {self.target!r}): {self.source!r} is itself a target, so no optimizer "
                 "steps it. Let both follow the same source."
             )
 
-    def _release(self) -> None:
-        fit, self._fit = self._fit, None
-        if fit is None:
-            return
-        for hook in fit.hooks:
-            hook.remove()
-        for withheld in fit.withheld:
-            withheld.release()
-        release_eval(fit.target, self.state_key)
-        for parameter in fit.frozen:
-            parameter.requires_grad_(True)
+    def _close(self, trainer: Trainer) -> None:
+        self._fit = None
+        super()._close(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return without_fit(self.__dict__, _fit=None)
-
-
-@dataclass
-class _Fit:
-    """What the callback holds on to during one fit; ``frozen`` are the parameters that it found trainable."""
-
-    pairs: list[Pair]
-    target: nn.Module
-    frozen: list[nn.Parameter]
-    withheld: list[Withheld] = field(default_factory=list)
-    hooks: list[RemovableHandle] = field(default_factory=list)
-
-
-def _holds(optimizer: Optimizer, parameters: set[int]) -> bool:
-    return any(id(parameter) in parameters for group in optimizer.param_groups for parameter in group["params"])
+        return super().__getstate__() | {"_fit": None}
 
 
 def _skips(optimizer: Optimizer) -> bool:
-    """Whether AMP has a fused optimizer skip this step: it is called all the same, and lent what AMP has found.
+    """Return whether AMP has a fused optimizer skip this step: it is called all the same, and lent what AMP has found.
 
     To ask waits for the device, so nothing else is asked.
     """
@@ -285,14 +243,13 @@ def _check_names(source: str, target: str) -> None:
 
 
 def _module(pl_module: nn.Module, name: str, role: str) -> nn.Module:
-    """Give the module of that name, without regard to the segments that ``torch.compile`` puts into names."""
+    """Return the module of that name, without regard to the segments that ``torch.compile`` puts into names."""
     modules: dict[str, nn.Module] = {}
     for path, module in pl_module.named_modules(remove_duplicate=False):
         modules.setdefault(clean_name(path), module)
     if name in modules:
         return modules[name]
-    close = difflib.get_close_matches(name, [path for path in modules if path], n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    hint = suggestion(name, filter(None, modules))
     tops = ", ".join(name for name, _ in pl_module.named_children()) or "none"
     whose = type(pl_module).__name__
     raise ValueError(f"TargetNetwork({role}={name!r}) names no module of {whose}.{hint}\nTop-level modules: {tops}.")
@@ -308,7 +265,7 @@ def _check_strategy(trainer: Trainer) -> None:
 
 def _check_optimizers(trainer: Trainer) -> None:
     """Refuse what does not say when it has stepped."""
-    if not trainer.optimizers or any(isinstance(optimizer, _MockOptimizer) for optimizer in trainer.optimizers):
+    if not optimizers_of(trainer):
         raise MisconfigurationException(
             "TargetNetwork follows the steps of an optimizer, and configure_optimizers gave none. Return one, with "
             "manual optimization too."

@@ -15,17 +15,11 @@ from torch.nn.utils import parametrize
 
 from lightning_freeze import freeze_batchnorm, unfreeze, unfreeze_batchnorm
 from lightning_freeze.freezing.batchnorm import (
-    every_module,
+    affine_frozen_by_hand,
     frozen_running_statistics,
     has_running_statistics,
-    held_affine,
-    hold_batchnorm,
-    hold_eval,
-    is_held,
-    release_batchnorm,
-    release_eval,
-    wholly_frozen,
 )
+from lightning_freeze.freezing.eval_mode import BY_FIT, hold_eval, is_held, release_eval, wholly_frozen
 from tests.nets import moved, snapshot
 from tests.trees import subsets, trees
 
@@ -70,28 +64,29 @@ def test_statistics_do_not_move(kind: str, train_affine: bool) -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_round_trip(data: st.DataObject) -> None:
-    """Whatever holds and releases, in any order: in the end flags and modes are those at the start."""
+    """Whoever holds and releases, in any order: in the end flags and modes are those at the start."""
     module = data.draw(trees())
     module.train(data.draw(st.booleans()))
     layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.BatchNorm1d)}
     flags = {name: p.requires_grad for name, p in module.named_parameters()}
-    before = modes(module)
-    holders = data.draw(st.permutations(["a", "b", "c"]))
-    affine = {holder: data.draw(st.booleans()) for holder in holders}
-    for holder in holders:
-        assert list(hold_batchnorm(module, "*", holder=holder, train_affine=affine[holder]).values()) == list(
-            layers.values()
-        )
-        assert hold_batchnorm(module, "*", holder=holder, train_affine=affine[holder]) == {}
+    before, train_affine = modes(module), data.draw(st.booleans())
+    hold = {
+        "hand": lambda: freeze_batchnorm(module, train_affine=train_affine),
+        "fit": lambda: hold_eval(layers.values()),
+    }
+    release = {
+        "hand": lambda: unfreeze_batchnorm(module),
+        "fit": lambda: release_eval(layers.values(), training=module.training),
+    }
+    for holder in data.draw(st.permutations(list(hold))):
+        hold[holder]()
+    assert freeze_batchnorm(module, train_affine=train_affine) == {}
     frozen = {id(p) for layer in layers.values() for p in layer.parameters()}
-    assert held_affine(module) == (set() if all(affine.values()) else frozen)
-    for number, holder in enumerate(data.draw(st.permutations(holders)), 1):
+    assert set(affine_frozen_by_hand(layers.values())) == (set() if train_affine else frozen)
+    for number, holder in enumerate(data.draw(st.permutations(list(hold))), 1):
         assert all(is_held(layer) and not layer.training for layer in layers.values())
-        if data.draw(st.booleans()):
-            release_eval(module, holder)
-        else:
-            release_batchnorm(module, "*", holder=holder)
-        assert all(is_held(layer) == (number < len(holders)) for layer in layers.values())
+        release[holder]()
+        assert all(is_held(layer) == (number < 2) for layer in layers.values())
     assert modes(module) == before
     assert flags == {name: p.requires_grad for name, p in module.named_parameters()}
     assert not any("train" in child.__dict__ for child in module.modules())
@@ -128,6 +123,15 @@ def test_wholly_frozen(data: st.DataObject) -> None:
     assert frozen_running_statistics(module, trains) == [child for child in found if isinstance(child, nn.BatchNorm1d)]
 
 
+def test_a_module_that_learns_in_buffers_only_is_frozen_with_what_is_beside_it() -> None:
+    """A codebook that follows what it is shown, as in VQ-VAE, has no parameter that could freeze."""
+    net = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2), nn.Module()), "head": nn.Linear(2, 1)})
+    net["encoder"][1].register_buffer("codes", torch.zeros(2, 2))
+    head = {id(p) for p in net["head"].parameters()}
+    assert frozen_running_statistics(net, head) == [net["encoder"][1]]
+    assert frozen_running_statistics(net, set(map(id, net.parameters()))) == []
+
+
 def test_evaluation_by_the_user_is_kept() -> None:
     """A layer put in eval mode by hand before is in eval mode again after, unless train() was called meanwhile."""
     net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
@@ -160,10 +164,7 @@ def test_a_second_call_is_what_holds() -> None:
     assert list(freeze_batchnorm(net, "1", train_affine=True)) == ["1"]
     assert flags() == [False, False, *before[2:]]
     assert freeze_batchnorm(net, "1", train_affine=True) == {}
-    hold_batchnorm(net, "0", holder="somebody else", train_affine=False)
     assert list(freeze_batchnorm(net, train_affine=True)) == ["0"]
-    assert flags() == [False, False, *before[2:]]  # still frozen by somebody else
-    release_batchnorm(net, "0", holder="somebody else")
     assert flags() == before
     freeze_batchnorm(net)
     unfreeze_batchnorm(net)
@@ -199,7 +200,7 @@ def test_a_parametrized_layer(kind: type[nn.Module], when: str, trainable: bool)
     before = {name: p.requires_grad for name, p in net.named_parameters()}
     assert list(freeze_batchnorm(net)) == ["0"]
     assert not any(p.requires_grad for p in net.parameters())
-    assert held_affine(net) == set(map(id, net.parameters()))
+    assert set(affine_frozen_by_hand(net)) == set(map(id, net.parameters()))
     if when == "while frozen":
         parametrize.register_parametrization(net[0], "weight", kind())
         before |= {name: trainable for name, _ in net.named_parameters() if "original" in name}
@@ -226,15 +227,11 @@ def test_copies_are_frozen_on_their_own() -> None:
 
 def test_children_of_a_held_module_still_change_mode() -> None:
     net = nn.Sequential(nn.Sequential(nn.Dropout()))
-    hold_eval([net[0]], "me")
+    hold_eval([net[0]])
     net.eval()
     net.train()
     assert (net.training, net[0].training, net[0][0].training) == (True, False, True)
-    release_eval(net, "somebody else")
-    assert is_held(net[0])
-    release_eval(net, "me", keep={net[0]})
-    assert is_held(net[0])
-    release_eval(net, "me")
+    release_eval(net.modules(), BY_FIT)
     assert net[0].training
 
 
@@ -243,9 +240,9 @@ class Switched(nn.Sequential):
 
     graph = "train"
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True, graph: str | None = None) -> nn.Module:
         super().train(mode)
-        self.graph = "train" if mode else "eval"
+        self.graph = graph or ("train" if mode else "eval")
         self[1].eval()
         return self
 
@@ -263,15 +260,17 @@ def test_a_module_with_a_train_of_its_own(whole: bool) -> None:
     assert before == {"": True, "0": True, "0.0": True, "0.0.0": True, "0.0.1": False, "0.1": False, "1": False} | {
         "1.0": False
     }
-    held = every_module(net)[1:] if whole else [net[0]]
-    hold_eval(held, "me")
+    held = list(net.modules())[1:] if whole else [net[0]]
+    hold_eval(held)
     for act in (lambda: net, net.train, lambda: net.eval().train()):
         act()
         assert (net[0].training, net[0].graph) == (False, "eval")
         assert (inside.training, inside.graph) == ((False, "eval") if whole else (True, "train"))
         assert inside[0].training == (not whole)
         assert not net[1][0].training
-    release_eval(net, "me")
+    net[0].train(True, graph="both")
+    assert (net[0].training, net[0].graph) == (False, "both")
+    release_eval(held)
     if not whole:
         assert modes(net)["0.1"]  # asked for training mode while its parent was held
         net.train()

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase
+from lightning_freeze.freezing.callback import refuse_new_statistics
 from tests.nets import Net, Probe, loader, moved, sgd, snapshot, trainer
 
 AFFINE = {f"backbone.{layer}.{name}" for layer in (1, 5) for name in ("weight", "bias")}
@@ -177,3 +180,11 @@ def test_a_loss_that_is_the_same_as_by_hand() -> None:
             nn.functional.cross_entropy(other(images), labels).backward()
             optimizer.step()
     assert not moved(snapshot(net), snapshot(other))
+
+
+def test_refused_only_where_statistics_would_be_lost() -> None:
+    averaging = trainer(callbacks=[StochasticWeightAveraging(0.1)])
+    with pytest.raises(MisconfigurationException, match="has Me and StochasticWeightAveraging"):
+        refuse_new_statistics(averaging, nn.Sequential(nn.BatchNorm1d(2)), "Me")
+    refuse_new_statistics(averaging, nn.LayerNorm(2), "Me")
+    refuse_new_statistics(trainer(callbacks=[WeightAveraging()]), nn.BatchNorm1d(2), "Me")

@@ -26,9 +26,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.utils.data import DataLoader, Subset
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau
-from lightning_freeze.freezing.strategies import check_strategy, mean_over_ranks
+from lightning_freeze.freezing.strategies import check_strategy
+from lightning_freeze.ranks import mean_over_ranks
 from tests.devices import Even, Hooked, Watch, share
-from tests.nets import Net, Probe, data, loader, sgd, snapshot, trainer
+from tests.nets import Net, Probe, data, loader, same, sgd, snapshot, trainer
 from tests.replicas import WORLD, on_two_processes
 
 
@@ -93,7 +94,8 @@ def test_batchnorm_is_given_back_after_lightning_has_replaced_synchronised_layer
     """Lightning puts other layers in the place of SyncBatchNorm when the fit ends, before callbacks are torn down."""
     net, sync = Net(), TorchSyncBatchNorm()
     flags = {name: p.requires_grad for name, p in net.named_parameters()}
-    run, callback = trainer(), FreezeBatchNorm()
+    callback = FreezeBatchNorm()
+    run = trainer(callbacks=[callback])
     sync.apply(net)
     callback.on_fit_start(run, net)
     assert not net.backbone[1].weight.requires_grad
@@ -242,7 +244,7 @@ def plateaus(how: str) -> Any:
         run.fit(Reports(how), share(), validation)
     except MisconfigurationException as error:
         return str(error)
-    return {"history": schedule.history, "best": schedule._watch.best, "differ": watch.differ}
+    return {"history": schedule.history, "best": schedule.progress.plateau.best, "differ": watch.differ}
 
 
 HOWS = ["unsynchronised", "synchronised", "on rank zero", "rank_zero_only", "not a number", "in training", "never"]
@@ -283,14 +285,30 @@ def disagreement(make: Callable[[], list[Phase]]) -> str:
     return ""
 
 
-def zero_redundancy() -> str:
-    net = Even(optimizer=lambda params: ZeroRedundancyOptimizer(params, torch.optim.AdamW, lr=1e-2))
-    schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")], verbose=False)
-    try:
-        trainer(callbacks=[schedule], strategy="ddp", devices=WORLD).fit(net, loader())
-    except ValueError as error:
-        return f"step {net.global_step}: {error}"
-    return ""
+def zero_redundancy() -> tuple[bool, str]:
+    """Whether the weights are those of AdamW alone after four changes, and what is said of a scale."""
+
+    def weights(optimizer: Any, phases: list[Phase]) -> dict[str, Any]:
+        torch.manual_seed(0)
+        net = Even(optimizer=optimizer)
+        run = trainer(callbacks=[FreezeSchedule(phases, verbose=False)], strategy="ddp", devices=WORLD)
+        try:
+            run.fit(net, loader())
+        except ValueError as error:
+            refused.append(f"step {run.global_step}: {error}")
+        return snapshot(net)
+
+    def zero(params: Any) -> torch.optim.Optimizer:
+        return ZeroRedundancyOptimizer(params, torch.optim.AdamW, lr=1e-2)
+
+    def adam(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=1e-2)
+
+    refused: list[str] = []
+    phases = [Phase("head", steps=2), Phase("*", steps=3), Phase("neck", steps=2), Phase(["head", "backbone"])]
+    equal = same(weights(zero, phases), weights(adam, phases))
+    weights(zero, [Phase("head", epochs=1), Phase("*", lr_scale={"neck": 0.1})])
+    return equal, " ".join(refused)
 
 
 def batchnorm_alone() -> dict[str, Any]:
@@ -402,9 +420,11 @@ def test_ranks_with_other_schedules_are_told_apart(both: Any) -> None:
         assert "they differ in schedule" in rank["disagreement"]
 
 
-def test_an_optimizer_that_deals_parameters_out_to_ranks_is_refused_at_the_start(both: Any) -> None:
+def test_zero_redundancy_freezes_as_the_optimizer_inside_of_it_and_scales_are_refused(both: Any) -> None:
     for rank in both:
-        assert rank["zero redundancy"].startswith("step 0: ZeroRedundancyOptimizer deals its parameters out")
+        equal, refused = rank["zero redundancy"]
+        assert equal
+        assert refused.startswith("step 0: ZeroRedundancyOptimizer deals its parameters out")
 
 
 def test_batchnorm_alone(both: Any) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
 from lightning_freeze import FreezeSchedule, Phase
-from lightning_freeze.freezing.optimizers import HomeGroups
 from tests.nets import WarmUp, loader, same, sgd, trainer
+from tests.phased import Phased
 
 OPTIMIZERS = sorted(
     name
@@ -31,21 +31,16 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.step()
 
 
-def only(net: nn.Module, homes: HomeGroups, *layers: int) -> None:
-    trains = {id(p) for index in layers for p in net[index].parameters()}  # type: ignore[index]
-    for p in net.parameters():
-        p.requires_grad_(id(p) in trains)
-        if id(p) not in trains:
-            p.grad = None
-    homes.apply(0, trains)
+def only(net: nn.Module, phased: Phased, *layers: int) -> None:
+    phased.train(net, [p for index in layers for p in net[index].parameters()])  # type: ignore[index]
 
 
-def build(name: str, policy: Any = "keep") -> tuple[nn.Module, torch.optim.Optimizer, HomeGroups]:
+def build(name: str, policy: Any = "keep") -> tuple[nn.Module, torch.optim.Optimizer, Phased]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False))
     options = {"momentum": 0.9} if name == "SGD" else {}
     optimizer = getattr(torch.optim, name)(net.parameters(), lr=1e-2, **options)
-    return net, optimizer, HomeGroups(optimizer, optimizer_state=policy)
+    return net, optimizer, Phased(optimizer, optimizer_state=policy)
 
 
 def test_there_are_as_many_as_expected() -> None:
@@ -55,10 +50,10 @@ def test_there_are_as_many_as_expected() -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_freeze_unfreeze_freeze(name: str) -> None:
-    net, optimizer, homes = build(name)
+    net, optimizer, phased = build(name)
     step(net, optimizer, 0)
     for seed, layers in enumerate([(0, 2), (2,), (0,), (0, 2)], 1):
-        only(net, homes, *layers)
+        only(net, phased, *layers)
         before = [p.detach().clone() for p in net.parameters()]
         step(net, optimizer, seed)
         for index, (p, old) in enumerate(zip(net.parameters(), before, strict=True)):
@@ -68,9 +63,9 @@ def test_freeze_unfreeze_freeze(name: str) -> None:
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_saved_while_frozen_and_resumed(name: str) -> None:
     """A state saved in any phase is the whole one, loads without us, and goes on to the bit."""
-    net, optimizer, homes = build(name)
+    net, optimizer, phased = build(name)
     step(net, optimizer, 0)
-    only(net, homes, 2)
+    only(net, phased, 2)
     step(net, optimizer, 1)
     saved, weights = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(net.state_dict())
     assert [len(group["params"]) for group in saved["param_groups"]] == [2]
@@ -84,7 +79,7 @@ def test_saved_while_frozen_and_resumed(name: str) -> None:
     plain.load_state_dict(weights)
     bare.load_state_dict(saved)
     for seed, layers in ((2, (2,)), (3, (0, 2)), (4, (0,))):
-        for module, groups, held in ((net, homes, optimizer), (other, others, resumed)):
+        for module, groups, held in ((net, phased, optimizer), (other, others, resumed)):
             only(module, groups, *layers)
             step(module, held, seed)
         assert same(net.state_dict(), other.state_dict())
@@ -94,13 +89,13 @@ def test_saved_while_frozen_and_resumed(name: str) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_dropped_state_starts_anew(name: str) -> None:
-    net, optimizer, homes = build(name, "drop")
+    net, optimizer, phased = build(name, "drop")
     step(net, optimizer, 0)
-    only(net, homes, 2)
+    only(net, phased, 2)
     frozen, _ = net.parameters()
     assert frozen not in optimizer.state
     step(net, optimizer, 1)
-    only(net, homes, 0, 2)
+    only(net, phased, 0, 2)
     step(net, optimizer, 2)
     assert frozen in optimizer.state
 
@@ -130,12 +125,20 @@ def test_an_optimizer_that_saves_in_its_own_way(tmp_path: Path, nested: bool) ->
 
     def fit(schedule: Any, epochs: int, resume: Path | None = None, saver: Any = None) -> list[list[float]]:
         unhooked = type("Around", (Around,), {})  # torch hooks a class's step late, and then for good
-        net = WarmUp(lambda params: unhooked(sgd(params), nested), lambda o: StepLR(o, 9))
+        stepped: list[list[float]] = []
+
+        def make(params: Any) -> torch.optim.Optimizer:
+            base = sgd(params)
+            base.register_step_pre_hook(lambda *_: stepped.append([group["lr"] for group in base.param_groups]))
+            return unhooked(base, nested)
+
+        net = WarmUp(make, lambda o: StepLR(o, 9))
         callbacks = [callback for callback in (schedule, saver) if callback is not None]
         run = trainer(tmp_path, callbacks=callbacks, max_epochs=epochs, enable_checkpointing=saver is not None)
         run.fit(net, loader(), ckpt_path=resume, weights_only=True)
         assert not {"state_dict", "load_state_dict"} & set(vars(run.optimizers[0]))
-        return net.rates
+        assert all(len(rates) == 1 for rates in net.rates)
+        return stepped
 
     def schedule() -> FreezeSchedule:
         return FreezeSchedule([Phase("head", epochs=2), Phase("*", lr_scale={"neck": 0.1})])
@@ -152,11 +155,9 @@ def test_an_optimizer_that_saves_in_its_own_way(tmp_path: Path, nested: bool) ->
 def test_sparse_adam() -> None:
     net = nn.ModuleList([nn.Embedding(5, 2, sparse=True) for _ in range(2)])
     optimizer = torch.optim.SparseAdam(net.parameters(), lr=0.1)
-    homes = HomeGroups(optimizer)
+    phased = Phased(optimizer)
     for index in (0, 1, 0):
-        homes.apply(0, {id(net[index].weight)})
-        net.requires_grad_(False)
-        net[index].requires_grad_(True)
+        phased.train(net, [net[index].weight])
         before = [layer.weight.detach().clone() for layer in net]
         net[index](torch.tensor([1, 3])).sum().backward()
         optimizer.step()
@@ -169,21 +170,21 @@ def test_sparse_adam() -> None:
 
 def test_lbfgs_is_refused() -> None:
     with pytest.raises(ValueError, match="LBFGS flattens its parameters"):
-        HomeGroups(torch.optim.LBFGS(nn.Linear(2, 1).parameters()))
+        Phased(torch.optim.LBFGS(nn.Linear(2, 1).parameters()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading moves state between a GPU and the CPU")
 def test_offloaded_state_returns() -> None:
-    net, optimizer, homes = build("AdamW", "offload")
-    homes.release()
+    net, optimizer, phased = build("AdamW", "offload")
+    phased.release()
     net.cuda()
     optimizer = torch.optim.AdamW(net.parameters())
-    homes = HomeGroups(optimizer, optimizer_state="offload")
+    phased = Phased(optimizer, optimizer_state="offload")
     generator_input = torch.ones(4, 3, device="cuda")
     net(generator_input).sum().backward()
     optimizer.step()
     frozen, _ = net.parameters()
-    only(net, homes, 2)
+    only(net, phased, 2)
     assert all(value.device.type == "cpu" for value in optimizer.state[frozen].values())
-    only(net, homes, 0, 2)
+    only(net, phased, 0, 2)
     assert optimizer.state[frozen]["exp_avg"].device.type == "cuda"

@@ -14,6 +14,7 @@ from torch.optim.swa_utils import SWALR
 
 from lightning_freeze import FreezeSchedule, Phase
 from tests.nets import Net, Probe, WarmUp, loader, sgd, trainer
+from tests.phased import rates_in_steps
 
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda step: 0.9**step),
@@ -63,47 +64,43 @@ def test_all_of_torch_is_here() -> None:
     assert public <= SCHEDULERS.keys()
 
 
-def trajectory(make: Callable[[Any], Any], schedule: FreezeSchedule | None, optimizer: Any = sgd) -> list[Any]:
-    rates: list[Any] = []
-    probe = Probe(lambda trainer, _: rates.append([dict(g, params=None) for g in trainer.optimizers[0].param_groups]))
-    callbacks = [schedule, probe] if schedule else [probe]
+def trajectory(make: Callable[[Any], Any], schedule: FreezeSchedule | None, optimizer: Any = sgd) -> Any:
+    """The user's groups at each batch's start, the rates of each parameter in each step, the scheduler's last state."""
+    groups: list[Any] = []
     plateau = make is SCHEDULERS["ReduceLROnPlateau"]
     net = Net(optimizer, make, interval="epoch" if plateau else "step")
-    with warnings.catch_warnings():
+    probe = Probe(
+        lambda run, _: groups.append([dict(g, params=len(g["params"])) for g in run.optimizers[0].param_groups])
+    )
+    callbacks = [schedule, probe] if schedule else [probe]
+    run = trainer(callbacks=callbacks, max_epochs=4)
+    with warnings.catch_warnings(), rates_in_steps(net) as rates:
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*", category=UserWarning)
-        trainer(callbacks=callbacks, max_epochs=4).fit(net, loader(), loader())
-    return rates
+        run.fit(net, loader(), loader())
+    return groups, rates, run.lr_scheduler_configs[0].scheduler.state_dict()
+
+
+SCALED = [
+    Phase("head", epochs=1),
+    Phase("*", epochs=1, lr_scale={"backbone": 0.1, "neck": 3.0}),
+    Phase("*", steps=8, lr_scale={"backbone": 0.5}),
+    Phase("backbone", lr_scale={"backbone": 0.5}),
+]
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_the_user_s_group_is_driven_as_without_us(name: str) -> None:
-    """The rates of the user's group are those of a run without the callback, to the bit, in every phase."""
-    phases = [Phase("head", epochs=1), Phase("*", steps=8), Phase("neck")]
-    # The loss differs when layers freeze, and with it what a plateau scheduler does: here it always reduces.
-    assert trajectory(SCHEDULERS[name], FreezeSchedule(phases)) == trajectory(SCHEDULERS[name], None)
+def test_groups_and_scheduler_are_the_users_and_each_step_has_its_scale(name: str) -> None:
+    """What the user can look at is that of a run without the callback, to the bit; a step has the rate times its scale.
 
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_scaled_groups_keep_their_proportion(name: str) -> None:
-    """At every step a scaled group has the user's rate times its factor, and all its other options."""
-    phases = [
-        Phase("head", epochs=1),
-        Phase("*", epochs=1, lr_scale={"backbone": 0.1, "neck": 3.0}),
-        Phase("*", steps=8, lr_scale={"backbone": 0.5}),
-        Phase("backbone", lr_scale={"backbone": 0.5}),
-    ]
-    schedule = FreezeSchedule(phases)
-    seen = trajectory(SCHEDULERS[name], schedule)
-    plain = trajectory(SCHEDULERS[name], None)
-    # Places of the groups: the user's, backbone, neck.
-    factors = [
-        (1.0, 0.1, 3.0) if 6 <= step < 12 else (1.0, 0.5, 1.0) if step >= 12 else (1.0, 1.0, 1.0) for step in range(24)
-    ]
-    rates = ("lr", "initial_lr", "max_lr", "min_lr", "swa_lr")
-    for groups, (user,), by_group in zip(seen, plain, factors, strict=True):
-        assert len(groups) == 3
-        for group, factor in zip(groups, by_group, strict=True):
-            assert group == {key: value * factor if key in rates else value for key, value in user.items()}
+    The loss differs when layers freeze, and with it what a plateau scheduler does: here it always reduces.
+    """
+    groups, rates, state = trajectory(SCHEDULERS[name], FreezeSchedule(SCALED))
+    plain_groups, plain_rates, plain_state = trajectory(SCHEDULERS[name], None)
+    assert groups == plain_groups
+    assert str({**state, "best": None}) == str({**plain_state, "best": None})
+    for step, (row, expected) in enumerate(zip(rates, plain_rates, strict=True)):
+        factors = [{}, {"back": 0.1, "neck": 3.0}, {"back": 0.5}, {"back": 0.5}][min(step // 6, 3)]
+        assert row == {key: rate * factors.get(key[:4], 1.0) for key, rate in expected.items()}
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -112,10 +109,10 @@ def test_adopted_parameters_go_on_like_the_first_group(name: str) -> None:
         return sgd(list(params)[-2:])
 
     schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*", lr_scale={"backbone": 0.1})])
-    seen = trajectory(SCHEDULERS[name], schedule, head_only)
-    for user, adopted, scaled in seen[6:]:
-        assert adopted["lr"] == user["lr"]
-        assert scaled["lr"] == user["lr"] * 0.1
+    groups, rates, _ = trajectory(SCHEDULERS[name], schedule, head_only)
+    for (group,), row in zip(groups[6:], rates[6:], strict=True):
+        assert row == {key: group["lr"] * (0.1 if key.startswith("backbone") else 1.0) for key in row}
+        assert len(row) == 12
 
 
 class Stages(lrs.LRScheduler):
@@ -152,21 +149,19 @@ def test_tensor_learning_rates() -> None:
         return torch.optim.AdamW(params, lr=torch.tensor(1e-2))
 
     schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*", lr_scale={"backbone": 0.1})])
-    rates: list[list[float]] = []
-
-    def start(trainer: Trainer, _: LightningModule) -> None:
-        rates.append([float(group["lr"]) for group in trainer.optimizers[0].param_groups])
-
-    net = Net(tensor_lr, SCHEDULERS["CosineAnnealingLR"], interval="step")
-    trainer(callbacks=[schedule, Probe(start)], max_epochs=3).fit(net, loader(), loader())
-    assert all(scaled == pytest.approx(user * 0.1) for user, scaled in rates[6:])
-    assert len({user for user, _ in rates}) > 10
+    _, rates, _ = trajectory(SCHEDULERS["CosineAnnealingLR"], schedule, tensor_lr)
+    assert all(row["backbone.0.weight"] == pytest.approx(row["head.weight"] * 0.1) for row in rates[6:])
+    assert len({row["head.weight"] for row in rates}) > 10
 
 
 def test_a_warm_up_that_the_user_writes_into_all_groups() -> None:
     """The pattern of Lightning's documentation: a rate set in optimizer_step holds for that very step, scaled."""
     net = WarmUp(sgd)
     schedule = FreezeSchedule([Phase("head", steps=3), Phase("*", lr_scale={"backbone": 0.1})])
-    trainer(callbacks=[schedule], max_epochs=1).fit(net, loader(), loader())
+    with rates_in_steps(net) as rates:
+        trainer(callbacks=[schedule], max_epochs=1).fit(net, loader(), loader())
     user = [0.01 * (step + 1) for step in range(6)]
-    assert net.rates == [[rate, rate * (0.1 if step >= 3 else 1.0)] for step, rate in enumerate(user)]
+    assert net.rates == [[rate] for rate in user]
+    assert [row["backbone.0.weight"] for row in rates] == [
+        rate * (0.1 if step >= 3 else 1.0) for step, rate in enumerate(user)
+    ]

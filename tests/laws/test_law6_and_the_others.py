@@ -54,9 +54,8 @@ def frozen_means_frozen(setup: dict[str, Any], **options: Any) -> list[Any]:
             found.append([schedule.phase_index, trains, set(), True])
 
     def end(run: Trainer, module: LightningModule) -> None:
-        trains = [p for p in module.parameters() if p.requires_grad]
         found[-1][2] |= moved(before, snapshot(module))
-        held = sorted(members(run.optimizers[0])) == sorted(map(id, trains))
+        held = sorted(members(run.optimizers[0])) == sorted(map(id, module.parameters()))
         gradients = all((p.grad is not None) == p.requires_grad for p in module.parameters())
         found[-1][3] = found[-1][3] and held and gradients
 

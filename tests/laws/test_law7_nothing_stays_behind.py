@@ -26,7 +26,7 @@ from lightning_freeze import (
     freeze_batchnorm,
     unfreeze_batchnorm,
 )
-from lightning_freeze.freezing.batchnorm import is_held
+from lightning_freeze.freezing.eval_mode import is_held
 from tests.nets import Net, loader, moved, snapshot, trainer
 
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_freeze import Phase, Plateau
-from lightning_freeze.schedule.phases import PlateauWatch, as_phases, describe, walk
+from lightning_freeze.schedule.phases import as_phases, describe
+from lightning_freeze.schedule.progress import PlateauWatch, walk
 
 ends = st.tuples(st.none() | st.integers(1, 4), st.none() | st.integers(1, 17)).filter(any)
 

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_freeze import FreezeSchedule, Phase, Plateau, freeze_batchnorm
-from lightning_freeze.schedule.phases import walk
-from lightning_freeze.schedule.preview import draw_schedule, phase_spans
+from lightning_freeze.schedule.plot import draw_schedule
+from lightning_freeze.schedule.preview import Plan, phase_spans
+from lightning_freeze.schedule.progress import walk
 from tests.nets import Net, Probe, loader, trainer
 
 ends = st.tuples(st.none() | st.integers(1, 4), st.none() | st.integers(1, 17)).filter(any)
@@ -161,7 +162,7 @@ def test_labels_are_no_formulas() -> None:
 def test_drawn_into_axes_of_the_user() -> None:
     figure_module = pytest.importorskip("matplotlib.figure")
     axes = figure_module.Figure().add_subplot()
-    draw_schedule(axes, PHASES, Net(), 8, steps_per_epoch=6)
+    draw_schedule(axes, Plan.of(PHASES, Net(), 8, 6, "batchnorm"))
     texts = {text.get_text() for text in axes.texts}
     assert "neck (until val_loss plateaus)" in texts
     assert any("%" in text and "lr ×0.1" in text for text in texts)

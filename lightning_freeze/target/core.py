@@ -32,7 +32,7 @@ class Pair:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """The source's tensor and the target's."""
+        """Return the source's tensor and the target's."""
         attribute = self.name.rpartition(".")[2]
         return getattr(self.source, attribute), getattr(self.target, attribute)
 
@@ -125,7 +125,7 @@ def polyak_average(pairs: Sequence[Pair], tau: float) -> None:
 
     Args:
         pairs: What :func:`pair_up` gave. The targets change in place.
-        tau: How far to go, in (0, 1]; 1 copies.
+        tau: How far to go, in [0, 1]; 1 copies, 0 changes nothing.
 
     Raises:
         ValueError: If ``tau`` is out of range.
@@ -146,21 +146,23 @@ def polyak_average(pairs: Sequence[Pair], tau: float) -> None:
 
 
 def as_tau(tau: object, given: str) -> float:
-    """Give ``tau`` as a float, also one of NumPy's, and refuse one that is not in (0, 1].
+    """Return ``tau`` as a float, also one of NumPy's, and refuse one that is not in [0, 1].
 
     Raises:
         ValueError: If it is not.
         TypeError: If it is no number.
     """
     if isinstance(tau, bool) or not isinstance(tau, Real):
-        raise TypeError(f"{given}(tau={tau!r}): it is a number in (0, 1], for example 0.005.")
-    if not 0 < float(tau) <= 1:
-        raise ValueError(f"{given}(tau={tau!r}): it is in (0, 1], for example 0.005. 1 copies, 0 would never move.")
+        raise TypeError(
+            f"{given}(tau={tau!r}): it is a number in [0, 1], for example 0.005, or a function of the step."
+        )
+    if not 0 <= float(tau) <= 1:
+        raise ValueError(f"{given}(tau={tau!r}): it is in [0, 1], for example 0.005. 1 copies, 0 stays.")
     return float(tau)
 
 
 def shared_parameters(module: nn.Module, others: Iterable[nn.Parameter]) -> list[str]:
-    """Give the names of a module's parameters whose memory one of ``others`` has too.
+    """Return the names of a module's parameters whose memory one of ``others`` has too.
 
     Example:
         >>> net = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
@@ -173,7 +175,7 @@ def shared_parameters(module: nn.Module, others: Iterable[nn.Parameter]) -> list
 
 
 def _owners(module: nn.Module, buffers: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Give the name of each tensor and the module it sits on; a tensor that has several names under its first one."""
+    """Yield the name of each tensor and the module it sits on; a tensor that has several names under its first one."""
     seen = set()
     for path, owner in module.named_modules():
         own: dict[str, Tensor | None] = {**owner._parameters}
@@ -186,7 +188,7 @@ def _owners(module: nn.Module, buffers: bool) -> Iterator[tuple[str, nn.Module]]
 
 
 def _by_kind(pairs: Sequence[Pair]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Give sources and targets, those with fractions apart from those without: one kernel works on one dtype."""
+    """Yield sources and targets, those with fractions apart from those without: one kernel works on one dtype."""
     tensors = [pair.tensors for pair in pairs]
     for fractions in (True, False):
         chosen = [(source, target) for source, target in tensors if _has_fractions(target) == fractions]
@@ -203,5 +205,5 @@ def _described(tensor: Tensor) -> str:
 
 
 def _address(parameter: nn.Parameter) -> int:
-    """Give where the values are; what has no memory, empty or on the meta device, is told apart by identity."""
+    """Return where the values are; what has no memory, empty or on the meta device, is told apart by identity."""
     return parameter.data_ptr() or -id(parameter)

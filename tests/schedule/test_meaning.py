@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_freeze import Phase
 from lightning_freeze.freezing.batchnorm import wholly_frozen
-from lightning_freeze.schedule.plan import held_modules, phase_scales, phase_trains
+from lightning_freeze.schedule.meaning import eval_modules, phase_scales, phase_trains
 from tests.nets import Net
 from tests.trees import subsets, trees
 
@@ -31,9 +31,9 @@ def test_held(data: st.DataObject) -> None:
     chosen = data.draw(subsets(module))
     trains = {id(p) for name, p in module.named_parameters() if name in chosen}
     frozen = wholly_frozen(module, trains)
-    assert held_modules(module, trains, "train") == []
-    assert held_modules(module, trains, "eval") == frozen
-    assert held_modules(module, trains, "batchnorm") == [m for m in frozen if isinstance(m, nn.BatchNorm1d)]
+    assert eval_modules(module, trains, "train") == []
+    assert eval_modules(module, trains, "eval") == frozen
+    assert eval_modules(module, trains, "batchnorm") == [m for m in frozen if isinstance(m, nn.BatchNorm1d)]
 
 
 def test_what_has_no_gradient_does_not_train() -> None:

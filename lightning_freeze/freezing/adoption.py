@@ -1,0 +1,145 @@
+"""Parameters that an optimizer takes in although ``configure_optimizers`` did not give them to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+
+class Adoption:
+    """Keeps parameters at the end of an optimizer's first group, and out of its ``state_dict()``.
+
+    Saving and loading see the optimizer as the user made it. The state of what is adopted is saved apart, by name, as
+    the optimizer's own ``state_dict()`` has it: :meth:`state`.
+
+    Args:
+        optimizer: The optimizer.
+        parameters: Name to parameter, for what it takes in.
+        made: The state that the optimizer's constructor makes for a parameter, where it makes one.
+
+    Example:
+        >>> from torch.optim import SGD
+        >>> net = nn.Linear(2, 1)
+        >>> sgd = SGD([net.weight])
+        >>> adoption = Adoption(sgd, {"bias": net.bias})
+        >>> len(sgd.param_groups[0]["params"]), len(sgd.state_dict()["param_groups"][0]["params"])
+        (2, 1)
+        >>> adoption.release()
+        >>> len(sgd.param_groups[0]["params"])
+        1
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        made: Mapping[nn.Parameter, Any] | None = None,
+    ) -> None:
+        self.optimizer = optimizer
+        self.parameters = dict(parameters)
+        self._stash: dict[nn.Parameter, Any] | None = dict(made or {})  # their state while they are out
+        self._stay = False
+        self._handles = self._cover() if self.parameters else []
+        self._take_in()
+
+    def state(self) -> dict[str, Any]:
+        """Return the state of each adopted parameter that has one, by name."""
+        if not self.parameters:
+            return {}
+        with self._staying():
+            states = self.optimizer.state_dict()["state"]
+        return {name: states[number] for name, number in self._numbers().items() if number in states}
+
+    def load_state(self, states: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state` returned; a parameter that is not in it begins anew."""
+        if not self.parameters:
+            return
+        with self._staying():
+            whole = self.optimizer.state_dict()
+            kept = {**whole["state"]}
+            for name, number in self._numbers().items():
+                kept.pop(number, None)
+                if name in states:
+                    kept[number] = states[name]
+            self.optimizer.load_state_dict({**whole, "state": kept})
+
+    def release(self) -> None:
+        """Take the parameters out for good."""
+        for handle in self._handles:
+            handle.remove()
+        self._take_out()
+
+    def _numbers(self) -> dict[str, int]:
+        """Return the numbers that ``state_dict()`` has for the adopted parameters: their places in the first group."""
+        places = {id(p): place for place, p in enumerate(self.optimizer.param_groups[0]["params"])}
+        return {name: places[id(p)] for name, p in self.parameters.items()}
+
+    def _take_in(self, *_: Any) -> None:
+        if self._stash is None or not self.parameters:
+            return
+        group = self.optimizer.param_groups[0]
+        group["params"].extend(self.parameters.values())
+        if "param_names" in group:
+            group["param_names"] = [*group["param_names"], *self.parameters]
+        stash, self._stash = self._stash, None
+        for parameter, state in stash.items():
+            self.optimizer.state[parameter] = state
+
+    def _take_out(self, *_: Any) -> None:
+        if self._stash is not None or self._stay or not self.parameters:
+            return
+        group, gone = self.optimizer.param_groups[0], {id(p) for p in self.parameters.values()}
+        kept = [place for place, p in enumerate(group["params"]) if id(p) not in gone]
+        if "param_names" in group:
+            group["param_names"] = [group["param_names"][place] for place in kept]
+        group["params"][:] = [group["params"][place] for place in kept]
+        self._stash = {p: self.optimizer.state.pop(p) for p in self.parameters.values() if p in self.optimizer.state}
+
+    @contextmanager
+    def _staying(self) -> Iterator[None]:
+        self._stay = True
+        try:
+            yield
+        finally:
+            self._stay = False
+
+    def _cover(self) -> list[Any]:
+        """Have the parameters out while states are saved or loaded."""
+        names = ("state_dict", "load_state_dict")
+        if all(getattr(getattr(self.optimizer, name), "__func__", None) is getattr(Optimizer, name) for name in names):
+            return [
+                self.optimizer.register_state_dict_pre_hook(self._take_out),
+                self.optimizer.register_state_dict_post_hook(self._take_in),
+                self.optimizer.register_load_state_dict_pre_hook(self._take_out),
+                self.optimizer.register_load_state_dict_post_hook(self._take_in),
+            ]
+        # An optimizer that saves in a way of its own, as wrappers do, calls no hooks.
+        return [_Covered(self.optimizer, name, self._without(getattr(self.optimizer, name))) for name in names]
+
+    def _without(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._take_out()
+            try:
+                return method(*args, **kwargs)
+            finally:
+                self._take_in()
+
+        return run
+
+
+class _Covered:
+    """A method of one object, covered by a function until :meth:`remove`."""
+
+    def __init__(self, owner: object, name: str, function: Callable[..., Any]) -> None:
+        self._attributes, self._name, self._before = vars(owner), name, vars(owner).get(name)
+        self._attributes[name] = function
+
+    def remove(self) -> None:
+        if self._before is None:
+            del self._attributes[self._name]
+        else:
+            self._attributes[self._name] = self._before

@@ -1,0 +1,193 @@
+"""Modules that stay in eval mode, whoever calls ``train()``; and which modules a phase leaves wholly frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+#: Who holds a module in eval mode: the user, by :func:`freeze_batchnorm`, or the fit that runs.
+BY_HAND, BY_FIT = "freeze_batchnorm", "fit"
+
+
+@dataclass
+class StaysInEval:
+    """Intercepts ``module.train`` and keeps that one module in eval mode, whoever asks for training mode.
+
+    It refers to the module it sits on, so the module still pickles and deep-copies. A copy is held if
+    :func:`freeze_batchnorm` holds the module; what a fit holds is the fit's, and a copy is in none.
+
+    Args:
+        module: The module that is held.
+        wants_training: Whether the module would be in training mode were it not held.
+        own: The ``train`` that somebody else had set on the module, if any.
+        holders: :data:`BY_HAND`, :data:`BY_FIT` or both.
+        affine: The affine parameters that :func:`freeze_batchnorm` found trainable and froze, None if it froze none.
+    """
+
+    module: nn.Module
+    wants_training: bool
+    own: Callable[..., object] | None = None
+    holders: set[str] = field(default_factory=set)
+    affine: tuple[str, ...] | None = None
+
+    def __call__(self, mode: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """Pass the mode on to the children and stay in eval mode."""
+        self.wants_training = self.wants_training or mode
+        plain = _is_plain(self.module, self.own)
+        for child in self.module.children():
+            if plain or interceptor(child) is None:  # else only the module's own train() knows the child's mode
+                child.train(mode)
+        _set_mode(self.module, False, self.own, *args, **kwargs)
+        return self.module
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return what a copy has in this place."""
+        if BY_HAND not in self.holders:
+            return (_itself, (self.own,)) if self.own is not None else (getattr, (self.module, "train"))
+        return StaysInEval, (self.module, self.wants_training, self.own, {BY_HAND}, self.affine)
+
+
+def hold_eval(modules: Iterable[nn.Module], holder: str = BY_FIT) -> None:
+    """Put each module, without its children, in eval mode until every holder has released it."""
+    for module in modules:
+        hold(module, holder)
+
+
+def release_eval(modules: Iterable[nn.Module], holder: str = BY_FIT, *, training: bool = True) -> None:
+    """Return modules to ``train()``, unless another holder keeps them.
+
+    Args:
+        modules: The modules; those that ``holder`` does not hold are passed over.
+        holder: Who held them.
+        training: Whether the model is in training mode; a module that would be too is then put in it.
+    """
+    for module in modules:
+        release(module, holder, training=training)
+
+
+def is_held(module: nn.Module) -> bool:
+    """Return whether a module is kept in eval mode."""
+    return interceptor(module) is not None
+
+
+def leave_as_after_fit(module: nn.Module, twin: nn.Module, *, training: bool) -> None:
+    """Bring the modes of a copy to what the module's will be when the fit has released it.
+
+    Args:
+        module: What the fit holds.
+        twin: Its copy, which nobody holds.
+        training: Whether the model is in training mode.
+    """
+    for child, copied in zip(module.modules(), twin.modules(), strict=True):
+        stay = interceptor(child)
+        if stay is not None and BY_HAND not in stay.holders:
+            if stay.own is None:
+                copied.__dict__.pop("train", None)
+            _set_mode(copied, stay.wants_training and training, copied.__dict__.get("train"))
+
+
+def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
+    """Return the modules that have parameters of which none trains, and everything below them.
+
+    Args:
+        module: The module to look in.
+        trains: The ``id`` of every parameter that trains.
+
+    Returns:
+        Each module once. A module without parameters counts when every module that contains it is wholly frozen.
+    """
+    states: dict[nn.Module, bool | None] = {}
+
+    def trains_below(child: nn.Module) -> bool | None:
+        """Return whether a parameter at or below trains, None if there are no parameters."""
+        if child not in states:
+            own = [id(parameter) in trains for parameter in child.parameters(recurse=False)]
+            below = [state for inside in child.children() if (state := trains_below(inside)) is not None]
+            states[child] = any([*own, *below]) if own or below else None
+        return states[child]
+
+    trains_below(module)
+    outside: set[nn.Module] = set()
+    ahead = [module]
+    while ahead:
+        child = ahead.pop()
+        if child not in outside and states[child] is not False:
+            outside.add(child)
+            ahead.extend(child.children())
+    return [child for child in module.modules() if child not in outside]
+
+
+def interceptor(module: nn.Module) -> StaysInEval | None:
+    """Return what keeps a module in eval mode, None if nothing does."""
+    stay = module.__dict__.get("train")
+    return stay if isinstance(stay, StaysInEval) else None
+
+
+def hold(module: nn.Module, holder: str) -> StaysInEval:
+    """Put one module in eval mode and keep it there until every holder has released it."""
+    stay = interceptor(module)
+    if stay is None:
+        own = module.__dict__.get("train")
+        if getattr(own, "__func__", None) is type(module).train:  # a copy that was made in a fit has it
+            own = None
+        stay = StaysInEval(module, module.training, own)
+        module.__dict__["train"] = stay
+    stay.holders.add(holder)
+    _set_mode(module, False, stay.own)
+    return stay
+
+
+def release(module: nn.Module, holder: str, *, training: bool) -> bool:
+    """Release one module from one holder; return whether it was held by it."""
+    stay = interceptor(module)
+    if stay is None or holder not in stay.holders:
+        return False
+    stay.holders.remove(holder)
+    if not stay.holders:
+        del module.__dict__["train"]
+        if stay.own is not None:
+            module.__dict__["train"] = stay.own
+        _set_mode(module, stay.wants_training and training, stay.own)
+    return True
+
+
+def _is_plain(module: nn.Module, own: Callable[..., object] | None) -> bool:
+    """Return whether a module's ``train`` sets flags and nothing else."""
+    return own is None and type(module).train is nn.Module.train
+
+
+def _set_mode(module: nn.Module, training: bool, own: Callable[..., object] | None, *args: Any, **kwargs: Any) -> None:
+    """Set the mode of one module and not of those below, by its own ``train()`` if it has one: that may do more."""
+    if not _is_plain(module, own):
+        with _children_muted(module):
+            (own or type(module).train.__get__(module))(training, *args, **kwargs)
+        if training:
+            return
+    if type(module).__setattr__ is nn.Module.__setattr__:
+        object.__setattr__(module, "training", training)  # without nn.Module's search among parameters
+    else:
+        module.training = training
+
+
+@contextmanager
+def _children_muted(module: nn.Module) -> Iterator[None]:
+    """Let calls of ``train()`` and ``eval()`` on the modules below do nothing."""
+    covered = [(child, child.__dict__.get("train")) for child in module.modules() if child is not module]
+    for child, _ in covered:
+        child.__dict__["train"] = lambda mode=True, *_, child=child, **__: child
+    try:
+        yield
+    finally:
+        for child, own in covered:
+            if own is None:
+                del child.__dict__["train"]
+            else:
+                child.__dict__["train"] = own
+
+
+def _itself(thing: Any) -> Any:
+    return thing

@@ -1,0 +1,135 @@
+"""FSDP and FSDP2: sharded parameters, and checkpoints that go by the names of parameters."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, OptimStateKeyType
+from torch.optim import Optimizer
+
+from lightning_freeze._lightning import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning_freeze.functional import can_train
+
+
+def reshard(strategy: Strategy, module: nn.Module) -> None:
+    """Free what FSDP2 has gathered, so that a module's parameters are the sharded ones, always the same objects.
+
+    After a step with frozen parameters FSDP2 leaves them gathered: tensors that it will throw away, and in which it
+    does not look for flags.
+    """
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.reshard()
+
+
+class CheckpointsByName:
+    """Lets FSDP save and load the states of optimizers while parameters are frozen.
+
+    It does so by the names of parameters, and when it loads, only for those that require grad; so for the time of a
+    load, those require grad that have a state in the file. A single file is read with the ``weights_only`` that
+    Lightning was asked for. Other strategies are left alone.
+
+    Args:
+        strategy: Any strategy; two methods of this one object are covered until :meth:`release`.
+        parameters: All parameters of the module, by name.
+        paused: Returns a context in which steps are nobody's: torch takes one to make the states that it then fills.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        parameters: Mapping[str, nn.Parameter],
+        paused: Callable[[], AbstractContextManager[object]],
+    ) -> None:
+        self._strategy: Any = strategy if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) else None
+        self._parameters = parameters
+        self._paused = paused
+        if self._strategy is not None:
+            vars(self._strategy).update(optimizer_state=self._optimizer_state, load_checkpoint=self._load_checkpoint)
+
+    def release(self) -> None:
+        """Uncover the strategy's own methods."""
+        if self._strategy is not None:
+            for name in ("optimizer_state", "load_checkpoint"):
+                self._strategy.__dict__.pop(name, None)
+
+    def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        reshard(self._strategy, self._strategy.lightning_module)
+        state: dict[str, Any] = type(self._strategy).optimizer_state(self._strategy, optimizer)
+        return state
+
+    def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        reshard(self._strategy, self._strategy.lightning_module)
+        flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
+        path = Path(self._strategy.broadcast(checkpoint_path))
+        if path.is_dir():
+            saved, have_state = None, {match[1] for match in _entries(path, r"optimizer_\d+\.state\.(.+)\.\w+")}
+        else:
+            saved = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)["optimizer_states"]
+            have_state = _names_with_state(saved, list(self._parameters))
+        try:
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(name in have_state and can_train(parameter))
+            with self._paused():
+                return self._load(path, saved, weights_only)
+        finally:
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(flags[name])
+
+    def _load(self, path: Path, saved: list[dict[str, Any]] | None, weights_only: bool | None) -> dict[str, Any]:
+        """Load as the strategy does, except where FSDP2 would fail at what was saved while something was frozen."""
+        strategy = self._strategy
+        optimizers = strategy.optimizers
+        # Lightning's loop over the states in one file ends in an IndexError at an empty one.
+        one_by_one = (
+            isinstance(strategy, ModelParallelStrategy)
+            and saved is not None
+            and not all(state["state"] for state in saved)
+        )
+        try:
+            if one_by_one:
+                strategy.optimizers = []
+            checkpoint: dict[str, Any] = type(strategy).load_checkpoint(strategy, path, weights_only=weights_only)
+        finally:
+            strategy.optimizers = optimizers
+        if one_by_one:
+            for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+                _load_state(strategy, optimizer, state)
+        return checkpoint
+
+
+def _names_with_state(saved: Iterable[dict[str, Any]], names: Sequence[str]) -> set[str]:
+    """Return the parameters that have optimizer state in a file; it names them, or numbers them as the module does."""
+    keys = [key for state in saved for key in state["state"]]
+    return {names[key] if isinstance(key, int) else key for key in keys}
+
+
+def _load_state(strategy: ModelParallelStrategy, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Load one optimizer's state as Lightning does, also if it has none."""
+    model = strategy.model
+    assert model is not None
+    assert strategy.lightning_module is not None
+    if not state["state"]:
+        optimizer.load_state_dict(state)
+        return
+    options = StateDictOptions(
+        broadcast_from_rank0=True, full_state_dict=True, strict=strategy.lightning_module.strict_loading
+    )
+    named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, model)
+    set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
+
+
+def _entries(path: Path, pattern: str) -> list[re.Match[str]]:
+    """Return the entries of a sharded checkpoint that match."""
+    keys = FileSystemReader(path).read_metadata().state_dict_metadata
+    return [match for key in keys if (match := re.fullmatch(pattern, key))]

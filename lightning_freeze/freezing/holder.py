@@ -1,0 +1,83 @@
+"""The base of the callbacks that keep parameters frozen during a fit: they share one ledger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of, optimizers_of, without_fit
+from lightning_freeze.freezing.ledger import Hold, Ledger, close_ledger, open_ledger
+from lightning_freeze.freezing.strategies import check_strategy
+
+
+class Holder(Callback):
+    """A callback that keeps parameters frozen, and modules in eval mode, from fit start to the end of the fit.
+
+    All holders of a Trainer share the fit's :class:`Ledger`, which the first one opens with what :meth:`holds` of each
+    returns; so their order does not matter.
+    """
+
+    _ledger: Ledger | None = None
+
+    def holds(self, module: nn.Module) -> Hold:
+        """Return what the callback keeps frozen in a module, also outside of a fit."""
+        return Hold()
+
+    @property
+    def ledger(self) -> Ledger:
+        """The ledger of the fit that runs."""
+        assert self._ledger is not None
+        return self._ledger
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a strategy under which parameters cannot freeze."""
+        if stage == "fit":
+            check_strategy(trainer.strategy)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Freeze before anything is trained or restored."""
+        holders = [callback for callback in callbacks_of(trainer) if isinstance(callback, Holder)]
+        holds = {holder.state_key: holder.holds(pl_module) for holder in holders}
+        self._ledger = open_ledger(trainer, pl_module, holds)
+        self._ledger.settle(modes=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put modules in eval mode; before, Lightning warns of them."""
+        self.ledger.settle()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put right what other code has switched."""
+        self.ledger.settle()
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have a GradScaler accept an optimizer of which nothing trains."""
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            self.ledger.lend_gradients(optimizers_of(trainer))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Drop gradients of what is frozen before they are clipped."""
+        self.ledger.drop_gradients()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Save modules among the hyperparameters as they are after the fit."""
+        if self._ledger is not None:
+            saved = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+            self._ledger.as_after_fit(saved, pl_module.hparams)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Restore flags and modes."""
+        self._close(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Restore flags and modes."""
+        self._close(trainer)
+
+    def _close(self, trainer: Trainer) -> None:
+        self._ledger = None
+        close_ledger(trainer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to one fit in one process."""
+        return without_fit(self.__dict__, _ledger=None)

@@ -1,0 +1,224 @@
+"""One ledger a fit: who keeps which parameters frozen, and everything that follows from it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_freeze._lightning import LightningModule, Strategy, Trainer
+from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
+from lightning_freeze.freezing.ddp import follow_trainable_set
+from lightning_freeze.freezing.eval_mode import BY_HAND, hold_eval, leave_as_after_fit, release_eval
+from lightning_freeze.freezing.fsdp import reshard
+from lightning_freeze.freezing.optimizers import members
+from lightning_freeze.freezing.steps import Steps
+from lightning_freeze.functional import set_trainable
+from lightning_freeze.logs import get_logger
+from lightning_freeze.selectors import named_unique_parameters
+from lightning_freeze.words import listed
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """What one holder asks for.
+
+    Args:
+        frozen: The identities of parameters that it keeps frozen.
+        eval_mode: Modules that it keeps in eval mode, each without its children.
+        trains: The identities of parameters that train unless a holder keeps them frozen.
+        own: Modules whose mode is this holder's to choose, whether it keeps them in eval mode or not.
+    """
+
+    frozen: frozenset[int] = frozenset()
+    eval_mode: tuple[nn.Module, ...] = ()
+    trains: frozenset[int] = frozenset()
+    own: frozenset[nn.Module] = frozenset()
+
+
+@dataclass
+class _Came:
+    """How the fit found the module; what it did not touch is the user's to change."""
+
+    flags: dict[int, bool]
+    touched: set[int] = field(default_factory=set)
+
+
+class Ledger:
+    """Brings flags, modes, gradients and the wrapper in line with what the holders of a fit ask for.
+
+    A parameter that a holder keeps frozen is frozen, whoever else wants it to train. :meth:`settle` goes by what was
+    decided, not by the flags it finds: other code switches those too, for an online evaluation or a GAN's other half.
+
+    Args:
+        strategy: The Trainer's.
+        module: The LightningModule, as the fit found it.
+
+    Attributes:
+        parameters: All parameters by name, tied ones once.
+        trains: The identities of the parameters that train, as decided last.
+        steps: What is done around the optimizers' steps during the fit.
+    """
+
+    def __init__(self, strategy: Strategy, module: nn.Module) -> None:
+        reshard(strategy, module)
+        self.module, self.strategy = module, strategy
+        self.parameters = named_unique_parameters(module)
+        self._came = _Came({id(p): p.requires_grad for p in self.parameters.values()})
+        self.trains = {key for key, flag in self._came.flags.items() if flag}
+        self._frozen: list[nn.Parameter] = []
+        self._holds: dict[str, Hold] = {}
+        self._in_eval: list[nn.Module] = []
+        self._warned = False
+        self.steps = Steps()
+        self.steps.before.append(lambda _: self.drop_gradients())
+
+    def came_trainable(self, parameter: nn.Parameter) -> bool:
+        """Return whether a parameter required grad when the fit began."""
+        return self._came.flags[id(parameter)]
+
+    def hold(self, who: str, hold: Hold) -> None:
+        """Replace what a holder asks for; :meth:`settle` then does it."""
+        self._holds[who] = hold
+
+    def held(self, *, without: str = "") -> dict[int, str]:
+        """Return who keeps a parameter frozen, by its identity, ``without`` one holder."""
+        layers = [layer for layer in self.module.modules() if has_running_statistics(layer)]
+        by_hand = {BY_HAND: Hold(frozenset(affine_frozen_by_hand(layers)))}
+        holds = {**self._holds, **by_hand}
+        return {key: who for who, hold in holds.items() if who != without for key in hold.frozen}
+
+    def left_alone(self) -> set[nn.Module]:
+        """Return the modules whose mode one holder chooses."""
+        return {module for hold in self._holds.values() for module in hold.own}
+
+    def settle(self, *, modes: bool = True) -> None:
+        """Bring everything in line; doing it twice changes nothing. For all ranks at the same step.
+
+        Args:
+            modes: Whether modules change mode. Lightning warns of some in eval mode before ``on_train_start``.
+        """
+        reshard(self.strategy, self.module)
+        before, frozen = self.trains, self.held().keys()
+        wanted = {key for hold in self._holds.values() for key in hold.trains}
+        self._warn_of_switched([p for p in self._frozen if p.requires_grad])
+        self.trains, self._frozen = set(), []
+        for parameter in self.parameters.values():
+            self._decide(parameter, frozen=id(parameter) in frozen, wanted=id(parameter) in wanted)
+            if id(parameter) in self.trains and id(parameter) not in before:
+                parameter.grad = None  # from before its phase
+        if modes:
+            stay = dict.fromkeys(module for hold in self._holds.values() for module in hold.eval_mode)
+            release_eval((m for m in self._in_eval if m not in stay), training=self.module.training)
+            hold_eval(stay)
+            self._in_eval = list(stay)
+        if self.trains != before:
+            froze = [p for p in self.parameters.values() if id(p) in before - self.trains]
+            follow_trainable_set(self.strategy, froze)
+
+    def drop_gradients(self) -> None:
+        """Drop the gradients of what is frozen: they would count in a clip and move it in a step."""
+        stray = [parameter for parameter in self._frozen if parameter.grad is not None]
+        for parameter in stray:
+            parameter.grad = None
+        if stray:
+            self._warn_of_switched([parameter for parameter in stray if parameter.requires_grad])
+
+    def lend_gradients(self, optimizers: Iterable[Optimizer]) -> None:
+        """Set one zero gradient in each wholly frozen optimizer, until its step: a GradScaler refuses it without."""
+        frozen = set(map(id, self._frozen))
+        for optimizer in optimizers:
+            own = members([optimizer])
+            if own and all(id(parameter) in frozen for parameter in own):
+                smallest = min(own, key=torch.numel)
+                smallest.grad = torch.zeros_like(smallest)
+
+    def as_after_fit(self, hyperparameters: dict[str, Any], live: Mapping[str, Any]) -> None:
+        """Put copies in the place of modules among saved hyperparameters, with the flags and modes that they came with.
+
+        ``save_hyperparameters()`` keeps a module that the LightningModule was built with, not a copy of it, so what the
+        fit does to it would be saved. The copies share the memory of all tensors.
+
+        Args:
+            hyperparameters: What is about to be saved; it changes.
+            live: The modules that the fit works on, by the same keys.
+        """
+        for key, module in live.items():
+            if hyperparameters.get(key) is not module or not isinstance(module, nn.Module):
+                continue
+            memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
+            memo |= {id(parameter): copy.copy(parameter) for parameter in module.parameters()}
+            twin = copy.deepcopy(module, memo)
+            for parameter, copied in zip(module.parameters(), twin.parameters(), strict=True):
+                copied.requires_grad = self._came.flags.get(id(parameter), copied.requires_grad)
+            leave_as_after_fit(module, twin, training=self.module.training)
+            hyperparameters[key] = twin
+
+    def close(self) -> None:
+        """Restore flags and modes; what was learned stays. Calling it again does nothing."""
+        self.steps.close()
+        reshard(self.strategy, self.module)
+        release_eval(self._in_eval, training=self.module.training)
+        by_hand = affine_frozen_by_hand(layer for layer in self.module.modules() if has_running_statistics(layer))
+        for parameter in self.parameters.values():
+            if id(parameter) in self._came.touched and id(parameter) not in by_hand:
+                parameter.requires_grad = self._came.flags[id(parameter)]
+        self._in_eval, self._came.touched, self._frozen = [], set(), []
+
+    def _decide(self, parameter: nn.Parameter, *, frozen: bool, wanted: bool) -> None:
+        key, came = id(parameter), self._came
+        if frozen or wanted:
+            came.touched.add(key)
+            set_trainable(parameter, not frozen)
+        elif key in came.touched:  # its holder has let it go
+            came.touched.remove(key)
+            set_trainable(parameter, came.flags[key])
+        if frozen:
+            self._frozen.append(parameter)
+        elif wanted or came.flags[key]:
+            self.trains.add(key)
+
+    def _warn_of_switched(self, parameters: list[nn.Parameter]) -> None:
+        if self._warned or not parameters:
+            return
+        self._warned = True
+        switched = set(map(id, parameters))
+        names = [name for name, parameter in self.parameters.items() if id(parameter) in switched]
+        if self.strategy.is_global_zero:
+            _log.warning(
+                "other code has switched on requires_grad of %d frozen parameter(s): %s. They stay frozen: their "
+                "gradients are dropped before each step.",
+                *(len(names), listed(names)),
+            )
+
+
+_LEDGERS: WeakKeyDictionary[Trainer, Ledger] = WeakKeyDictionary()
+
+
+def open_ledger(trainer: Trainer, pl_module: LightningModule, holds: Mapping[str, Hold]) -> Ledger:
+    """Return the ledger of the fit that runs; the first to ask opens it.
+
+    Args:
+        trainer: The Trainer.
+        pl_module: The LightningModule.
+        holds: What the holders of the fit ask for, by their keys, for a ledger that is opened.
+    """
+    if trainer not in _LEDGERS:
+        _LEDGERS[trainer] = Ledger(trainer.strategy, pl_module)
+        for who, hold in holds.items():
+            _LEDGERS[trainer].hold(who, hold)
+    return _LEDGERS[trainer]
+
+
+def close_ledger(trainer: Trainer) -> None:
+    """End the fit's ledger, if one is open."""
+    if (ledger := _LEDGERS.pop(trainer, None)) is not None:
+        ledger.close()

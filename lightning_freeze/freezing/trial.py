@@ -1,0 +1,106 @@
+"""What an optimizer would refuse in mid-fit, asked of a throw-away one of its class before the first batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_freeze.words import listed
+
+
+def try_adoption(
+    optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], sparse: Iterable[int] = ()
+) -> dict[nn.Parameter, Any]:
+    """Build an optimizer with parameters that this one was not given, and step small ones of their kinds.
+
+    Args:
+        optimizer: The optimizer that shall take them in.
+        parameters: Name to parameter.
+        sparse: The identities of those that get sparse gradients.
+
+    Returns:
+        The state that the constructor makes for a parameter, where it makes one.
+
+    Raises:
+        ValueError: If the constructor or the step refuses them; it says what the optimizer said.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> muon = torch.optim.Muon([net.weight])
+        >>> try_adoption(muon, {"bias": net.bias})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: The schedule trains what Muon was not given and does not take: bias. It says: Muon only supports ...
+    """
+    sparse = set(sparse)
+    known, new = (
+        sorted({(p.ndim, id(p) in sparse) for p in members})
+        for members in ([p for group in optimizer.param_groups for p in group["params"]], parameters.values())
+    )
+    try:
+        for ndim, is_sparse in known:
+            _step(optimizer, [{}], shape=(2,) * ndim, sparse=is_sparse)
+    except Exception:  # whatever the class raises at what it was given, it cannot be asked so
+        return {}
+    try:
+        other = _another(optimizer, list(parameters.values()))
+        for ndim, is_sparse in new:
+            _step(optimizer, [{}], shape=(2,) * ndim, sparse=is_sparse)
+    except Exception as error:
+        raise ValueError(
+            f"The schedule trains what {type(optimizer).__name__} was not given and does not take: "
+            f"{listed(parameters)}. It says: {error} "
+            "Give them to an optimizer in configure_optimizers, or leave them out of the phases."
+        ) from error
+    return {p: other.state[p] for p in parameters.values() if other.state.get(p)}
+
+
+def try_scales(optimizer: Optimizer, index: int, factors: Iterable[float]) -> None:
+    """Step two small tensors with one learning rate, then with two, as the scales of a group would have it.
+
+    Args:
+        optimizer: The optimizer whose groups are scaled.
+        index: The index of the group.
+        factors: The scales.
+
+    Raises:
+        ValueError: If the optimizer refuses two learning rates; it says what the optimizer said.
+    """
+    rate = optimizer.param_groups[index].get("lr")
+    if not isinstance(rate, float):
+        return
+    try:
+        _step(optimizer, [{"lr": rate}, {"lr": rate}])
+    except Exception:  # whatever the class raises, it cannot be asked so
+        return
+    for factor in factors:
+        try:
+            _step(optimizer, [{"lr": rate}, {"lr": rate * factor}])
+        except Exception as error:
+            raise ValueError(
+                f"lr_scale makes groups of different learning rates, which {type(optimizer).__name__} refuses: {error} "
+                "Leave lr_scale out."
+            ) from error
+
+
+def _step(
+    optimizer: Optimizer, options: list[dict[str, Any]], shape: tuple[int, ...] = (2, 2), *, sparse: bool = False
+) -> None:
+    like = next(p for group in optimizer.param_groups for p in group["params"])
+    tensors = [nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)) for _ in options]
+    groups = [{"params": [tensor], **own} for tensor, own in zip(tensors, options, strict=True)]
+    other = _another(optimizer, groups)
+    for tensor in tensors:
+        zeros: Tensor = torch.zeros_like(tensor)
+        tensor.grad = zeros.to_sparse(1) if sparse else zeros
+    other.step()
+
+
+def _another(optimizer: Optimizer, parameters: Any) -> Optimizer:
+    known = inspect.signature(type(optimizer)).parameters
+    options = {key: value for key, value in optimizer.defaults.items() if key in known}
+    return type(optimizer)(parameters, **options)

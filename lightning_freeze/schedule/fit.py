@@ -1,0 +1,275 @@
+"""A schedule resolved against one module and its optimizers, for one fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_freeze._lightning import (
+    FSDPStrategy,
+    LightningModule,
+    MisconfigurationException,
+    ModelParallelStrategy,
+    Strategy,
+    Trainer,
+    optimizers_of,
+)
+from lightning_freeze.freezing.fsdp import CheckpointsByName
+from lightning_freeze.freezing.ledger import Hold, Ledger
+from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, foreign, missing
+from lightning_freeze.functional import can_train, scalars
+from lightning_freeze.logs import get_logger
+from lightning_freeze.schedule.meaning import FrozenMode, asleep, eval_modules, phase_scales, phase_trains, scale_owners
+from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.selectors import selector_text
+from lightning_freeze.words import listed
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What each phase means for one module.
+
+    Args:
+        asleep: The identities of what ``"*"`` leaves frozen.
+        trains: For each phase, what trains, by name.
+        scales: For each phase, the learning rate scales, by identity.
+        holds: For each phase, what the schedule asks the ledger for.
+    """
+
+    asleep: set[int]
+    trains: list[dict[str, nn.Parameter]]
+    scales: list[dict[int, float]]
+    holds: list[Hold]
+
+
+def resolve_phases(
+    module: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    phases: Sequence[Phase],
+    *,
+    came_frozen: set[int],
+    held: Mapping[int, str],
+    mode: FrozenMode,
+    left_alone: Collection[nn.Module] = (),
+) -> Resolved:
+    """Return what each phase means for a module, so that every error comes before the first batch.
+
+    Args:
+        module: The module.
+        parameters: All of its parameters, by name.
+        phases: The schedule.
+        came_frozen: The identities of what was frozen when the fit began.
+        held: Who keeps a parameter frozen in every phase, by its identity.
+        mode: How wholly frozen modules run.
+        left_alone: Modules whose mode is another holder's to choose.
+
+    Raises:
+        ValueError: If a phase names or trains nothing.
+    """
+    sleeping = asleep(module, phases, came_frozen)
+    trains = [phase_trains(module, phase, sleeping, held) for phase in phases]
+    holds = []
+    for selected in trains:
+        active = frozenset(map(id, selected.values()))
+        frozen = frozenset(id(parameter) for parameter in parameters.values()) - active
+        stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
+        holds.append(Hold(frozen, tuple(stay), active))
+    return Resolved(sleeping, trains, [phase_scales(module, phase) for phase in phases], holds)
+
+
+@dataclass
+class Fit:
+    """A schedule at work.
+
+    Args:
+        phases: The schedule.
+        ledger: The fit's.
+        resolved: What each phase means.
+        policy: What becomes of a parameter's optimizer state when it freezes.
+        optimizers: The optimizers under the schedule.
+        checkpoints: What lets FSDP save and load while parameters are frozen.
+        stepped: Optimizer steps since the batch began, and ``trainer.global_step`` then.
+    """
+
+    phases: Sequence[Phase]
+    ledger: Ledger
+    resolved: Resolved
+    policy: OptimizerState
+    optimizers: list[PhasedOptimizer] = field(default_factory=list)
+    checkpoints: CheckpointsByName | None = None
+    stepped: tuple[int, int] = (0, 0)
+
+    def begin(self, trainer: Trainer) -> None:
+        """Take the Trainer's optimizers under the schedule."""
+        self.follow(trainer)
+        self.checkpoints = CheckpointsByName(trainer.strategy, self.ledger.parameters, self.ledger.steps.paused)
+        steps = self.ledger.steps
+        steps.before.append(self._show)
+        steps.after.append(self._hide)
+        steps.counted.append(self._count)
+
+    def follow(self, trainer: Trainer) -> bool:
+        """Take optimizers over that somebody has put in the place of others; return whether there were any."""
+        optimizers = optimizers_of(trainer)
+        if list(map(id, optimizers)) == [id(phased.optimizer) for phased in self.optimizers]:
+            return False
+        self._release_optimizers()
+        adopt = self._to_adopt(trainer.strategy, optimizers)
+        for optimizer in optimizers:
+            phased = PhasedOptimizer(
+                optimizer,
+                scales=self.resolved.scales,
+                adopt=adopt,
+                optimizer_state=self.policy,
+                sparse=_sparse(self.ledger.module),
+            )
+            self.optimizers.append(phased)
+        return True
+
+    def apply(self, index: int) -> None:
+        """Follow a phase."""
+        for phased in self.optimizers:
+            phased.apply(index, self.ledger.trains)
+
+    def state(self) -> list[dict[str, Any]]:
+        """Return what the optimizers' own states do not have, for a checkpoint."""
+        self.ledger.steps.reset()
+        return [phased.state() for phased in self.optimizers]
+
+    def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Take over what :meth:`state` returned."""
+        if len(states) == len(self.optimizers):
+            for phased, state in zip(self.optimizers, states, strict=True):
+                phased.load_state(state)
+
+    def begin_batch(self, step: int) -> None:
+        """Count optimizer steps from here, at a ``trainer.global_step``."""
+        self.stepped = (0, step)
+
+    def uncounted(self, step: int) -> int:
+        """Return the steps since the batch began if ``trainer.global_step`` has counted none of them."""
+        steps, before = self.stepped
+        return steps if step == before else 0
+
+    def rates(self, index: int) -> dict[str, float]:
+        """Return the learning rates of what the phase scales and trains, by selector."""
+        phase, trains = self.phases[index], self.resolved.trains[index]
+        found: dict[str, float] = {}
+        for name, select in scale_owners(self.ledger.module, phase).items() if phase.scales else ():
+            text = selector_text(select)
+            if name in trains and text not in found:
+                rates = [rate for phased in self.optimizers if (rate := phased.view.rate(trains[name])) is not None]
+                if rates:
+                    found[text] = rates[0]
+        return found
+
+    def trainable(self) -> int:
+        """Return how many scalars train."""
+        return sum(scalars(p) for p in self.ledger.parameters.values() if id(p) in self.ledger.trains)
+
+    def release(self) -> list[dict[str, Any]]:
+        """Leave the optimizers as the user made them; return their last :meth:`state`."""
+        if self.checkpoints is not None:
+            self.checkpoints.release()
+        state = self.state()
+        self._release_optimizers()
+        return state
+
+    def _release_optimizers(self) -> None:
+        self.ledger.steps.reset()
+        for phased in self.optimizers:
+            phased.release()
+        self.optimizers = []
+
+    def _show(self, optimizer: Optimizer) -> None:
+        for phased in self.optimizers:
+            phased.view.show(optimizer)
+
+    def _hide(self, optimizer: Optimizer) -> None:
+        for phased in self.optimizers:
+            phased.view.hide(optimizer)
+
+    def _count(self, optimizer: Optimizer) -> None:
+        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
+        if first is not None and id(first) in self.resolved.holds[0].frozen | self.resolved.holds[0].trains:
+            self.stepped = (self.stepped[0] + 1, self.stepped[1])
+
+    def _to_adopt(self, strategy: Strategy, optimizers: Sequence[Optimizer]) -> dict[str, nn.Parameter]:
+        parameters = self.ledger.parameters
+        if outside := foreign(optimizers, parameters.values()):
+            raise MisconfigurationException(
+                f"The optimizer holds {len(outside)} parameter(s) that are not the LightningModule's, of shape "
+                f"{', '.join(str(tuple(p.shape)) for p in outside[:5])}: they have no name, so no phase can say "
+                "whether they train, and no checkpoint would hold them. Make them part of the LightningModule."
+            )
+        wanted = {name for trains in self.resolved.trains for name in trains}
+        adopt = missing(optimizers, {name: p for name, p in parameters.items() if name in wanted})
+        if not adopt or not optimizers:
+            return {}
+        if len(optimizers) > 1:
+            raise MisconfigurationException(
+                f"The schedule trains parameters that none of the {len(optimizers)} optimizers holds: "
+                f"{listed(adopt)}. Which one should is for you to say: give them to one in configure_optimizers."
+            )
+        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+            raise MisconfigurationException(
+                f"The schedule trains parameters that the optimizer was not given: {listed(adopt)}. With "
+                f"{type(strategy).__name__}, which saves optimizers in parts, they cannot be added later: give them to "
+                "the optimizer in configure_optimizers; a phase says from when on they train."
+            )
+        if strategy.is_global_zero:
+            _log.info(
+                "the schedule trains %d parameters that the optimizer was not given; it takes them into its first "
+                "group: %s",
+                *(len(adopt), listed(adopt)),
+            )
+        return adopt
+
+
+def begin_fit(
+    phases: Sequence[Phase],
+    ledger: Ledger,
+    pl_module: LightningModule,
+    *,
+    mode: FrozenMode,
+    policy: OptimizerState,
+    who: str,
+) -> Fit:
+    """Return a schedule resolved against a module, before it has taken over optimizers."""
+    held = ledger.held(without=who)
+    came_frozen = {id(p) for p in ledger.parameters.values() if can_train(p) and not ledger.came_trainable(p)}
+    resolved = resolve_phases(
+        pl_module,
+        ledger.parameters,
+        phases,
+        came_frozen=came_frozen,
+        held=held,
+        mode=mode,
+        left_alone=ledger.left_alone(),
+    )
+    return Fit(phases, ledger, resolved, policy)
+
+
+def steps_per_epoch(trainer: Trainer) -> float | None:
+    """Return the optimizer steps of an epoch, None if that cannot be known."""
+    batches = trainer.num_training_batches
+    if trainer.lightning_module.automatic_optimization and 0 < batches < math.inf:
+        return math.ceil(batches / trainer.accumulate_grad_batches)
+    return trainer.global_step / trainer.current_epoch if trainer.current_epoch and trainer.global_step else None
+
+
+def _sparse(module: nn.Module) -> list[int]:
+    """Return the identities of parameters that get sparse gradients."""
+    return [
+        id(parameter)
+        for child in module.modules()
+        if getattr(child, "sparse", False) is True
+        for parameter in child.parameters(recurse=False)
+    ]

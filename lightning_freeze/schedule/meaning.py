@@ -1,0 +1,203 @@
+"""What a phase means for one module: what trains, at which learning rate scale, and which modules run in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from lightning_freeze.freezing.batchnorm import frozen_running_statistics
+from lightning_freeze.freezing.eval_mode import wholly_frozen
+from lightning_freeze.functional import can_train, scalars
+from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.selectors import (
+    Predicate,
+    as_patterns,
+    clean_name,
+    named_unique_parameters,
+    overlay,
+    resolve,
+    selector_text,
+)
+from lightning_freeze.words import listed
+
+FrozenMode: TypeAlias = Literal["batchnorm", "eval", "train"]
+
+_TRAIN = "Phase(train={})"
+
+
+def asleep(module: nn.Module, phases: Sequence[Phase], came_frozen: Collection[int]) -> set[int]:
+    """Return the parameters that came frozen and that no phase names: ``"*"`` leaves them frozen.
+
+    Args:
+        module: The module to look in.
+        phases: The schedule.
+        came_frozen: The identities of what was frozen when the fit began.
+
+    Raises:
+        ValueError: If a pattern matches nothing.
+
+    Example:
+        >>> net = nn.ModuleDict({"teacher": nn.Linear(2, 2), "student": nn.Linear(2, 2)})
+        >>> frozen = {id(parameter) for parameter in net["teacher"].parameters()}
+        >>> asleep(net, [Phase("*")], frozen) == frozen, asleep(net, [Phase(["*", "teacher"])], frozen)
+        (True, set())
+    """
+    named = {
+        id(parameter)
+        for phase in phases
+        for pattern in _named_patterns(phase)
+        for parameter in resolve(module, pattern, given=_TRAIN).values()
+    }
+    return set(came_frozen) - named
+
+
+def phase_trains(
+    module: nn.Module, phase: Phase, asleep: Collection[int] = (), held: Mapping[int, str] | None = None
+) -> dict[str, nn.Parameter]:
+    """Return what a phase trains, by name.
+
+    Args:
+        module: The module to look in.
+        phase: The phase.
+        asleep: The identities of what ``"*"`` leaves frozen.
+        held: Who keeps a parameter frozen in every phase, by its identity. That ``"*"`` selects such parameters too is
+            fine; to name only such ones is not.
+
+    Raises:
+        ValueError: If the phase's selector matches nothing, nothing that can train, or names what never trains.
+
+    Example:
+        >>> list(phase_trains(nn.Linear(2, 1), Phase("weight")))
+        ['weight']
+    """
+    held = held or {}
+    awake = _awake(asleep)
+    patterns = [awake if pattern == "*" else pattern for pattern in as_patterns(phase.train)]
+    if awake in patterns and all(map(asleep.__contains__, map(id, module.parameters()))):
+        raise ValueError(
+            f"Phase {phase.label!r} trains nothing: all parameters came frozen, which '*' leaves alone. "
+            "Name what shall train, for example Phase('head')."
+        )
+    selected = resolve(module, patterns, given=_TRAIN)
+    _check_named(module, phase, held)
+    trains = {name: parameter for name, parameter in selected.items() if can_train(parameter)}
+    if not trains:
+        raise ValueError(f"Phase {phase.label!r} trains nothing: all it selects has a dtype without gradients.")
+    left = {name: parameter for name, parameter in trains.items() if id(parameter) not in held}
+    if not left:
+        raise ValueError(
+            f"Phase {phase.label!r} trains nothing: all it selects is the affine part of frozen BatchNorm layers. "
+            "Select more, or freeze these with train_affine=True."
+        )
+    return left
+
+
+def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float]:
+    """Return the learning rate scale of each parameter that has one in a phase, by identity.
+
+    Raises:
+        ValueError: If a selector of ``lr_scale`` matches nothing, or if later ones leave it nothing.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> phase_scales(net, Phase("*", lr_scale={"*": 0.5, "bias": 2.0})) == {id(net.weight): 0.5, id(net.bias): 2.0}
+        True
+    """
+    parameters = named_unique_parameters(module)
+    owner = scale_owners(module, phase)
+    return {id(parameters[name]): float(phase.scales[select]) for name, select in owner.items()}
+
+
+def scale_owners(module: nn.Module, phase: Phase) -> dict[str, Any]:
+    """Return, for each parameter that ``lr_scale`` names, the selector that holds."""
+    return overlay(module, list(phase.scales), given="Phase(lr_scale={{{}: …}})")
+
+
+def eval_modules(module: nn.Module, trains: Collection[int], mode: FrozenMode) -> list[nn.Module]:
+    """Return the modules that run in eval mode while only ``trains`` trains.
+
+    Args:
+        module: The module to look in.
+        trains: The identity of each parameter that trains.
+        mode: ``"batchnorm"``, ``"eval"`` or ``"train"``, as in :class:`FreezeSchedule`.
+    """
+    if mode == "batchnorm":
+        return frozen_running_statistics(module, trains)
+    return wholly_frozen(module, trains) if mode == "eval" else []
+
+
+def what_came_frozen(
+    module: nn.Module, phases: Sequence[Phase], came_frozen: Collection[int], held: Collection[int]
+) -> str | None:
+    """Return what to say of parameters that came frozen: what ``"*"`` leaves frozen, and what a phase wakes.
+
+    Args:
+        module: The module to look in.
+        phases: The schedule.
+        came_frozen: The identities of what was frozen when the fit began.
+        held: The identities of what a callback keeps frozen in every phase; nothing is said of them.
+
+    Returns:
+        A text with the line that would say the other thing, None if there is nothing to say.
+    """
+    sleeping = asleep(module, phases, came_frozen)
+    stars = any("*" in as_patterns(phase.train) for phase in phases)
+    sentences = []
+    if stars and (names := list(_topmost(module, sleeping - set(held)))):
+        sentences.append(
+            f'"*" is what was trainable when the fit began, so these stay frozen: {_counted(module, names)}. To train '
+            f'them too, name them: Phase(["*", {_quoted(names)}]).'
+        )
+    if names := list(_topmost(module, set(came_frozen) - sleeping - set(held))):
+        sentences.append(
+            f"these came frozen and train where a phase names them: {_counted(module, names)}. To leave them frozen, "
+            f'take them away: Phase(["*", {_quoted([f"!{name}" for name in names])}]).'
+        )
+    return " ".join(sentences) or None
+
+
+def _named_patterns(phase: Phase) -> Iterator[str | Predicate]:
+    for pattern in as_patterns(phase.train):
+        if not isinstance(pattern, str) or not (pattern == "*" or pattern.startswith("!")):
+            yield pattern
+
+
+def _awake(asleep: Collection[int]) -> Predicate:
+    def everything(name: str, parameter: Any) -> bool:
+        return id(parameter) not in asleep
+
+    everything.__qualname__ = '"*"'  # how errors show it
+    return everything
+
+
+def _check_named(module: nn.Module, phase: Phase, held: Mapping[int, str]) -> None:
+    for pattern in _named_patterns(phase):
+        keepers = {held.get(id(parameter), "") for parameter in resolve(module, pattern, given=_TRAIN).values()}
+        if keepers and all(keeper.startswith("TargetNetwork") for keeper in keepers):
+            raise ValueError(
+                f"Phase {phase.label!r} would train what {keepers.pop().partition('{')[0]} keeps frozen: "
+                f"{selector_text(pattern)!r} selects nothing else. Leave it out of `train`."
+            )
+
+
+def _topmost(module: nn.Module, chosen: Collection[int], prefix: str = "") -> Iterator[str]:
+    """Yield the names of the highest modules of which everything that can train is chosen, else of parameters."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) in chosen and can_train(parameter):
+            yield clean_name(prefix + name)
+    for name, child in module.named_children():
+        inside = [id(parameter) in chosen for parameter in child.parameters() if can_train(parameter)]
+        if inside and all(inside):
+            yield clean_name(prefix + name)
+        elif any(inside):
+            yield from _topmost(child, chosen, f"{prefix}{name}.")
+
+
+def _counted(module: nn.Module, names: Sequence[str]) -> str:
+    return listed(f"{name} ({sum(map(scalars, resolve(module, name).values())):,} parameters)" for name in names)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names[:3]) + (", …" if len(names) > 3 else "")
