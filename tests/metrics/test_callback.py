@@ -253,7 +253,7 @@ class TestInputs:
             self.fit(Manual(), stages=["train"])
 
     def test_of_another_type_are_an_error(self) -> None:
-        with pytest.raises(MisconfigurationException, match=r"inputs=…\) gave a Tensor; it has to give a tuple"):
+        with pytest.raises(MisconfigurationException, match=r"inputs=…\) gave a tensor of shape \(4, 3\); it has to give a tuple"):
             self.fit(Steps(), inputs=lambda outputs, batch: outputs["preds"])
 
 
@@ -484,8 +484,8 @@ class TestResume:
         path = tmp_path / "step=2.ckpt"
         checkpoint = torch.load(path, weights_only=True)
         (key,) = (key for key in checkpoint["callbacks"] if key.startswith("MetricLogger"))
-        (saved,) = checkpoint["callbacks"][key]["processes"]
-        checkpoint["callbacks"][key] = {"train": [states for states, _ in saved["train"]]}
+        (saved,) = checkpoint["callbacks"][key]["ranks"]
+        checkpoint["callbacks"][key] = {"train": saved["train"]}
         torch.save(checkpoint, path)
         resumed = fit_epochs(RESUMED["accuracy"], resume=path)
         assert resumed[1] == expected[1]
@@ -645,7 +645,7 @@ class TestErrors:
             ({"stages": ()}, ValueError, "logs nothing"),
             ({"prefix": "{stge}/"}, ValueError, r'Did you mean "\{stage\}/"\?'),
             ({"prefix": "{}/"}, ValueError, r'Did you mean "\{stage\}/"\?'),
-            ({"prefix": "{stage/"}, ValueError, r'An example is "\{stage\}/"'),
+            ({"prefix": "{stage/"}, ValueError, r'Did you mean "\{stage\}/"\?'),
             ({"prefix": "m/"}, ValueError, r'same names\. Did you mean "\{stage\}/m/"\?'),
             ({"prefix": None}, TypeError, "it is a string"),
             ({"inputs": "preds"}, TypeError, "it is a function"),
