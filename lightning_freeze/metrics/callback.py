@@ -40,9 +40,8 @@ class MetricLogger(Callback):
     with as many processes goes on exactly there; validation that was cut off starts anew. What a metric keeps from
     epoch to epoch, such as the extremes of ``MinMaxMetric``, goes on too, without the sanity check.
 
-    A metric that draws random numbers, such as torchmetrics' ``BootStrapper``, draws them from the global generator, as
-    it would anywhere else. One that takes logits, such as ``AUROC``, tells them from probabilities anew in each batch:
-    a small batch of logits that all lie from 0 to 1 counts as it is. Give it probabilities to be sure.
+    A metric that takes logits, such as ``AUROC``, tells them from probabilities anew in each batch: a small batch of
+    logits that all lie from 0 to 1 counts as it is. Give it probabilities to be sure.
 
     Args:
         metrics: A torchmetrics ``Metric``, a ``MetricCollection`` or a dict of name to metric. They are cloned, and
@@ -81,21 +80,19 @@ class MetricLogger(Callback):
         self.prefix = as_prefix(prefix, self.stages)
         self.prog_bar = as_flag("prog_bar", prog_bar)
         self._clones = self._of_sanity_check = Clones(self.metrics, self.stages)
-        # Some metrics, such as MinMaxMetric, show the names of their values only when they compute them.
-        self._names = set(map(str, self.metrics))
+        self._names = set(map(str, self.metrics))  # MinMaxMetric shows others when it computes them
         self._left_out: set[str] = set()
         self._missing = ""
 
     @property
     def state_key(self) -> str:
         """Several of these in one Trainer are told apart by what they log in which stages."""
-        names, stages = list(self.metrics.keys()), sorted(self.stages)
-        return self._generate_state_key(prefix=self.prefix, metrics=names, stages=stages)
+        return self._generate_state_key(prefix=self.prefix, metrics=list(self.metrics), stages=sorted(self.stages))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what an earlier fit has seen, before a checkpoint may be loaded; refuse another of the same names."""
         self._clones, self._of_sanity_check = (Clones(self.metrics, self.stages) for _ in range(2))
-        self._left_out, self._missing = set(), ""
+        self._missing = ""
         self._check_others(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,8 +109,7 @@ class MetricLogger(Callback):
     ) -> None:
         """Update the metrics."""
         # What Lightning makes of a training step that returned None to be skipped.
-        skipped = pl_module.automatic_optimization and outputs == {}
-        if not skipped:
+        if not (pl_module.automatic_optimization and outputs == {}):
             self._warn_of_missing(trainer)
             self._update(trainer, outputs, batch)
 
@@ -154,10 +150,9 @@ class MetricLogger(Callback):
     # Not in state_dict, which does not see the other processes: only rank zero writes, and each has seen other data.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save what the metrics of training have seen in this epoch, and what all keep longer, for every process."""
-        if {"train", "val"} & set(self.stages):
-            ranks = from_all(self._clones.saved())
-            if any(any(theirs.values()) for theirs in ranks):
-                checkpoint["callbacks"][self.state_key] = {"ranks": ranks}
+        ranks = from_all(self._clones.saved())
+        if any(any(theirs.values()) for theirs in ranks):
+            checkpoint["callbacks"][self.state_key] = {"ranks": ranks}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take over what this process has seen; from another number of processes, only what metrics keep longer."""
@@ -182,8 +177,8 @@ class MetricLogger(Callback):
     def _warn_of_missing(self, trainer: Trainer) -> None:
         """Say that the epoch was resumed in its middle without what the metrics have seen before."""
         if self._missing and "train" in self.stages and trainer.is_global_zero:
-            epoch = trainer.current_epoch
-            _log.warning("the checkpoint %s: its metrics of epoch %d cover only the rest of it", self._missing, epoch)
+            rest = f"its metrics of epoch {trainer.current_epoch} cover only the rest of it"
+            _log.warning("the checkpoint %s: %s", self._missing, rest)
         self._missing = ""
 
     def _running(self, trainer: Trainer) -> tuple[Clones, Stage]:
@@ -218,8 +213,8 @@ class MetricLogger(Callback):
     def _note_names(self, trainer: Trainer, values: Iterable[str], left_out: Iterable[str]) -> None:
         self._names |= set(values)
         self._check_others(trainer)
-        if (new := [name for name in left_out if name not in self._left_out]) and trainer.is_global_zero:
-            _log.info("MetricLogger logs scalars only, and leaves out what else metrics compute: %s", listed(new))
+        if not self._left_out.issuperset(left_out) and trainer.is_global_zero:
+            _log.info("MetricLogger logs scalars only, and leaves out what else metrics compute: %s", listed(left_out))
         self._left_out |= set(left_out)
 
     def _check_others(self, trainer: Trainer) -> None:
