@@ -86,7 +86,7 @@ class MetricLogger(Callback):
 
     @property
     def state_key(self) -> str:
-        """Several of these in one Trainer are told apart by what they log in which stages."""
+        """Several of these in one Trainer differ by what they log in which stages."""
         return self._generate_state_key(prefix=self.prefix, metrics=list(self.metrics), stages=sorted(self.stages))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-#: How finely norms are told apart.
+#: What has a norm of its own beside everything together.
 Per: TypeAlias = Literal["total", "module", "parameter"]
 
 
@@ -81,7 +81,7 @@ def metric_places(names: Iterable[str], per: Per) -> dict[str, str]:
     paths = {name: name.split(".") for name in names}
     above = [path[:-1] for path in paths.values()]
     common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*above, strict=False)))
-    # Parameters of a single layer have nothing below their module to be told apart by.
+    # The parameters of a single layer have nothing below their module by which they could differ.
     depth = common + 1 if any(len(path) > common for path in above) else max(common, 1)
     return {name: ".".join(path[:depth]) for name, path in paths.items()}
 

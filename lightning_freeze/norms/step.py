@@ -49,7 +49,7 @@ class BackwardNorms:
 
 
 class StepNorms:
-    """Measures the next step of an optimizer, once it is told where that :meth:`begins`; its hooks tell it the rest.
+    """Measures the next step of an optimizer: call :meth:`begins` before it; hooks do the rest.
 
     From there to the end of the step it holds a copy of the parameters if ``what`` has ``"update"``.
 

@@ -91,7 +91,7 @@ SETUPS: dict[str, tuple[Callable[[], LightningModule], Callable[[], dict[str, An
 
 
 def fit(make: Callable[[], LightningModule], options: dict[str, Any], callbacks: list[Callback], loaders: Any) -> Any:
-    """Train, and give all that must be equal."""
+    """Train, and return all that must be equal."""
     torch.manual_seed(0)
     net = make()
     run = trainer(callbacks=callbacks, max_epochs=2, num_sanity_val_steps=1, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -458,6 +459,16 @@ class TestResume:
         assert [last[f"val/{name}"] for name in ("min", "max")] == [expected[1][f"val/{n}"] for n in ("min", "max")]
         assert last["train/max"] == expected[0]["train/max"] if middle else last == expected[1]
 
+    def test_more_processes_than_have_saved_take_what_the_first_has(self) -> None:
+        saving, loading = (MetricLogger({"m": MinMaxMetric(InPlace())}, stages=["train"]) for _ in range(2))
+        trainer(callbacks=[saving], max_epochs=1).fit(Steps(), loader(8))
+        checkpoint: dict[str, Any] = {"callbacks": {}}
+        saving.on_save_checkpoint(trainer(), Steps(), checkpoint)
+        third = SimpleNamespace(state=SimpleNamespace(fn="fit"), world_size=3, global_rank=2)
+        loading.on_load_checkpoint(third, Steps(), checkpoint)
+        (before,), (after,) = (callback._clones["train"] for callback in (saving, loading))
+        assert after["m"].max_val == before["m"].max_val > float("-inf")
+
     @pytest.mark.parametrize("stages", [["train"], ["val"]])
     def test_one_for_each_stage_resumes_as_one_for_both(self, tmp_path: Path, stages: Any) -> None:
         def fit(**resume: Any) -> dict[int, dict[str, float]]:
@@ -530,12 +541,12 @@ class TestResume:
         trainer(callbacks=[every, *metrics], max_epochs=1, enable_checkpointing=True).fit(Steps(), *loaders)
         net, again = Steps(), trainer(callbacks=[MetricLogger(now)], max_epochs=2)
         again.fit(net, *loaders, ckpt_path=tmp_path / "it.ckpt", weights_only=True)
-        told = [record.message for record in caplog.records if "epoch" in record.message]
+        warned = [record.message for record in caplog.records if "epoch" in record.message]
         sentence = (
             "the checkpoint has no state of MetricLogger(stages=('train', 'val', 'test'), prefix='{stage}/') with the "
             f"metrics {', '.join(now)}: its metrics of epoch 0 cover only the rest of it"
         )
-        assert told == [sentence] * middle
+        assert warned == [sentence] * middle
         assert again.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
 
     @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
