@@ -2,9 +2,10 @@
 
 Beside each other in one run, interleaved, so that whatever else the machine does hits all of them: this package,
 `lightning.pytorch.utilities.grad_norm`, and the loop with `.item()` that people write. First the functions alone, ours
-being `gradient_norms`; then logging in a Trainer, ours being a `NormLogger`, the others in `on_before_optimizer_step`
-with `self.log` or `self.log_dict`, as Lightning's documentation shows it: what a logged step takes longer than one that
-logs nothing. `NormLogger` gives more there: norms before and after clipping, and the gradients that are not finite.
+being those that `NormLogger` measures with; then logging in a Trainer, ours being a `NormLogger`, the others in
+`on_before_optimizer_step` with `self.log` or `self.log_dict`, as Lightning's documentation shows it: what a logged step
+takes longer than one that logs nothing. `NormLogger` gives more there: norms before and after clipping, and the
+gradients that are not finite.
 Prints the ratio of each alternative's time to ours: minimum, median and maximum over the repetitions.
 
 Run it with `python benchmarks/norms.py`, on a GPU with `--device cuda`.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import statistics
 import time
 import warnings
@@ -29,7 +31,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_freeze import NormLogger
-from lightning_freeze.norms.core import gradient_norms
+from lightning_freeze.norms.core import gradients, measure, read
+from lightning_freeze.selectors import named_unique_parameters
 
 SIZES = {"bias-sized, 64": (64,), "small, 64x64": (64, 64), "large, 256x256": (256, 256)}
 
@@ -48,6 +51,11 @@ def model(tensors: int, shape: tuple[int, ...], device: str) -> nn.Module:
             net.add_module(block, nn.Module())
         net.get_submodule(block).add_module(f"layer{index}", layer)
     return net
+
+
+def gradient_norms(net: nn.Module) -> dict[str, float]:
+    (norms,) = read([measure(gradients(named_unique_parameters(net)))])
+    return norms
 
 
 def item_total(net: nn.Module) -> float:
@@ -91,14 +99,14 @@ def compare(net: nn.Module, repetitions: int, device: str) -> None:
     # Lightning has no function for the total alone: people take it from all of them.
     cases: dict[str, tuple[Callable[[], object], dict[str, Callable[[], object]]]] = {
         "total": (
-            lambda: gradient_norms(net, per="total"),
+            lambda: math.hypot(*gradient_norms(net).values()),
             {
                 "grad_norm": lambda: float(grad_norm(net, 2)["grad_2.0_norm_total"]),
                 ".item() loop": lambda: item_total(net),
             },
         ),
         "parameter": (
-            lambda: gradient_norms(net, per="parameter"),
+            lambda: gradient_norms(net),
             {"grad_norm": lambda: lightning_each(net), ".item() loop": lambda: item_each(net)},
         ),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, StochasticWeightAveraging, WeightAveraging
@@ -22,6 +23,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from torch import Tensor, ones
 from torch.optim import Optimizer
 
 __all__ = [
@@ -46,8 +48,12 @@ __all__ = [
     "XLAStrategy",
     "_MockOptimizer",
     "callbacks_of",
+    "epoch_names",
+    "evaluation_dataloaders",
     "logged_step",
+    "loss_scale",
     "optimizers_of",
+    "unscales_gradients",
     "without_fit",
 ]
 
@@ -84,3 +90,30 @@ def without_fit(attributes: Mapping[str, Any], **instead: Any) -> dict[str, Any]
         {'tau': 0.1, '_fit': None}
     """
     return {name: value for name, value in attributes.items() if name not in _LENT} | instead
+
+
+def epoch_names(trainer: Trainer) -> dict[str, str]:
+    """Return the names that ``self.log`` has logged for the current epoch, each with the hook that logged it."""
+    # The public `logged_metrics` keeps the names of earlier epochs and stages, and has those of this epoch only later.
+    results = trainer._results
+    logged = results.result_metrics if results is not None else []
+    of_epoch = [result for result in logged if result.meta.on_epoch and not result.has_reset]
+    return {results._forked_name(one, on_step=False)[0]: one.meta.fx.partition(".")[0] for one in of_epoch}  # type: ignore[union-attr]
+
+
+def evaluation_dataloaders(trainer: Trainer) -> int:
+    """Return how many dataloaders validation or test tells apart; a CombinedLoader that mixes them counts as one."""
+    loop = trainer._evaluation_loop  # which of the loops is running, no public name says
+    return loop.num_dataloaders if loop._is_sequential else 1
+
+
+def loss_scale(trainer: Trainer) -> Tensor | None:
+    """Return what AMP multiplies the loss by, without waiting for the device; None without a scaler."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    # `get_scale` would wait.
+    return scaler.scale(ones((), device=trainer.strategy.root_device)) if scaler is not None else None
+
+
+def unscales_gradients(optimizer: Optimizer) -> bool:
+    """Return whether an optimizer divides gradients by the loss scale itself, as fused ones do, within its step."""
+    return bool(_optimizer_handles_unscaling(optimizer))  # the flag that it reads is private to torch, and may move

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ SETUPS: dict[str, tuple[Callable[[], LightningModule], Callable[[], dict[str, An
 
 
 def fit(make: Callable[[], LightningModule], options: dict[str, Any], callbacks: list[Callback], loaders: Any) -> Any:
-    """Train, and give all that must be equal."""
+    """Train, and return all that must be equal."""
     torch.manual_seed(0)
     net = make()
     run = trainer(callbacks=callbacks, max_epochs=2, num_sanity_val_steps=1, **options)
@@ -104,7 +104,7 @@ def fit(make: Callable[[], LightningModule], options: dict[str, Any], callbacks:
 @pytest.mark.parametrize("setup", SETUPS)
 def test_weights_are_the_same_on_one_device(setup: str) -> None:
     make, options = SETUPS[setup]
-    loaders = loader(samples=28), loader(samples=8)
+    loaders = loader(samples=20), loader(samples=8)
     *plain, _ = fit(make, options(), [], loaders)
     *observed, run = fit(make, options(), observers(), loaders)
     assert same(plain, observed)
@@ -135,37 +135,43 @@ def test_weights_are_the_same_on_two_processes(tmp_path: Path) -> None:
     assert {"norm/grad", "norm/update_ratio/head.bias", "train/acc", "val/auroc"} <= first["observed metrics"].keys()
 
 
-def living_tensors() -> list[Tensor]:
+@pytest.fixture
+def _only_newer_objects() -> Iterator[None]:
+    """Hide what is there already from the garbage collector, and so from what is counted."""
     gc.collect()
-    return [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class LivingTensors(Probe):
-    """Counts, at each batch start, the tensors made since it was made itself, and those of them that have a graph."""
+    """Counts living tensors, and those of them that have a graph, at each batch start from one on."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: int = 0) -> None:
         super().__init__(start=self.count)
-        self.counts: list[tuple[int, int]] = []
-        self.older = {id(tensor): tensor for tensor in living_tensors()}  # held, so that no identity is used again
+        self.first, self.counts = first, []
 
     def count(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        newer = [tensor for tensor in living_tensors() if id(tensor) not in self.older]
-        self.counts.append((len(newer), sum(tensor.grad_fn is not None for tensor in newer)))
+        if trainer.fit_loop.total_batch_idx < self.first:
+            return
+        gc.collect()
+        living = [thing for thing in gc.get_objects() if type(thing) in (Tensor, nn.Parameter)]
+        self.counts.append((len(living), sum(tensor.grad_fn is not None for tensor in living)))
 
 
 def living(callbacks: list[Callback], make: Callable[[], LightningModule] = Observed) -> list[tuple[int, int]]:
-    probe = LivingTensors()
+    probe = LivingTensors(first=2)
     run = trainer(callbacks=[*callbacks, probe], max_epochs=1, limit_val_batches=0)
-    run.fit(make(), loader())
+    run.fit(make(), loader(20))
     return probe.counts
 
 
+@pytest.mark.usefixtures("_only_newer_objects")
 @pytest.mark.parametrize("make", [Observed, lambda: Manual(optimizer=sgd)], ids=["automatic", "manual"])
 def test_no_tensor_keeps_a_graph_and_none_is_hoarded(make: Callable[[], LightningModule]) -> None:
-    elsewhere = nn.Parameter(torch.ones(1)) * 2  # what other tests have left alive does not count
     metrics = MetricLogger({"acc": tm.MulticlassAccuracy(3)})
-    counts = living([NormLogger(every_n_steps=1, per="parameter"), metrics], make)[2:]
-    assert elsewhere.grad_fn is not None
+    counts = living([NormLogger(every_n_steps=1, per="parameter"), metrics], make)
+    assert len(counts) == 3
     assert {graphs for _, graphs in counts} == {0}
     assert len({tensors for tensors, _ in counts}) == 1
 
@@ -193,18 +199,20 @@ def everything() -> list[Callback]:
     ]
 
 
+@pytest.mark.usefixtures("_only_newer_objects")
 def test_with_everything_on_the_number_of_tensors_stays_the_same() -> None:
     """Looked at when all optimizer state is there, at the steps of three epochs with validation between them."""
-    probe = LivingTensors()
+    probe = LivingTensors(first=6)
     run = trainer(callbacks=[*everything(), probe], max_epochs=5, check_val_every_n_epoch=2, limit_train_batches=3)
     run.fit(Followed(), loader(), loader(8))
-    counts = probe.counts[6:]
+    counts = probe.counts
     assert len(counts) == 9
     assert {graphs for _, graphs in counts} == {0}
     # Not the first ones: before some of them validation has run, before others not.
     assert len({tensors for step, (tensors, _) in enumerate(counts) if step % 3}) == 1
 
 
+@pytest.mark.usefixtures("_only_newer_objects")
 def test_a_kept_graph_would_show() -> None:
     class Keeps(Observed):
         def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
@@ -213,3 +221,51 @@ def test_a_kept_graph_would_show() -> None:
             return outputs
 
     assert living([], Keeps)[-1][1] > 0
+
+
+class Fails(Observed):
+    """Raises in one of its hooks, in the third step of the second epoch."""
+
+    def __init__(self, where: str = "", error: type[BaseException] = RuntimeError) -> None:
+        super().__init__(optimizer=sgd)
+        self.where, self.error = where, error
+
+    def fail(self, where: str) -> None:
+        if self.where == where and self.global_step == 8:
+            raise self.error
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        self.fail("training_step")
+        return super().training_step(batch, batch_idx)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.fail("on_before_optimizer_step")
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.fail("on_train_batch_end")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["training_step", "on_before_optimizer_step", "on_train_batch_end"])
+@pytest.mark.filterwarnings("ignore:No positive samples in targets")
+def test_after_an_exception_weights_are_the_same_and_what_was_logged_is_true(
+    where: str, error: type[BaseException]
+) -> None:
+    def fit(callbacks: list[Callback], where: str = "", **options: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        torch.manual_seed(0)
+        net, run = Fails(where, error), trainer(callbacks=callbacks, **{"max_epochs": 2, **options})
+        try:
+            run.fit(net, loader(), loader(8))
+        except (RuntimeError, SystemExit):
+            assert where
+        assert not any(hooks for o in run.optimizers for name, hooks in vars(o).items() if name.endswith("_hooks"))
+        return snapshot(net), dict(run.callback_metrics)
+
+    plain, _ = fit([], where)
+    observed, logged = fit(observers(), where)
+    assert same(plain, observed)
+    _, epoch = fit(observers(), max_epochs=1)
+    _, steps = fit(observers(), max_steps=8, max_epochs=-1)
+    assert len(logged) > 20
+    for name, value in logged.items():
+        assert torch.equal(value, (steps if name.startswith("norm/") else epoch)[name]), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torchmetrics.classification as tm
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Subset
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchmetrics import ClasswiseWrapper, MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.functional import accuracy
-from torchmetrics.wrappers import MetricTracker, MinMaxMetric, Running
+from torchmetrics.wrappers import MetricTracker, MinMaxMetric, MultitaskWrapper, Running
 
 from lightning_freeze import FreezeSchedule, MetricLogger, Phase, Plateau
 from tests.nets import Net, data, loader, snapshot, trainer
@@ -253,7 +254,7 @@ class TestInputs:
             self.fit(Manual(), stages=["train"])
 
     def test_of_another_type_are_an_error(self) -> None:
-        with pytest.raises(MisconfigurationException, match=r"inputs=…\) gave a Tensor; it has to give a tuple"):
+        with pytest.raises(MisconfigurationException, match=r"gave a tensor of shape \(4, 3\); it has to give a tuple"):
             self.fit(Steps(), inputs=lambda outputs, batch: outputs["preds"])
 
 
@@ -350,13 +351,12 @@ class TestMonitoring:
             if resume is None:
                 callbacks.append(ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}"))
             run = trainer(callbacks=callbacks, max_epochs=9, enable_checkpointing=resume is None, **options)
-            run.fit(Saturating(), loader(), loader(8), ckpt_path=resume, weights_only=True if resume else None)
+            run.fit(Saturating(), loader(), loader(4), ckpt_path=resume, weights_only=True if resume else None)
             return schedule.history
 
         whole = history()
         assert whole == [(0, 0, 0), (step // 6, step, 1)]
-        for epoch in (1, 3, 5):
-            assert history(tmp_path / f"epoch={epoch}.ckpt") == whole
+        assert history(tmp_path / "epoch=3.ckpt") == whole
 
 
 class Saturating(Steps):
@@ -420,7 +420,7 @@ class TestResume:
         every = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
         expected = fit_epochs(make, checkpoint=every)
         # Lightning itself loses an epoch on resuming from the step that ends one.
-        for step in (1, 2, 3, 5, 7, 8, 11):
+        for step in (1, 5, 8, 11):
             resumed = fit_epochs(make, resume=tmp_path / f"step={step}.ckpt")
             assert resumed == {epoch: values for epoch, values in expected.items() if epoch >= step // 6}
 
@@ -439,6 +439,35 @@ class TestResume:
         assert [values["val/max"] for values in whole.values()] == [6.0, 12.0, 18.0]
         assert [values["train/min"] for values in whole.values()] == [0.0] * 3
         assert fit(ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True) == {2: whole[2]}
+
+    @pytest.mark.parametrize("middle", [True, False])
+    def test_from_another_number_of_processes_only_what_outlasts_an_epoch_goes_on(
+        self, tmp_path: Path, middle: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        often = {"every_n_train_steps": 3} if middle else {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+        every = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **often)
+        expected = fit_epochs(lambda: {"m": MinMaxMetric(InPlace())}, checkpoint=every)
+        path = tmp_path / ("step=9.ckpt" if middle else "step=6.ckpt")
+        checkpoint = torch.load(path, weights_only=True)
+        (key,) = (key for key in checkpoint["callbacks"] if key.startswith("MetricLogger"))
+        checkpoint["callbacks"][key]["ranks"] *= 2
+        torch.save(checkpoint, path)
+        (last,) = fit_epochs(lambda: {"m": MinMaxMetric(InPlace())}, resume=path).values()
+        sentence = "the checkpoint is from 2 processes, and there are 1 now: its metrics of epoch 1 cover only the rest"
+        assert (sentence in caplog.text) is middle
+        assert (last["train/raw"] < expected[1]["train/raw"]) is middle
+        assert [last[f"val/{name}"] for name in ("min", "max")] == [expected[1][f"val/{n}"] for n in ("min", "max")]
+        assert last["train/max"] == expected[0]["train/max"] if middle else last == expected[1]
+
+    def test_more_processes_than_have_saved_take_what_the_first_has(self) -> None:
+        saving, loading = (MetricLogger({"m": MinMaxMetric(InPlace())}, stages=["train"]) for _ in range(2))
+        trainer(callbacks=[saving], max_epochs=1).fit(Steps(), loader(8))
+        checkpoint: dict[str, Any] = {"callbacks": {}}
+        saving.on_save_checkpoint(trainer(), Steps(), checkpoint)
+        third = SimpleNamespace(state=SimpleNamespace(fn="fit"), world_size=3, global_rank=2)
+        loading.on_load_checkpoint(third, Steps(), checkpoint)
+        (before,), (after,) = (callback._clones["train"] for callback in (saving, loading))
+        assert after["m"].max_val == before["m"].max_val > float("-inf")
 
     @pytest.mark.parametrize("stages", [["train"], ["val"]])
     def test_one_for_each_stage_resumes_as_one_for_both(self, tmp_path: Path, stages: Any) -> None:
@@ -484,8 +513,8 @@ class TestResume:
         path = tmp_path / "step=2.ckpt"
         checkpoint = torch.load(path, weights_only=True)
         (key,) = (key for key in checkpoint["callbacks"] if key.startswith("MetricLogger"))
-        (saved,) = checkpoint["callbacks"][key]["processes"]
-        checkpoint["callbacks"][key] = {"train": [states for states, _ in saved["train"]]}
+        (saved,) = checkpoint["callbacks"][key]["ranks"]
+        checkpoint["callbacks"][key] = {"train": saved["train"]}
         torch.save(checkpoint, path)
         resumed = fit_epochs(RESUMED["accuracy"], resume=path)
         assert resumed[1] == expected[1]
@@ -512,12 +541,12 @@ class TestResume:
         trainer(callbacks=[every, *metrics], max_epochs=1, enable_checkpointing=True).fit(Steps(), *loaders)
         net, again = Steps(), trainer(callbacks=[MetricLogger(now)], max_epochs=2)
         again.fit(net, *loaders, ckpt_path=tmp_path / "it.ckpt", weights_only=True)
-        told = [record.message for record in caplog.records if "epoch" in record.message]
+        warned = [record.message for record in caplog.records if "epoch" in record.message]
         sentence = (
             "the checkpoint has no state of MetricLogger(stages=('train', 'val', 'test'), prefix='{stage}/') with the "
             f"metrics {', '.join(now)}: its metrics of epoch 0 cover only the rest of it"
         )
-        assert told == [sentence] * middle
+        assert warned == [sentence] * middle
         assert again.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
 
     @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
@@ -645,10 +674,11 @@ class TestErrors:
             ({"stages": ()}, ValueError, "logs nothing"),
             ({"prefix": "{stge}/"}, ValueError, r'Did you mean "\{stage\}/"\?'),
             ({"prefix": "{}/"}, ValueError, r'Did you mean "\{stage\}/"\?'),
-            ({"prefix": "{stage/"}, ValueError, r'An example is "\{stage\}/"'),
+            ({"prefix": "{stage/"}, ValueError, r'Did you mean "\{stage\}/"\?'),
             ({"prefix": "m/"}, ValueError, r'same names\. Did you mean "\{stage\}/m/"\?'),
             ({"prefix": None}, TypeError, "it is a string"),
             ({"inputs": "preds"}, TypeError, "it is a function"),
+            ({"prog_bar": "val"}, TypeError, r"prog_bar='val'\): it is True or False"),
         ],
     )
     def test_come_at_construction(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -756,6 +786,112 @@ class TestErrors:
         run = trainer(callbacks=[MetricLogger({"n": Count()})], max_epochs=1)
         run.fit(Steps(), loader(), loader(8))
         assert run.callback_metrics["train/n"] == 6.0
+
+
+class Detection(InPlace):
+    """Computes what torchmetrics' MeanAveragePrecision does: scalars, and a vector of the classes that it has seen."""
+
+    def __init__(self, *left_out: str) -> None:
+        super().__init__()
+        self.left_out = left_out or ("classes",)
+
+    def compute(self) -> Any:
+        parts = {"map": self.total, "map_50": self.total / 2}
+        return (parts if self.left_out == ("classes",) else {}) | {name: torch.arange(3) for name in self.left_out}
+
+
+class TestDicts:
+    @pytest.mark.parametrize(
+        ("metrics", "names", "left_out"),
+        [
+            (Detection(), {"map", "map_50"}, "classes"),
+            (MetricCollection([Detection(), acc()]), {"map", "map_50", "MulticlassAccuracy"}, "classes"),
+            (MetricCollection({"d": Detection()}, prefix="p_"), {"p_map", "p_map_50"}, "p_classes"),
+            (ClasswiseWrapper(Detection()), {"map", "map_50"}, "classes"),
+            (
+                {"one": Detection(), "two": Detection()},
+                {f"{a}_{b}" for a in ("one", "two") for b in ("map", "map_50")},
+                "one_classes, two_classes",
+            ),
+        ],
+        ids=["plain", "in a collection", "with a prefix", "in a ClasswiseWrapper", "twice"],
+    )
+    def test_scalars_of_a_dict_are_logged_and_the_rest_is_named_once(
+        self, metrics: Any, names: set[str], left_out: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        run = trainer(callbacks=[MetricLogger(metrics)], max_epochs=2)
+        with caplog.at_level("INFO", "lightning_freeze"):
+            run.fit(Steps(), loader(), loader(8))
+        assert run.callback_metrics.keys() == {f"{stage}/{name}" for stage in ("train", "val") for name in names}
+        assert [record.message for record in caplog.records if record.name.startswith("lightning_freeze")] == [
+            f"MetricLogger logs scalars only, and leaves out what else metrics compute: {left_out}"
+        ]
+
+    def test_dicts_of_tasks_are_joined_to_their_names(self) -> None:
+        metric = MultitaskWrapper({"a": Detection(), "b": MeanMetric()})
+
+        def inputs(outputs: Any, batch: Any) -> Any:
+            return {"a": outputs["preds"], "b": outputs["preds"].detach()}, {"a": batch[1], "b": torch.ones(4, 3)}
+
+        run = trainer(callbacks=[MetricLogger(metric, stages=["val"], inputs=inputs)])
+        (values,) = run.validate(Steps(), loader(8), verbose=False)
+        assert values.keys() == {"val/a_map", "val/a_map_50", "val/b"}
+
+    @pytest.mark.parametrize("others", [{}, {"acc": acc()}])
+    def test_a_dict_without_any_scalar_is_an_error(self, others: Any) -> None:
+        run = trainer(callbacks=[MetricLogger({"boxes": Detection("ious", "classes"), **others})])
+        with pytest.raises(ValueError, match=r"The metric 'boxes' computes a tensor of shape \(3,\), and only scalars"):
+            run.validate(Steps(), loader(8), verbose=False)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bar_shows_values_if_asked_for(shown: bool) -> None:
+    callback = MetricLogger({"acc": acc()}, **({"prog_bar": True} if shown else {}))
+    run = trainer(callbacks=[callback], max_epochs=1)
+    run.fit(Steps(), loader(8), loader(8))
+    assert ({"train/acc", "val/acc"} <= run.progress_bar_metrics.keys()) is shown
+
+
+class TestAfterAnException:
+    class Fails(Steps):
+        """Fails in a validation step, if a class of error is set."""
+
+        error: type[BaseException] | None = None
+
+        def step(self, stage: str, batch: Any, dataloader_idx: int = 0) -> dict[str, Tensor]:
+            if stage == "val" and self.error and len(self.seen["val"]) % 2:
+                raise self.error
+            value = torch.tensor(float(self.global_step))
+            return {**super().step(stage, batch, dataloader_idx), "value": value}
+
+    def test_a_sanity_check_that_fails_leaves_the_checkpoint_as_it_was_resumed(self, tmp_path: Path) -> None:
+        def run(net: Steps, *callbacks: Any, resume: str | None = None, **options: Any) -> dict[int, dict[str, float]]:
+            extremes = MetricLogger({"m": MinMaxMetric(MeanMetric())}, inputs=lambda outputs, _: (outputs["value"],))
+            epochs = Epochs()
+            fit = trainer(callbacks=[extremes, epochs, *callbacks], enable_checkpointing=True, **options)
+            loaders = StatefulDataLoader(data(8), batch_size=4), loader(8)
+            path = tmp_path / resume if resume else None
+            fit.fit(net, *loaders, ckpt_path=path, weights_only=True if resume else None)
+            return epochs.train
+
+        whole = run(self.Fails(), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}"), max_epochs=2)
+        failing, kept = self.Fails(), OnExceptionCheckpoint(tmp_path, "failed")
+        failing.error = KeyboardInterrupt
+        with pytest.raises(SystemExit):
+            run(failing, kept, resume="epoch=0.ckpt", max_epochs=2, num_sanity_val_steps=2)
+        assert run(self.Fails(), resume="failed.ckpt", max_epochs=2) == {1: whole[1]}
+        assert [whole[epoch]["val/max"] for epoch in (0, 1)] == [2.0, 4.0]
+
+    def test_values_after_it_are_of_what_was_seen_since(self) -> None:
+        net = self.Fails()
+        net.error = RuntimeError
+        run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1)
+        with pytest.raises(RuntimeError):
+            run.fit(net, loader(8), loader(8))
+        assert not {"train/acc", "val/acc"} & run.callback_metrics.keys()
+        net.error = None
+        (values,) = run.validate(net, loader(8), verbose=False)
+        assert values == {"val/acc": float(net.expected(acc(), "val", 2))}
 
 
 # Two processes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import weakref
 from pathlib import Path
@@ -18,24 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-from lightning_freeze.norms.core import (
-    Norms,
-    ParameterNames,
-    StepNorms,
-    changed,
-    combined,
-    gradient_norms,
-    gradients,
-    measure,
-    module_of,
-    named_metrics,
-    nonfinite,
-    read,
-    read_steps,
-    spread,
-    when_gradients_are_ready,
-)
-from tests.nets import Net, data, moved, same
+from lightning_freeze.norms.core import gradients, measure, metric_places, nonfinite, read, spread
+from lightning_freeze.norms.step import BackwardNorms, StepNorms, named_metrics
+from lightning_freeze.selectors import named_unique_parameters
+from tests.nets import Net, data, moved
 from tests.replicas import on_two_processes
 
 FLOATING = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64]
@@ -98,35 +83,12 @@ class TestMeasure:
 
     def test_keeps_no_graph(self) -> None:
         weight = nn.Parameter(torch.ones(3))
-        loss = (weight * 2).exp()
-        (values,) = measure({"a": weight, "b": loss}).values
-        assert not values.requires_grad
-        alive = weakref.ref(loss)
-        del loss
-        gc.collect()
-        assert alive() is None
+        norms = measure({"a": weight, "b": (weight * 2).exp()})
+        assert not any(norm.requires_grad for norm in norms.values())
 
     def test_reads_several_in_order(self) -> None:
         one, two = {"a": torch.ones(1), "b": torch.ones(4).double()}, {"c": torch.ones(9)}
-        assert read([measure(one), Norms((), ()), measure(two)]) == [{"a": 1.0, "b": 2.0}, {}, {"c": 3.0}]
-
-    def test_what_has_changed_is_told_for_each_kind_of_tensor(self) -> None:
-        tensors = {
-            name: torch.ones(4, dtype=dtype)
-            for name, dtype in zip("abcdef", [torch.float32, torch.float64, torch.bfloat16] * 2, strict=True)
-        }
-        tensors["b"][0] = math.inf
-        before = measure(tensors)
-        for name in "def":
-            tensors[name][0] = {"d": math.nan, "e": 0.0, "f": -1.0}[name]
-        again = measure(tensors)
-        (norms,) = read([changed(before, again)])
-        assert list(norms) == ["d", "e"]
-        assert math.isnan(norms["d"])
-        assert norms["e"] == math.sqrt(3)
-        assert read([combined(before, changed(before, measure(tensors)))])[0]["b"] == math.inf
-        # Where one has gone, it cannot be told.
-        assert read([changed(before, measure({"a": tensors["a"]}))]) == [{"a": 2.0}]
+        assert read([measure(one), {}, measure(two)]) == [{"a": 1.0, "b": 2.0}, {}, {"c": 3.0}]
 
 
 def partial_total() -> dict[str, float]:
@@ -153,48 +115,40 @@ def test_a_dtensor_counts_whole_on_every_process(tmp_path: Path) -> None:
     assert first["bf16"] == pytest.approx(first["plain 5"], rel=1e-2)
 
 
-class TestGradientNorms:
-    def test_agree_with_lightning(self) -> None:
+def gradient_norms(net: nn.Module) -> dict[str, float]:
+    return only(gradients(named_unique_parameters(net)))
+
+
+class TestGradients:
+    def test_agree_with_lightning_and_with_clipping(self) -> None:
         net = with_gradients()
-        ours, theirs = gradient_norms(net, per="parameter"), grad_norm(net, 2)
-        assert ours.pop("") == pytest.approx(float(theirs.pop("grad_2.0_norm_total")), rel=1e-6)
+        net.neck.weight.grad = None
+        ours, theirs = gradient_norms(net), grad_norm(net, 2)
+        assert math.hypot(*ours.values()) == pytest.approx(float(theirs.pop("grad_2.0_norm_total")), rel=1e-6)
         assert {f"grad_2.0_norm/{name}": norm for name, norm in ours.items()} == pytest.approx(
             {name: float(norm) for name, norm in theirs.items()}, rel=1e-6
         )
-
-    def test_agree_with_clipping(self) -> None:
-        net = with_gradients()
-        ours = gradient_norms(net)
-        assert ours == {"": pytest.approx(float(nn.utils.clip_grad_norm_(net.parameters(), 1e9)), rel=1e-6)}
-
-    def test_leave_out_the_frozen_and_the_missing(self) -> None:
-        net = with_gradients()
-        net.neck.requires_grad_(False)
-        net.head.bias.grad = None
-        assert gradient_norms(net, per="module").keys() == {"", "backbone", "head"}
-        assert not {"neck.weight", "head.bias"} & gradient_norms(net, per="parameter").keys()
+        clipped = nn.utils.clip_grad_norm_(net.parameters(), 1e9)
+        assert math.hypot(*ours.values()) == pytest.approx(float(clipped), rel=1e-6)
 
     def test_count_a_tied_parameter_once(self) -> None:
         net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
         net[1].weight = net[0].weight
         net[0].weight.grad = torch.full((2, 2), 2.0)
-        assert gradient_norms(net, per="parameter") == {"": 4.0, "0.weight": 4.0}
+        assert gradient_norms(net) == {"0.weight": 4.0}
 
-    def test_change_nothing(self) -> None:
+    def test_are_not_changed_and_no_random_number_is_drawn(self) -> None:
         net = with_gradients()
         held = {name: p.grad for name, p in net.named_parameters()}
         before = {name: grad.clone() for name, grad in held.items()}
         state = torch.get_rng_state()
-        gradient_norms(net, per="module")
+        gradient_norms(net)
         assert all(p.grad is held[name] for name, p in net.named_parameters())
         assert not moved(before, held)
         assert torch.equal(state, torch.get_rng_state())
 
-    def test_without_any_gradient_the_norm_is_zero(self) -> None:
-        assert gradient_norms(Net()) == {"": 0.0}
 
-
-class TestModuleOf:
+class TestMetricPlaces:
     @pytest.mark.parametrize(
         ("names", "modules"),
         [
@@ -208,34 +162,59 @@ class TestModuleOf:
             ([], []),
         ],
     )
-    def test_names_what_tells_parameters_apart(self, names: list[str], modules: list[str]) -> None:
-        assert list(module_of(names).values()) == modules
+    def test_modules_are_what_tells_parameters_apart(self, names: list[str], modules: list[str]) -> None:
+        assert list(metric_places(names, "module").values()) == modules
 
     names = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join), unique=True)
 
-    @given(names)
-    def test_every_parameter_is_in_one_module_above_it(self, names: list[str]) -> None:
-        modules = module_of(names)
+    @settings(max_examples=50)
+    @given(names, st.randoms(use_true_random=False))
+    def test_every_parameter_is_in_one_module_above_it_and_modules_make_up_the_total(
+        self, names: list[str], random: Any
+    ) -> None:
+        modules = metric_places(names, "module")
         assert list(modules) == names
         assert all(name == module or name.startswith(f"{module}.") for name, module in modules.items())
-
-    @given(names, st.randoms())
-    def test_modules_make_up_the_total(self, names: list[str], random: Any) -> None:
         norms = {name: random.expovariate(1.0) for name in names}
-        joined = spread(norms, "module", module_of(names))
+        joined = spread(norms, modules)
         assert math.hypot(*norms.values()) == pytest.approx(joined.pop(""))
         assert math.hypot(*norms.values()) == pytest.approx(math.hypot(*joined.values()))
+
+
+class TestBackwardNorms:
+    def test_a_norm_stays_until_a_backward_changes_the_gradient_whatever_its_kind(self) -> None:
+        kinds = dict(zip("abcdef", [torch.float32, torch.float64, torch.bfloat16] * 2, strict=True))
+        parameters = {name: nn.Parameter(torch.ones(4, dtype=dtype)) for name, dtype in kinds.items()}
+        for name, parameter in parameters.items():
+            parameter.grad = torch.ones_like(parameter) if name != "c" else None
+        parameters["b"].grad[0] = math.inf
+        backwards = BackwardNorms()
+        backwards.before(parameters)
+        backwards.after(parameters)
+        for name in "abde":
+            parameters[name].grad.mul_(0.5)  # clipped
+        backwards.before(parameters)
+        parameters["c"].grad = torch.ones_like(parameters["c"])
+        parameters["d"].grad[0] = math.nan
+        parameters["e"].grad[0] = 0.0
+        backwards.after(parameters)
+        (norms,) = read([backwards.norms])
+        assert math.isnan(norms.pop("d"))
+        assert norms == {"a": 2.0, "b": math.inf, "c": 2.0, "e": math.sqrt(0.75), "f": 2.0}
 
 
 class TestStepNorms:
     def measured(self, *, clip: float = 1e9, what: Any = ("grad", "weight", "update")) -> dict[str, dict[str, float]]:
         net = with_gradients()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-        step = StepNorms(dict(net.named_parameters()), what)
+        step = StepNorms(optimizer, what)
+        step.begins(dict(net.named_parameters()))
         nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimizer.step()
-        step.after()
-        return step.read()
+        step.close()
+        assert not optimizer._optimizer_step_pre_hooks
+        assert not optimizer._optimizer_step_post_hooks
+        return dict(zip(step.norms, read(list(step.norms.values())), strict=True))
 
     def test_measures_weights_before_and_gradients_before_and_after(self) -> None:
         torch.manual_seed(3)
@@ -244,8 +223,8 @@ class TestStepNorms:
         torch.manual_seed(3)
         norms = self.measured(clip=1e-3)
         assert norms["weight"] == pytest.approx(weights, rel=1e-6)
-        assert spread(norms["grad_clipped"], "total", {})[""] == pytest.approx(1e-3, rel=1e-2)
-        assert spread(norms["grad"], "total", {})[""] > 0.1
+        assert math.hypot(*norms["grad_clipped"].values()) == pytest.approx(1e-3, rel=1e-2)
+        assert math.hypot(*norms["grad"].values()) > 0.1
         halved = {name: 0.5 * norm for name, norm in norms["grad_clipped"].items()}
         assert norms["update"] == pytest.approx(halved, rel=1e-2, abs=1e-7)
 
@@ -260,102 +239,67 @@ class TestStepNorms:
     def test_measures_no_more_than_asked_for(self, what: Any, quantities: set[str]) -> None:
         assert self.measured(what=what).keys() == quantities
 
-    def test_holds_copies_only_until_the_step_is_over(self) -> None:
+    def test_copies_are_gone_when_the_step_is_over(self) -> None:
         net = with_gradients()
-        step = StepNorms(dict(net.named_parameters()))
-        (copy, *_), alive = step._before.values(), []
-        alive.append(weakref.ref(copy))
-        del copy, _
-        step.after()
-        gc.collect()
-        assert alive[0]() is None
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+        step = StepNorms(optimizer)
+        step.begins(dict(net.named_parameters()))
+        copy = weakref.ref(next(iter(step._copies.values())))
+        optimizer.step()
+        assert copy() is None
 
-    def test_looks_only_once_after_the_step(self) -> None:
+    def test_what_comes_after_the_step_does_not_count(self) -> None:
         net = with_gradients()
-        step = StepNorms(dict(net.named_parameters()))
-        step.after()
-        measured = dict(step.measured)
+        step = StepNorms(torch.optim.SGD(net.parameters(), lr=0.5))
+        step.begins(dict(net.named_parameters()))
+        step.end()
+        measured = dict(step.norms)
         net.head.weight.data += 1
-        step.after()
-        assert step.measured == measured
-        assert set(step.read()["update"].values()) == {0.0}
-
-    def test_nothing_has_a_graph(self) -> None:
-        net = with_gradients()
-        step = StepNorms(dict(net.named_parameters()))
-        with torch.enable_grad():
-            step.after()
-        assert not any(vector.requires_grad for norms in step.measured.values() for vector in norms.values)
-
-    def test_leaves_the_step_as_it_is(self) -> None:
-        torch.manual_seed(3)
-        plain = with_gradients()
-        torch.optim.SGD(plain.parameters(), lr=0.5).step()
-        torch.manual_seed(3)
-        observed = with_gradients()
-        step = StepNorms(dict(observed.named_parameters()))
-        torch.optim.SGD(observed.parameters(), lr=0.5).step()
-        step.after()
-        assert same(plain.state_dict(), observed.state_dict())
-
-    def test_several_are_read_with_one_wait(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        net = with_gradients()
-        steps = [StepNorms(dict(net.named_parameters())), StepNorms(dict(net.head.named_parameters()))]
-        for step in steps:
-            step.after()
-        waits = []
-        original = Tensor.tolist
-        monkeypatch.setattr(Tensor, "tolist", lambda t: waits.append(t.shape) or original(t))
-        monkeypatch.setattr(Tensor, "item", lambda t: pytest.fail("waited for one number"))
-        first, second = read_steps(steps)
-        assert len(waits) == 1
-        assert first["grad"]["head.weight"] == second["grad"]["weight"]
+        step.end()
+        assert step.norms == measured
+        assert {float(norm) for norm in measured["update"].values()} == {0.0}
+        assert not any(norm.requires_grad for norms in measured.values() for norm in norms.values())
 
     def test_what_the_optimizer_does_to_gradients_does_not_count(self) -> None:
         net = with_gradients()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
-        step = StepNorms(dict(net.named_parameters()))
-        hook = when_gradients_are_ready(optimizer, step.ready)
+        step = StepNorms(optimizer)
+        step.begins(dict(net.named_parameters()))
         optimizer.step()
-        step.after()
-        norms = step.read()
-        assert norms["grad_clipped"] == norms["grad"]
-        assert norms["grad"] != pytest.approx({name: exact(p.grad) for name, p in net.named_parameters()})
-        hook.remove()
-        assert not optimizer._optimizer_step_pre_hooks
+        assert step.norms["grad_clipped"] == step.norms["grad"]
+        assert gradient_norms(net) != pytest.approx(read([step.norms["grad"]])[0])
 
     @pytest.mark.parametrize("named", [True, False])
-    def test_gradients_are_ready_each_time_that_the_closure_is_done(self, named: bool) -> None:
-        net, told = Net(), []
+    def test_gradients_are_taken_when_the_first_closure_is_done(self, named: bool) -> None:
+        net, losses = Net(), []
         optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
-        when_gradients_are_ready(optimizer, lambda: told.append("ready"))
+        step, first = StepNorms(optimizer, ("grad",)), {}
 
         def closure() -> Tensor:
-            told.append("closure")
             optimizer.zero_grad()
-            loss = net(torch.ones(2, 2, 4, 4)).square().sum()
-            loss.backward()
-            return loss
+            losses.append(net(torch.ones(2, 2, 4, 4)).square().sum())
+            losses[-1].backward()
+            if not first:
+                step.begins(dict(net.named_parameters()))
+                nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+                first.update(gradient_norms(net))
+            return losses[-1]
 
-        assert (optimizer.step(closure=closure) if named else optimizer.step(closure)) > 0
-        assert told == ["closure", "ready"] * (len(told) // 2)
-        assert len(told) > 2
+        assert (optimizer.step(closure=closure) if named else optimizer.step(closure)) == losses[0]
+        assert len(losses) > 1
+        assert read([step.norms["grad_clipped"]]) == [first]
 
-    def test_unclipped_norms_may_be_of_fewer_parameters(self) -> None:
+    def test_known_norms_may_be_of_fewer_and_of_other_parameters(self) -> None:
         net = with_gradients()
-        parameters = dict(net.named_parameters())
-        unclipped = measure({"head.bias": 2 * net.head.bias.grad})
-        expected = {name: exact(p.grad) for name, p in parameters.items()}
-        step = StepNorms(parameters, unclipped=unclipped)
-        step.after()
-        assert step.read()["grad"] == pytest.approx({**expected, "head.bias": 2 * expected["head.bias"]})
-
-    def test_unclipped_norms_may_be_of_more_parameters(self) -> None:
-        net = with_gradients()
-        unclipped = measure(gradients(dict(net.named_parameters())))
-        step = StepNorms({"head.bias": net.head.bias}, unclipped=unclipped)
-        step.after()
-        assert step.read()["grad"].keys() == {"head.bias"}
+        backwards = BackwardNorms()
+        backwards.after({"head.bias": net.head.bias, "elsewhere": net.neck.bias})
+        net.head.bias.grad.mul_(0.5)
+        step = StepNorms(torch.optim.SGD(net.head.parameters(), lr=0.1))
+        step.begins(dict(net.named_parameters()), None, backwards)
+        step.end()
+        grad, clipped = read([step.norms["grad"], step.norms["grad_clipped"]])
+        assert grad == {**clipped, "head.bias": 2 * clipped["head.bias"]}
+        assert grad.keys() == {"head.weight", "head.bias"}
 
 
 def test_only_reading_waits_for_the_device() -> None:
@@ -364,39 +308,18 @@ def test_only_reading_waits_for_the_device() -> None:
         parameters = {str(i): nn.Parameter(torch.empty(3, 3, device="cuda")) for i in range(3)}
         for name, parameter in parameters.items():
             parameter.grad = torch.empty_like(parameter) if name != "1" else None
-        step = StepNorms(parameters, scale=torch.empty((), device="cuda"))
-        step.after()
-        again = changed(step.measured["grad"], measure(gradients(parameters)))
-        measured = [*step.measured.values(), again]
-        assert [vector.device.type for norms in measured for vector in norms.values] == ["cuda"] * 5
+        scale, backwards = torch.empty((), device="cuda"), BackwardNorms()
+        for _ in range(2):
+            backwards.before(parameters, scale)
+            backwards.after(parameters, scale)
+        step = StepNorms(torch.optim.SGD(parameters.values(), lr=0.1))
+        step.begins(parameters, scale, backwards)
+        step.end()
+        norms = [norm for measured in step.norms.values() for norm in measured.values()]
+        assert {norm.device.type for norm in norms} == {"cuda"}
+        assert len(norms) == 2 + 2 + 3 + 3
         with pytest.raises(Exception, match="_local_scalar_dense"):
-            step.read()
-
-
-def test_the_fake_device_notices_who_waits() -> None:
-    with FakeTensorMode(), pytest.raises(Exception, match="_local_scalar_dense"):
-        torch.empty(3, device="cuda").norm().item()
-
-
-def test_trained_parameters_are_those_that_train_and_that_the_optimizer_holds() -> None:
-    net = Net()
-    net.neck.bias.requires_grad_(False)
-    optimizer = torch.optim.SGD([*net.neck.parameters(), net.head.bias, nn.Parameter(torch.ones(1))], lr=0.1)
-    names = ParameterNames(net)
-    assert list(names.trained(optimizer)) == ["neck.weight", "head.bias"]
-    net.neck.bias.requires_grad_(True)
-    assert list(names.trained(optimizer)) == ["neck.weight", "neck.bias", "head.bias"]
-
-
-def test_what_joins_module_and_optimizer_later_gets_its_name() -> None:
-    net = Net()
-    optimizer = torch.optim.SGD(net.head.parameters(), lr=0.1)
-    names = ParameterNames(net)
-    net.head = nn.Sequential(net.head, nn.Linear(3, 3))
-    assert "head.1.weight" not in names.trained(optimizer)
-    optimizer.add_param_group({"params": list(net.head[1].parameters())})
-    assert list(names.trained(optimizer)) == ["head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias"]
-    assert names.modules["head.1.bias"] == "head"
+            read([step.norms["grad"]])
 
 
 class TestNamedMetrics:
@@ -408,17 +331,18 @@ class TestNamedMetrics:
     }
 
     def test_per_parameter(self) -> None:
-        metrics = named_metrics(self.norms, per="parameter")
+        metrics = named_metrics(self.norms, ("grad", "update"), {name: name for name in self.norms["grad"]})
         assert metrics["grad/a.weight"] == 3.0
         assert metrics["grad"] == math.inf
         assert math.isnan(metrics["grad_clipped"])
         assert metrics["nonfinite_grads"] == 1.0
         assert metrics["update_ratio"] == 0.25
         assert metrics["update_ratio/b.weight"] == 0.0
+        assert not any(name.startswith("weight") for name in metrics)
 
     def test_an_update_of_a_weight_that_is_zero_is_infinite(self) -> None:
         norms = {"weight": {"bias": 0.0}, "update": {"bias": 1.0}}
-        assert named_metrics(norms, what=("update",)) == {"update": 1.0, "update_ratio": math.inf}
+        assert named_metrics(norms, ("update",), {}) == {"update": 1.0, "update_ratio": math.inf}
 
     def test_names_what_is_not_finite(self) -> None:
         assert nonfinite({"a": 1.0, "b": math.inf, "c": math.nan}) == ["b", "c"]

@@ -1,0 +1,121 @@
+"""A clone of the metrics for each stage and dataloader, and what of them a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+from torchmetrics import Metric, MetricCollection
+
+from lightning_freeze._lightning import MisconfigurationException
+from lightning_freeze.ranks import from_all
+
+# What every metric computes anew. torchmetrics has no public way to save what it keeps beside its states.
+_CACHES = ("_computed", "_forward_cache")
+
+
+class Clones:
+    """Holds, for each stage, a clone of the metrics for each dataloader.
+
+    Args:
+        metrics: They are cloned, and themselves never updated.
+        stages: Those that have metrics.
+    """
+
+    def __init__(self, metrics: MetricCollection, stages: Collection[str]) -> None:
+        self._metrics, self._stages = metrics, stages
+        self._of: dict[str, list[MetricCollection]] = {}
+
+    def __getitem__(self, stage: str) -> list[MetricCollection]:
+        return self._of.get(stage, [])
+
+    def prepare(self, stage: str, dataloaders: int, device: torch.device) -> None:
+        """Make as many clones as there are dataloaders; those that are there go on."""
+        if stage in self._stages and len(self[stage]) != dataloaders:
+            self._of[stage] = [self._metrics.clone() for _ in range(dataloaders)]
+        for clone in self[stage]:
+            clone.to(device)
+
+    def reset(self, stage: str) -> None:
+        """Let go of what the metrics of a stage have gathered."""
+        for clone in self[stage]:
+            clone.reset()
+
+    def updated(self, stage: str) -> Iterator[tuple[int, MetricCollection]]:
+        """Yield dataloader and clone where a batch was seen on any process; every process has to call this."""
+        seen = from_all([any(metric.update_count for metric in _metrics_in(clone).values()) for clone in self[stage]])
+        return ((i, clone) for i, clone in enumerate(self[stage]) if any(theirs[i] for theirs in seen))
+
+    def saved(self) -> dict[str, list[Any]]:
+        """Return what metrics of training have gathered, and what all keep longer, as the extremes of ``MinMaxMetric``.
+
+        Only types that ``torch.load(weights_only=True)`` accepts, on the CPU.
+        """
+        fresh = _metrics_in(self._metrics)
+        held = {
+            stage: [
+                {
+                    path: {"state": metric.metric_state if stage == "train" else {}, "kept": _kept(metric, fresh[path])}
+                    for path, metric in _metrics_in(clone).items()
+                }
+                for clone in self[stage]
+            ]
+            for stage in ("train", "val")
+        }
+        return dict(_copied(held, "cpu"))
+
+    def load(self, saved: Mapping[str, list[Any]], device: torch.device, *, states: bool) -> None:
+        """Go on where the metrics that were saved were.
+
+        Raises:
+            MisconfigurationException: If what was gathered does not fit a metric.
+        """
+        for stage, held in saved.items():
+            self.prepare(stage, len(held), device)
+            for clone, entry in zip(self[stage], held, strict=False):
+                for path, metric in _metrics_in(clone).items():
+                    one = entry.get(path, {"state": {}, "kept": {}})
+                    if states and stage == "train":
+                        _check_fits(path, metric, one["state"])
+                    # Copies, because metrics add in place and those of a compute group were saved as one.
+                    vars(metric).update(_copied({**one["state"], **one["kept"]}, metric.device))
+            if not states:
+                self.reset(stage)
+
+
+def _metrics_in(collection: MetricCollection) -> dict[str, Metric]:
+    return {path: module for path, module in collection.named_modules() if isinstance(module, Metric)}
+
+
+def _copied(nest: Any, device: Any) -> Any:
+    return apply_to_collection(nest, Tensor, Tensor.to, device, copy=True)
+
+
+def _kept(metric: Metric, fresh: Metric) -> dict[str, Any]:
+    """Return plain attributes that are not those of a fresh metric: what it keeps longer, and its number of updates."""
+
+    def changed(name: str, value: Any) -> bool:
+        other = vars(fresh).get(name)
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            return not torch.equal(value.cpu(), other.cpu())
+        return isinstance(value, Tensor) or (type(value) in (bool, int, float) and value != other)
+
+    own = {name: value for name, value in vars(metric).items() if name not in (*metric.metric_state, *_CACHES)}
+    return {name: value for name, value in own.items() if changed(name, value)}
+
+
+def _check_fits(path: str, metric: Metric, saved: Mapping[str, Any]) -> None:
+    def fits(fresh: Any, value: Any) -> bool:
+        if isinstance(fresh, list):
+            return isinstance(value, list)
+        return isinstance(value, Tensor) and fresh.shape in ((), value.shape)  # a scalar may have been broadcast
+
+    fresh = metric.metric_state
+    if saved.keys() != fresh.keys() or not all(fits(fresh[name], saved[name]) for name in fresh):
+        raise MisconfigurationException(
+            f"The checkpoint holds a state of the metric {path!r} that does not fit {metric} as MetricLogger has it "
+            "now. Give MetricLogger the metrics with which the checkpoint was written."
+        )
