@@ -27,7 +27,7 @@ from lightning_freeze.words import listed, percent
 _log = get_logger(__name__)
 
 
-def begin(
+def fit_begins(
     trainer: Trainer, pl_module: LightningModule, phases: Sequence[Phase], fit: Fit, steps_per_epoch: float | None
 ) -> None:
     """Warn, before the first batch, of what the user may not expect."""
@@ -55,7 +55,7 @@ def phase_begins(pl_module: LightningModule, phases: Sequence[Phase], progress: 
     _log.info("%s", line)
 
 
-def end(trainer: Trainer, phases: Sequence[Phase], progress: Progress) -> None:
+def fit_ends(trainer: Trainer, phases: Sequence[Phase], progress: Progress) -> None:
     """Warn if the fit ends before its last phase."""
     never = phases[progress.index + 1 :]
     if never and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -100,13 +100,13 @@ def metric_is_missing(trainer: Trainer, phases: Sequence[Phase], index: int, *, 
         )
 
 
-def log_exchange(trainer: Trainer) -> None:
+def optimizers_exchanged(trainer: Trainer) -> None:
     """Log that optimizers have been exchanged."""
     if trainer.is_global_zero:
         _log.info("the Trainer's optimizers have been exchanged; the schedule goes on with the new ones")
 
 
-def log_uncounted(trainer: Trainer, *, first: bool) -> None:
+def steps_uncounted(trainer: Trainer, *, first: bool) -> None:
     """Warn once of steps that ``trainer.global_step`` misses."""
     if first and trainer.is_global_zero:
         _log.warning(
