@@ -52,7 +52,9 @@ class Holder(Callback):
         self.ledger.settle()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have a GradScaler accept an optimizer of which nothing trains."""
+        """Drop gradients of what is frozen where the user clips; have a GradScaler accept an optimizer at rest."""
+        if not pl_module.automatic_optimization:
+            self.ledger.drop_gradients()
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             self.ledger.lend_gradients(optimizers_of(trainer))
 

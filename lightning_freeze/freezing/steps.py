@@ -19,8 +19,9 @@ class Steps:
     one that takes another's place in mid-fit. A closure is the user's code: while it runs, no step is on.
 
     Attributes:
-        before: Called before a step, and again when a closure has returned.
-        after: Called after a step, and before a closure runs.
+        before: Called before the optimizer does its work: when its step begins or, with a closure, when that has
+            returned.
+        after: Called after a step, and before a closure runs once more.
         counted: Called once a step with its optimizer, of steps within steps for the outermost only.
 
     Example:
@@ -68,15 +69,17 @@ class Steps:
         if self._paused:
             return None
         self._running.append(optimizer)
-        self._call(self.before, optimizer)
         # torch passes the optimizer as the first argument.
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._outside(kwargs["closure"])}
         if len(args) > 1 and callable(args[1]):
             return (args[0], self._outside(args[1]), *args[2:]), kwargs
+        self._call(self.before, optimizer)
         return None
 
     def _outside(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a closure that runs as if no step was on: it is the user's code, and may save or end the fit."""
+
         def run(*args: Any, **kwargs: Any) -> Any:
             running = list(self._running)
             self.reset()

@@ -105,8 +105,7 @@ class FreezeSchedule(Holder):
     def history(self) -> list[tuple[int, int, int]]:
         """Where each phase began: ``(epoch, global_step, phase_index)``.
 
-        Under ``ddp_spawn`` and ``ddp_fork`` it stays in the processes that train: use ``strategy="ddp"`` to read it
-        after the fit.
+        Under ``ddp_spawn`` and ``ddp_fork`` it stays in the processes that train.
         """
         return self.progress.history
 
@@ -128,8 +127,7 @@ class FreezeSchedule(Holder):
     @property
     def course(self) -> Course:
         """The course of the fit that runs."""
-        if self._course is None:
-            raise RuntimeError("No fit is running.")
+        assert self._course is not None, "No fit is running."
         return self._course
 
     def preview(
@@ -216,8 +214,8 @@ class FreezeSchedule(Holder):
         is_fresh = self._loaded is not None or (trainer.current_epoch, trainer.global_step) == (0, 0)
         before = None if is_fresh else self._progress
         self._optimizers = []
-        who, mode, policy = self.state_key, self.frozen_mode, self.optimizer_state
-        fit = begin_fit(self.phases, self.ledger, pl_module, mode=mode, policy=policy, who=who)
+        who, policy = self.state_key, self.optimizer_state
+        fit = begin_fit(self.phases, self.ledger, pl_module, mode=self.frozen_mode, policy=policy, who=who)
         self._course = Course(self.phases, fit, trainer, who, self.verbose, before)
         self._course.begin(self._loaded)
 
