@@ -183,14 +183,10 @@ class Ledger:
                 smallest.grad = torch.zeros_like(smallest)
 
     def as_after_fit(self, hyperparameters: dict[str, Any], live: Mapping[str, Any]) -> None:
-        """Put copies in the place of modules among saved hyperparameters, with the flags and modes that they came with.
+        """Put copies in the place of modules among hyperparameters that are about to be saved, as they came.
 
-        ``save_hyperparameters()`` keeps a module that the LightningModule was built with, not a copy of it, so what the
-        fit does to it would be saved. The copies share the memory of all tensors.
-
-        Args:
-            hyperparameters: What is about to be saved; it changes.
-            live: The modules that the fit works on, by the same keys.
+        ``save_hyperparameters()`` keeps the module that the LightningModule was built with, so what the fit does to it
+        would be saved. The copies share the memory of all tensors.
         """
         for key, module in live.items():
             if hyperparameters.get(key) is not module or not isinstance(module, nn.Module):
@@ -232,13 +228,7 @@ _LEDGERS: WeakKeyDictionary[Trainer, Ledger] = WeakKeyDictionary()
 
 
 def open_ledger(trainer: Trainer, pl_module: LightningModule, holds: Mapping[str, Hold]) -> Ledger:
-    """Return the ledger of the fit that runs; the first to ask opens it.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: The LightningModule.
-        holds: What the holders of the fit ask for, by their keys, for a ledger that is opened.
-    """
+    """Return the ledger of the fit that runs; the first to ask opens it, with what all holders ask for."""
     if trainer not in _LEDGERS:
         _LEDGERS[trainer] = Ledger(trainer.strategy, pl_module)
         for who, hold in holds.items():

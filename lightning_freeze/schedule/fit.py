@@ -61,14 +61,7 @@ def resolve_phases(
 ) -> Resolved:
     """Return what each phase means for a module, so that every error comes before the first batch.
 
-    Args:
-        module: The module.
-        parameters: All of its parameters, by name.
-        phases: The schedule.
-        came_frozen: The identities of what was frozen when the fit began.
-        held: Who keeps a parameter frozen in every phase, by its identity.
-        mode: How wholly frozen modules run.
-        left_alone: Modules whose mode is another holder's to choose.
+    ``held`` tells who keeps a parameter frozen in every phase; the modes of ``left_alone`` are other holders' to choose.
 
     Raises:
         ValueError: If a phase names or trains nothing.
