@@ -61,7 +61,7 @@ def resolve_phases(
 ) -> Resolved:
     """Return what each phase means for a module, so that every error comes before the first batch.
 
-    ``held`` tells who keeps a parameter frozen in every phase; the modes of ``left_alone`` are other holders' to choose.
+    ``held`` tells who keeps a parameter frozen in every phase; the modes of ``left_alone`` are other holders'.
 
     Raises:
         ValueError: If a phase names or trains nothing.

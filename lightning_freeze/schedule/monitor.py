@@ -66,7 +66,7 @@ class Monitor:
     def checkable(self, phase: int, phases: int, epochs_in_phase: int, validates: bool) -> list[int]:
         """Return the phases, of so many, whose metric should have been logged by now, or could have been.
 
-        The current one is due once every loop that could log its metric has run in it, later ones after the first epoch.
+        The current one is due when every loop that could log its metric has run in it, later ones after an epoch.
         """
         due = [phase] if self.epochs and epochs_in_phase > 0 and (not validates or self.validated_in == phase) else []
         if not self.looked_ahead and self.epochs and (not validates or self.validated_in is not None):
