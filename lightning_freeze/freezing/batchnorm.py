@@ -29,6 +29,7 @@ def learns_in_buffers(module: nn.Module) -> bool:
     """Return whether a module can learn without a parameter: in running statistics, or in buffers and nothing else.
 
     Example:
+        >>> import torch
         >>> codebook = nn.Module()
         >>> codebook.register_buffer("codes", torch.zeros(2))
         >>> learns_in_buffers(codebook), learns_in_buffers(nn.BatchNorm1d(2)), learns_in_buffers(nn.Linear(1, 1))
