@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,7 +16,7 @@ from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_runni
 from lightning_freeze.freezing.ddp import follow_trainable_set
 from lightning_freeze.freezing.eval_mode import BY_HAND, hold_eval, leave_as_after_fit, release_eval
 from lightning_freeze.freezing.fsdp import reshard
-from lightning_freeze.freezing.optimizers import members
+from lightning_freeze.freezing.gradients import FrozenGradients
 from lightning_freeze.freezing.steps import Steps
 from lightning_freeze.functional import set_trainable
 from lightning_freeze.logs import get_logger
@@ -74,12 +73,12 @@ class Ledger:
         self.parameters = named_unique_parameters(module)
         self._came = _Came({id(p): p.requires_grad for p in self.parameters.values()})
         self.trains = {key for key, flag in self._came.flags.items() if flag}
-        self._frozen: list[nn.Parameter] = []
+        self._frozen = FrozenGradients([])
         self._holds: dict[str, Hold] = {}
         self._in_eval: list[nn.Module] = []
         self._warned = False
         self.steps = Steps()
-        self.steps.before.append(lambda _: self.drop_gradients())
+        self.steps.before.append(self.drop_gradients)
 
     def came_trainable(self, parameter: nn.Parameter) -> bool:
         """Return whether a parameter required grad when the fit began."""
@@ -109,8 +108,8 @@ class Ledger:
         reshard(self.strategy, self.module)
         before, frozen = self.trains, self.held().keys()
         wanted = {key for hold in self._holds.values() for key in hold.trains}
-        self._warn_of_switched([p for p in self._frozen if p.requires_grad])
-        self.trains, self._frozen = set(), []
+        self._warn_of_switched([p for p in self._frozen.parameters if p.requires_grad])
+        self.trains, self._frozen = set(), FrozenGradients([])
         for parameter in self.parameters.values():
             self._decide(parameter, frozen=id(parameter) in frozen, wanted=id(parameter) in wanted)
             if id(parameter) in self.trains and id(parameter) not in before:
@@ -124,22 +123,14 @@ class Ledger:
             froze = [p for p in self.parameters.values() if id(p) in before - self.trains]
             follow_trainable_set(self.strategy, froze)
 
-    def drop_gradients(self) -> None:
+    def drop_gradients(self, stepping: Optimizer | None = None) -> None:
         """Drop the gradients of what is frozen: they would count in a clip and move it in a step."""
-        stray = [parameter for parameter in self._frozen if parameter.grad is not None]
-        for parameter in stray:
-            parameter.grad = None
-        if stray:
+        if stray := self._frozen.drop(stepping):
             self._warn_of_switched([parameter for parameter in stray if parameter.requires_grad])
 
     def lend_gradients(self, optimizers: Iterable[Optimizer]) -> None:
-        """Set one zero gradient in each wholly frozen optimizer, until its step: a GradScaler refuses it without."""
-        frozen = set(map(id, self._frozen))
-        for optimizer in optimizers:
-            own = members([optimizer])
-            if own and all(id(parameter) in frozen for parameter in own):
-                smallest = min(own, key=torch.numel)
-                smallest.grad = torch.zeros_like(smallest)
+        """Have a GradScaler accept each optimizer of which nothing trains, until its step."""
+        self._frozen.lend(optimizers)
 
     def as_after_fit(self, hyperparameters: dict[str, Any], live: Mapping[str, Any]) -> None:
         """Put copies in the place of modules among saved hyperparameters, with the flags and modes that they came with.
@@ -171,7 +162,7 @@ class Ledger:
         for parameter in self.parameters.values():
             if id(parameter) in self._came.touched and id(parameter) not in by_hand:
                 parameter.requires_grad = self._came.flags[id(parameter)]
-        self._in_eval, self._came.touched, self._frozen = [], set(), []
+        self._in_eval, self._came.touched, self._frozen = [], set(), FrozenGradients([])
 
     def _decide(self, parameter: nn.Parameter, *, frozen: bool, wanted: bool) -> None:
         key, came = id(parameter), self._came
@@ -182,7 +173,7 @@ class Ledger:
             came.touched.remove(key)
             set_trainable(parameter, came.flags[key])
         if frozen:
-            self._frozen.append(parameter)
+            self._frozen.parameters.append(parameter)
         elif wanted or came.flags[key]:
             self.trains.add(key)
 
