@@ -56,7 +56,7 @@ class Steps:
     def reset(self) -> None:
         """End the steps that are still on: one that raised has called no hook."""
         while self._running:
-            self._call(self.after, self._running.pop())
+            self._pop()
 
     def close(self) -> None:
         """Forget everything."""
@@ -67,8 +67,7 @@ class Steps:
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._paused:
             return None
-        self._running.append(optimizer)
-        self._call(self.before, optimizer)
+        self._push(optimizer)
         # torch passes the optimizer as the first argument.
         if callable(kwargs.get("closure")):
             return args, {**kwargs, "closure": self._outside(kwargs["closure"])}
@@ -82,18 +81,29 @@ class Steps:
             self.reset()
             result = closure(*args, **kwargs)
             for optimizer in running:
-                self._running.append(optimizer)
-                self._call(self.before, optimizer)
+                self._push(optimizer)
             return result
 
         return run
 
     def _end(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._running:  # it began while paused, or was reset meanwhile
+        if self._paused or not self._running:  # it was reset meanwhile
             return
-        self._call(self.after, self._running.pop())
+        self._pop()
         if not self._running:
             self._call(self.counted, optimizer)
+
+    # A class that calls super().step() has torch call the hooks twice, one within the other.
+
+    def _push(self, optimizer: Optimizer) -> None:
+        if not any(running is optimizer for running in self._running):
+            self._call(self.before, optimizer)
+        self._running.append(optimizer)
+
+    def _pop(self) -> None:
+        optimizer = self._running.pop()
+        if not any(running is optimizer for running in self._running):
+            self._call(self.after, optimizer)
 
     @staticmethod
     def _call(functions: list[Around], optimizer: Optimizer) -> None:

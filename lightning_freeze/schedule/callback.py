@@ -284,6 +284,7 @@ class FreezeSchedule(Holder):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Count the optimizer steps that Lightning has not counted, and log scaled rates."""
+        self.ledger.steps.reset()  # user code may have caught the error of one
         if uncounted := self.fit.uncounted(trainer.global_step):
             report.log_uncounted(trainer, first=self.progress.uncounted == 0)
             self.progress.uncounted += uncounted

@@ -122,15 +122,16 @@ class Fit:
             return False
         self._release_optimizers()
         adopt = self._to_adopt(trainer.strategy, optimizers)
-        for optimizer in optimizers:
-            phased = PhasedOptimizer(
-                optimizer,
-                scales=self.resolved.scales,
-                adopt=adopt,
-                optimizer_state=self.policy,
-                sparse=_sparse(self.ledger.module),
-            )
-            self.optimizers.append(phased)
+        with self.ledger.steps.paused():  # throw-away optimizers step, and some fail
+            for optimizer in optimizers:
+                phased = PhasedOptimizer(
+                    optimizer,
+                    scales=self.resolved.scales,
+                    adopt=adopt,
+                    optimizer_state=self.policy,
+                    sparse=_sparse(self.ledger.module),
+                )
+                self.optimizers.append(phased)
         return True
 
     def apply(self, index: int) -> None:
