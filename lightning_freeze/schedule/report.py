@@ -15,7 +15,7 @@ from lightning_freeze._lightning import (
 )
 from lightning_freeze.freezing.batchnorm import has_running_statistics
 from lightning_freeze.freezing.eval_mode import is_held
-from lightning_freeze.functional import can_train, scalars
+from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.fit import Fit
 from lightning_freeze.schedule.meaning import what_came_frozen
@@ -33,8 +33,7 @@ def begin(
     """Warn, before the first batch, of what the user may not expect."""
     if not trainer.is_global_zero:
         return
-    came_frozen = {id(p) for p in fit.ledger.parameters.values() if can_train(p) and not fit.ledger.came_trainable(p)}
-    if said := what_came_frozen(pl_module, phases, came_frozen, fit.ledger.held(without="FreezeSchedule")):
+    if said := what_came_frozen(pl_module, phases, fit.resolved.came_frozen, fit.resolved.held):
         _log.warning("%s", said)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         for number, why in _ends_too_early(trainer, phases, steps_per_epoch):
