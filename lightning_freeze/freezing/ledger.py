@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,7 +16,7 @@ from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_runni
 from lightning_freeze.freezing.ddp import follow_trainable_set
 from lightning_freeze.freezing.eval_mode import BY_HAND, hold_eval, leave_as_after_fit, release_eval
 from lightning_freeze.freezing.fsdp import reshard
-from lightning_freeze.freezing.optimizers import members
+from lightning_freeze.freezing.gradients import FrozenGradients
 from lightning_freeze.freezing.steps import Steps
 from lightning_freeze.functional import can_train, set_trainable
 from lightning_freeze.logs import get_logger
@@ -53,39 +52,6 @@ class _Found:
     touched: set[int] = field(default_factory=set)
 
 
-@dataclass
-class _Guard:
-    """Drops the gradients of what is frozen; warns once of other code that has switched on ``requires_grad``."""
-
-    names: dict[int, str]
-    is_global_zero: bool
-    frozen: list[nn.Parameter] = field(default_factory=list)
-    clean: bool = False  # whether gradients have been dropped since the last step
-    warned: bool = False
-
-    def drop(self) -> None:
-        stray = [parameter for parameter in self.frozen if parameter.grad is not None]
-        for parameter in stray:
-            parameter.grad = None
-        self.warn(stray)
-        self.clean = True
-
-    def before_step(self, optimizer: Optimizer) -> None:
-        if not self.clean:
-            self.drop()
-        self.clean = False
-
-    def warn(self, parameters: Iterable[nn.Parameter]) -> None:
-        names = [self.names[id(parameter)] for parameter in parameters if parameter.requires_grad]
-        if names and not self.warned and self.is_global_zero:
-            self.warned = True
-            _log.warning(
-                "other code has switched on requires_grad of %d frozen parameter(s): %s. They stay frozen: their "
-                "gradients are dropped before each step.",
-                *(len(names), listed(names)),
-            )
-
-
 class Ledger:
     """Brings flags, modes, gradients and the wrapper in line with what the holders of a fit ask for.
 
@@ -111,9 +77,10 @@ class Ledger:
         self.trains = {key for key, flag in self._found.flags.items() if flag}
         self._holds: dict[str, Hold] = {}
         self._in_eval: list[nn.Module] = []
-        self._guard = _Guard({id(p): name for name, p in self.parameters.items()}, strategy.is_global_zero)
+        self._frozen = FrozenGradients([])
+        self._warned = False
         self.steps = Steps()
-        self.steps.before.append(self._guard.before_step)
+        self.steps.before.append(lambda stepping: self._warn_of_switched(self._frozen.begin_step(stepping)))
 
     @property
     def batchnorm(self) -> list[nn.Module]:
@@ -154,8 +121,8 @@ class Ledger:
         reshard(self.strategy, self.module)
         before, frozen = self.trains, self.held().keys()
         wanted = {key for hold in self._holds.values() for key in hold.trains}
-        self._guard.warn(self._guard.frozen)
-        self.trains, self._guard.frozen = set(), []
+        self._warn_of_switched(self._frozen.parameters)
+        self.trains, self._frozen = set(), FrozenGradients([])
         for parameter in self.parameters.values():
             self._decide(parameter, frozen=id(parameter) in frozen, wanted=id(parameter) in wanted)
             if id(parameter) in self.trains and id(parameter) not in before:
@@ -171,16 +138,11 @@ class Ledger:
 
     def drop_gradients(self) -> None:
         """Drop the gradients of what is frozen: they would count in a clip and move it in a step."""
-        self._guard.drop()
+        self._warn_of_switched(self._frozen.drop())
 
     def lend_gradients(self, optimizers: Iterable[Optimizer]) -> None:
-        """Set one zero gradient in each wholly frozen optimizer, until its step: a GradScaler refuses it without."""
-        frozen = set(map(id, self._guard.frozen))
-        for optimizer in optimizers:
-            own = members([optimizer])
-            if own and all(id(parameter) in frozen for parameter in own):
-                smallest = min(own, key=torch.numel)
-                smallest.grad = torch.zeros_like(smallest)
+        """Have a GradScaler accept each optimizer of which nothing trains, until its step."""
+        self._frozen.lend(optimizers)
 
     def as_after_fit(self, hyperparameters: dict[str, Any], live: Mapping[str, Any]) -> None:
         """Put copies in the place of modules among hyperparameters that are about to be saved, as they came.
@@ -208,7 +170,7 @@ class Ledger:
         for parameter in self.parameters.values():
             if id(parameter) in self._found.touched and id(parameter) not in by_hand:
                 parameter.requires_grad = self._found.flags[id(parameter)]
-        self._in_eval, self._found.touched, self._guard.frozen = [], set(), []
+        self._in_eval, self._found.touched, self._frozen = [], set(), FrozenGradients([])
 
     def _decide(self, parameter: nn.Parameter, *, frozen: bool, wanted: bool) -> None:
         key, found = id(parameter), self._found
@@ -219,9 +181,22 @@ class Ledger:
             found.touched.remove(key)
             set_trainable(parameter, found.flags[key])
         if frozen:
-            self._guard.frozen.append(parameter)
+            self._frozen.parameters.append(parameter)
         elif wanted or found.flags[key]:
             self.trains.add(key)
+
+    def _warn_of_switched(self, parameters: Iterable[nn.Parameter]) -> None:
+        switched = {id(parameter) for parameter in parameters if parameter.requires_grad}
+        if self._warned or not switched:
+            return
+        self._warned = True
+        names = [name for name, parameter in self.parameters.items() if id(parameter) in switched]
+        if self.strategy.is_global_zero:
+            _log.warning(
+                "other code has switched on requires_grad of %d frozen parameter(s): %s. They stay frozen: their "
+                "gradients are dropped before each step.",
+                *(len(names), listed(names)),
+            )
 
 
 _LEDGERS: WeakKeyDictionary[Trainer, Ledger] = WeakKeyDictionary()

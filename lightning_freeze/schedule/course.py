@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
 
 from lightning_freeze._lightning import LightningModule, Trainer, logged_step
 from lightning_freeze.ranks import check_agreement, mean_over_ranks, only_true, refuse_differences
@@ -54,6 +55,7 @@ class Course:
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         """Find out which phase holds and apply it, before optimizers and loops are restored."""
         self.fit.begin(self.trainer)
+        self.fit.ledger.steps.before.insert(0, self._follow)
         self._find(saved)
         self.apply(modes=False)
 
@@ -77,9 +79,6 @@ class Course:
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over."""
-        if self.fit.follow(self.trainer):
-            report.optimizers_exchanged(self.trainer)
-            self.apply()
         # Every batch comes here: the cheap question first.
         if self.progress.is_due(self.phases, self.step) and batch_idx % self.trainer.accumulate_grad_batches == 0:
             # Where the user steps, only a step since then tells that no accumulation window is open.
@@ -90,6 +89,7 @@ class Course:
 
     def end_batch(self) -> None:
         """Count the optimizer steps that Lightning has not counted, and log scaled rates."""
+        self.fit.ledger.steps.reset()  # user code may have caught the error of one
         if uncounted := self.fit.uncounted(self.trainer.global_step):
             report.steps_uncounted(self.trainer, first=self.progress.uncounted == 0)
             self.progress.uncounted += uncounted
@@ -156,6 +156,12 @@ class Course:
                 "Plateau's metric. Give every rank some.",
                 validates=sum(trainer.num_val_batches) > 0,
             )
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        """Take over an optimizer that somebody has put in the place of another, before its first step."""
+        if self.fit.follow(self.trainer):
+            report.optimizers_exchanged(self.trainer)
+            self.fit.apply(self.progress.index)
 
     def _find(self, saved: Mapping[str, Any] | None) -> None:
         at = (self.trainer.current_epoch, self.trainer.global_step)

@@ -37,13 +37,15 @@ class Resolved:
     """What each phase means for one module.
 
     Args:
-        asleep: The identities of what ``"*"`` leaves frozen.
+        came_frozen: The identities of what was frozen when the fit began.
+        held: The identities of what another callback keeps frozen in every phase.
         trains: For each phase, what trains, by name.
         scales: For each phase, the learning rate scales, by identity.
         holds: For each phase, what the schedule asks the ledger for.
     """
 
-    asleep: set[int]
+    came_frozen: set[int]
+    held: set[int]
     trains: list[dict[str, nn.Parameter]]
     scales: list[dict[int, float]]
     holds: list[Hold]
@@ -74,7 +76,7 @@ def resolve_phases(
         frozen = frozenset(id(parameter) for parameter in parameters.values()) - active
         stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
         holds.append(Hold(frozen, tuple(stay), active))
-    return Resolved(sleeping, trains, [phase_scales(module, phase) for phase in phases], holds)
+    return Resolved(came_frozen, set(held), trains, [phase_scales(module, phase) for phase in phases], holds)
 
 
 @dataclass
@@ -115,15 +117,16 @@ class Fit:
             return False
         self._release_optimizers()
         adopt = self._to_adopt(trainer.strategy, optimizers)
-        for optimizer in optimizers:
-            phased = PhasedOptimizer(
-                optimizer,
-                scales=self.resolved.scales,
-                adopt=adopt,
-                optimizer_state=self.policy,
-                sparse=_sparse(self.ledger.module),
-            )
-            self.optimizers.append(phased)
+        with self.ledger.steps.paused():  # throw-away optimizers step, and some fail
+            for optimizer in optimizers:
+                phased = PhasedOptimizer(
+                    optimizer,
+                    scales=self.resolved.scales,
+                    adopt=adopt,
+                    optimizer_state=self.policy,
+                    sparse=_sparse(self.ledger.module),
+                )
+                self.optimizers.append(phased)
         return True
 
     def apply(self, index: int) -> None:

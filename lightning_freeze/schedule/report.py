@@ -32,8 +32,7 @@ def fit_begins(
     """Warn, before the first batch, of what the user may not expect."""
     if not trainer.is_global_zero:
         return
-    held = fit.ledger.held(without="FreezeSchedule")
-    if said := what_came_frozen(pl_module, phases, fit.ledger.came_frozen, held):
+    if said := what_came_frozen(pl_module, phases, fit.resolved.came_frozen, fit.resolved.held):
         _log.warning("%s", said)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         for number, why in _ends_too_early(trainer, phases, steps_per_epoch):
