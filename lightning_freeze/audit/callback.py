@@ -21,7 +21,7 @@ from lightning_freeze._lightning import (
     without_fit,
 )
 from lightning_freeze.audit.checks import At, Check, Moment, schedules_of
-from lightning_freeze.audit.findings import AuditError, Finding, Report, alike, described
+from lightning_freeze.audit.findings import AuditError, Report, alike, described
 from lightning_freeze.audit.frozen_values import FrozenValues
 from lightning_freeze.audit.gradients import Gradients
 from lightning_freeze.audit.graphs import Graphs, container
@@ -40,20 +40,12 @@ _log = get_logger(__name__)
 class GradientAudit(Callback):
     """Prove, while training, that frozen is frozen and trained is trained; report by name what is not.
 
-    =============================  ====================================================================================
-    kind of finding                what it says
-    =============================  ====================================================================================
-    ``"frozen_value_moved"``       a parameter that does not require grad has another value than before
-    ``"frozen_statistics_moved"``  a buffer of a frozen module has moved: running statistics, a codebook, a queue
-    ``"frozen_in_step"``           an optimizer steps a frozen parameter, because it still has a gradient
-    ``"no_gradient"``              a trainable parameter gets no gradient: the branch is not used, a ``detach`` or
-                                   ``no_grad`` cuts it off (and where), or the loss does not depend on its output
-    ``"in_no_optimizer"``          a trainable parameter is in no optimizer
-    ``"in_two_optimizers"``        a trainable parameter is in optimizers twice
-    ``"graph_kept"``               a tensor keeps a graph alive between steps; the name is the way to it, such as
-                                   ``self.losses[3]``
-    ``"replicas_differ"``          a parameter, or a buffer of a frozen module, differs between DDP's processes
-    =============================  ====================================================================================
+    - ``"frozen_value_moved"``, ``"frozen_statistics_moved"``: a frozen parameter, a buffer of a frozen module, moved.
+    - ``"frozen_in_step"``: an optimizer steps a frozen parameter, because it still has a gradient.
+    - ``"no_gradient"``: a trainable parameter gets no gradient, and what cuts it off, down to the line of a ``detach``.
+    - ``"in_no_optimizer"``, ``"in_two_optimizers"``: a trainable parameter is not in one optimizer, once.
+    - ``"graph_kept"``: a tensor keeps a graph alive between steps, and the way to it, such as ``self.losses[3]``.
+    - ``"replicas_differ"``: a parameter, or a buffer of a frozen module, differs between DDP's processes.
 
     The first batches of a fit, of a phase of :class:`FreezeSchedule` and of every ``every_n_epochs``-th epoch are
     audited; values, graphs and replicas also at that epoch's end. Training is the same to the bit; a batch that is not
@@ -127,7 +119,8 @@ class GradientAudit(Callback):
         ignored = resolve(pl_module, self.ignore, given="GradientAudit(ignore={})") if self.ignore is not None else {}
         late = {name for name, parameter in named_unique_parameters(pl_module).items() if not parameter.requires_grad}
         frozen, gradients = FrozenValues(), Gradients(self.first_n_steps)
-        checks = [Graphs(), frozen, Membership(), Replicas(frozen, late), gradients]
+        start = Moment(trainer, pl_module, ignored, "phase start")
+        checks = [Graphs(start), frozen, Membership(), Replicas(frozen, late), gradients]
         self._fit = _Fit(set(ignored), checks, gradients)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -179,9 +172,9 @@ class GradientAudit(Callback):
             _log.info(self.report.summary)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Report gradients that were missing, which may have led to the error; leave nothing behind."""
+        """Report gradients that were missing, which may have led to an error; leave nothing behind."""
         fit = self._fit
-        if fit is not None and fit.step is not None and not isinstance(exception, AuditError):
+        if fit is not None and fit.step is not None and isinstance(exception, Exception):
             fit.end_step()
             self._check(trainer, pl_module, "exception", exception)
         self._release()
@@ -211,27 +204,19 @@ class GradientAudit(Callback):
         mine = [check.observe(now) for check in checks]
         # After an error, other processes may never answer.
         by_rank = from_all(mine) if trainer.world_size > 1 and error is None else [mine]
-        facts = zip(*by_rank, strict=True)
-        findings = [finding for check, of in zip(checks, facts, strict=True) for finding in check.decide(now, of)]
+        new = []
+        for check, facts in zip(checks, zip(*by_rank, strict=True), strict=True):
+            for finding in check.decide(now, facts):
+                key = (finding.kind, container(finding.name))
+                new += [finding] if key not in fit.reported else []
+                fit.reported.add(key)
+        self.report.extend(new)
         self.report.parameters = len(now.parameters)
         self.report.checks += at not in ("epoch skipped", "train end", "exception")
-        self._conclude(trainer, findings, may_raise=error is None)
-
-    def _conclude(self, trainer: Trainer, findings: list[Finding], *, may_raise: bool) -> None:
-        """Report what is new."""
-        reported = self._current().reported
-        new = []
-        for finding in findings:
-            key = (finding.kind, container(finding.name))
-            if key not in reported:
-                reported.add(key)
-                new.append(finding)
-        self.report.extend(new)
-        if new and may_raise and self.on_violation == "raise":
+        if new and self.on_violation == "raise" and error is None:
             raise AuditError(self.report)
-        if trainer.is_global_zero:
-            for group in alike(new):
-                _log.warning("audit, step %d: %s", group[0].step, described(group))
+        for group in alike(new) if trainer.is_global_zero else ():
+            _log.warning("audit, step %d: %s", group[0].step, described(group))
 
     def _current(self) -> _Fit:
         assert self._fit is not None

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
+from typing import TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import (
-    StochasticWeightAveraging,
-    Trainer,
-    WeightAveraging,
-    callbacks_of,
-    optimizers_of,
-)
+from lightning_freeze._lightning import StochasticWeightAveraging, WeightAveraging, callbacks_of, optimizers_of
 from lightning_freeze.audit.checks import At, Check, Moment, schedules_of
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.freezing.batchnorm import every_module, has_running_statistics, is_held, wholly_frozen
 from lightning_freeze.selectors import clean_name
 from lightning_freeze.tensors import digest, has_values
+
+#: What a tensor was at a look: the parameter, the digest of its values, and those of what optimizers keep for it. A
+#: version counter would be cheaper, but a write to ``.data`` does not raise it.
+Seen: TypeAlias = tuple[nn.Parameter | None, bytes, list[bytes]]
 
 
 class FrozenValues(Check):
@@ -30,7 +29,8 @@ class FrozenValues(Check):
     )
 
     def __init__(self) -> None:
-        self._values, self._since = Values(), 0
+        self._seen: dict[str, Seen] = {}
+        self._since = 0
         self._at_begin: set[str] = set()
         self._switched: set[str] = set()  # requires grad inside of a step only, as networks of a GAN
         self._stepped: dict[str, None] = {}
@@ -49,20 +49,20 @@ class FrozenValues(Check):
         """Return a finding for all that was frozen at the last look, is frozen now, and has another value."""
         if now.at == "phase start":
             self._switched = set()
-        if now.at in ("phase start", "epoch start", "epoch skipped", "train end") and _averages(now.trainer):
-            self._values = Values()  # averages were put in the place of the weights
+        if now.at in ("phase start", "epoch start", "epoch skipped", "train end") and _averages(now):
+            self._seen = {}  # averages were put in the place of the weights
         if now.at == "train end" and self._since == now.step:
             return []
-        frozen = self.tensors(now)
+        frozen, before = self.tensors(now), self._seen
         if now.at == "epoch skipped":
-            self._values.keep(frozen)
+            self._seen = {name: seen for name, seen in before.items() if name in frozen}
             return []
-        stepped, since = self._stepped, self._since
-        self._stepped, self._since = {}, now.step
-        tensors = {name: tensor for name, (_, tensor) in frozen.items()}
-        moved = self._values.look(tensors, optimizers_of(now.trainer), stepped)
+        stepped, self._stepped = self._stepped, {}
+        since, self._since = self._since, now.step
+        self._seen = {name: look(tensor, optimizers_of(now.trainer)) for name, (_, tensor) in frozen.items()}
+        moved = [n for n in self._seen if n in before and has_moved(before[n], self._seen[n], stepped=n in stepped)]
         return [
-            *(_in_step(name, now.step) for name in stepped),
+            *(Finding("frozen_in_step", name, _IN_STEP, _DROP_GRADIENT, now.step) for name in stepped),
             *(_moved(name, *frozen[name], since, now.step, name in stepped) for name in moved),
         ]
 
@@ -70,64 +70,30 @@ class FrozenValues(Check):
         """Return what must not move now, by name, each with its module."""
         trains = {id(p) for name, p in now.parameters.items() if p.requires_grad or name in self._switched}
         modes = [schedule.frozen_mode for schedule in schedules_of(now.trainer)]
-        found = frozen_tensors(now.module, trains, held_only="train" in modes)
-        moves = _move_by_design(now)
+        found, moves = frozen_tensors(now.module, trains, held_only="train" in modes), _move_by_design(now)
         return {name: (layer, t) for name, (layer, t) in found.items() if id(t) not in moves and has_values(t)}
 
 
-class Values:
-    """Remembers the digests of named tensors that are frozen, 16 bytes each.
+def look(tensor: Tensor, optimizers: Iterable[Optimizer] = ()) -> Seen:
+    """Return what a tensor is now; it keeps no values."""
+    states = [state for optimizer in optimizers for state in optimizer.state.get(tensor, {}).values()]
+    marks = [digest(state) for state in states if isinstance(state, Tensor) and has_values(state)]
+    return tensor if isinstance(tensor, nn.Parameter) else None, digest(tensor), marks
 
-    Example:
-        >>> net, values = nn.Linear(2, 1), Values()
-        >>> values.look(dict(net.named_parameters()))
-        []
-        >>> net.bias.data.fill_(7).item()  # which raises no version counter
-        7.0
-        >>> values.look(dict(net.named_parameters()))
-        ['bias']
+
+def has_moved(before: Seen, after: Seen, *, stepped: bool = False) -> bool:
+    """Whether a tensor that was frozen at two looks has moved in between while it was frozen.
+
+    Another parameter under the name has not moved; another buffer has. What an optimizer with a state has stepped was
+    unfrozen for a while, unless ``stepped`` says that it was frozen then.
     """
-
-    def __init__(self) -> None:
-        self._seen: dict[str, tuple[nn.Parameter | None, bytes, list[bytes]]] = {}
-
-    def look(
-        self, tensors: Mapping[str, Tensor], optimizers: Sequence[Optimizer] = (), stepped: Collection[str] = ()
-    ) -> list[str]:
-        """Return the names of tensors that have changed since the last look; remember these, and forget all others.
-
-        What the last look did not see cannot have changed, nor a parameter of which another object has taken the place;
-        a buffer is what the module has under its name. What an optimizer with a state has stepped meanwhile was
-        unfrozen for a while, unless it is in ``stepped``.
-        """
-        before, self._seen = self._seen, {}
-        moved = []
-        for name, tensor in tensors.items():
-            states = [o.state[tensor] for o in optimizers if tensor in o.state]
-            marks = [digest(t) for state in states for t in state.values() if isinstance(t, Tensor) and has_values(t)]
-            self._seen[name] = (tensor if isinstance(tensor, nn.Parameter) else None, digest(tensor), marks)
-            known, value, state = before.get(name, self._seen[name])
-            if known is self._seen[name][0] and value != self._seen[name][1] and (state == marks or name in stepped):
-                moved.append(name)
-        return moved
-
-    def keep(self, names: Collection[str]) -> None:
-        """Forget all but these."""
-        self._seen = {name: seen for name, seen in self._seen.items() if name in names}
+    return before[0] is after[0] and before[1] != after[1] and (stepped or before[2] == after[2])
 
 
 def moved_by(optimizer: Optimizer) -> set[int]:
     """Return the identities of the frozen parameters that a step moves: those that have a gradient all the same.
 
     Momentum and weight decay move them also where that gradient is zero.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Linear(2, 1)
-        >>> net(torch.ones(1, 2)).sum().backward()
-        >>> _ = net.bias.requires_grad_(False)
-        >>> moved_by(torch.optim.SGD(net.parameters())) == {id(net.bias)}
-        True
     """
     moving = [parameter for group in optimizer.param_groups if group.get("lr", 1) != 0 for parameter in group["params"]]
     return {id(parameter) for parameter in moving if not parameter.requires_grad and parameter.grad is not None}
@@ -147,8 +113,6 @@ def frozen_tensors(
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
         >>> list(frozen_tensors(net, trains=set(map(id, net[0].parameters()))))
         ['1.weight', '1.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked']
-        >>> list(frozen_tensors(net, trains=set(map(id, net.parameters()))))
-        []
     """
     frozen = set() if held_only else set(wholly_frozen(module, trains))
     found: dict[str, tuple[nn.Module, Tensor]] = {}
@@ -170,22 +134,17 @@ def _move_by_design(now: Moment) -> set[int]:
     ignored = {id(parameter) for name, parameter in now.parameters.items() if name in now.ignored}
     if ignored:
         modules += wholly_frozen(now.module, set(map(id, now.parameters.values())) - ignored)
-    inside = (t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
-    return ignored | set(map(id, inside))
+    return ignored | {id(t) for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
 
 
-def _averages(trainer: Trainer) -> bool:
-    return any(isinstance(one, WeightAveraging | StochasticWeightAveraging) for one in callbacks_of(trainer))
+def _averages(now: Moment) -> bool:
+    return any(isinstance(one, WeightAveraging | StochasticWeightAveraging) for one in callbacks_of(now.trainer))
 
 
-def _in_step(name: str, step: int) -> Finding:
-    cause = (
-        "It still has a .grad (a zero one is enough) and is in an optimizer, so momentum and weight decay move it: it "
-        "was frozen after a backward, and zero_grad(set_to_none=False) leaves zeros, or its .grad was set by hand."
-    )
-    return Finding("frozen_in_step", name, cause, _DROP_GRADIENT, step)
-
-
+_IN_STEP = (
+    "It still has a .grad (a zero one is enough) and is in an optimizer, so momentum and weight decay move it: it was "
+    "frozen after a backward, and zero_grad(set_to_none=False) leaves zeros, or its .grad was set by hand."
+)
 _DROP_GRADIENT = "Set its .grad to None when you freeze it; FreezeSchedule and lightning_freeze.freeze do."
 
 
@@ -200,10 +159,8 @@ def _moved(name: str, layer: nn.Module, tensor: Tensor, since: int, step: int, s
         fix = "Set max_norm=None on it while it is frozen; torch.renorm on its weight before that keeps the outputs."
     else:
         cause = f"Code of yours or of a callback wrote to it {when}: copy_, .data, an in-place operation, a state_dict."
-        fix = (
-            "Leave that write out. If it is an average that shall move, let TargetNetwork do it, or name it in "
-            "GradientAudit(ignore=…)."
-        )
+        fix = "Leave that write out. If it is an average that shall move, let TargetNetwork do it, or name it in "
+        fix += "GradientAudit(ignore=…)."
     return Finding("frozen_value_moved", name, cause, fix, step)
 
 
@@ -211,10 +168,8 @@ def _why_buffer(layer: nn.Module) -> tuple[str, str]:
     if not layer.training:
         cause = "Its module is in eval mode now: something wrote to it, or put it in training mode for a while."
         return cause, "Leave that out, or keep the layer with FreezeBatchNorm, which train() calls do not wake up."
-    cause = (
-        "Its module is frozen but runs in training mode, where a forward moves running statistics and other buffers, "
-        "whatever requires_grad says."
-    )
+    cause = "Its module is frozen but runs in training mode, where a forward moves running statistics and other "
+    cause += "buffers, whatever requires_grad says."
     if has_running_statistics(layer):
         return cause, "Add FreezeBatchNorm, or freeze with FreezeSchedule: both keep the layer in eval mode."
     return cause, "Call eval() on it, or freeze it with FreezeSchedule(frozen_mode='eval'), which keeps it there."

@@ -24,84 +24,55 @@ _PATIENCE = 10
 class Received:
     """Notes which parameters a backward reaches, until ``undo`` is closed.
 
-    Hooks see each gradient that is accumulated, also where it is taken and cleared at once. What is left over from an
-    earlier step does not count, nor what ``torch.autograd.grad`` returns, nor a backward that comes to a parameter with
-    no gradient for it, as that of a ``torch.autograd.Function`` that returns None.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> with ExitStack() as undo:
-        ...     received = Received(dict(net.named_parameters()), undo)
-        ...     (net.weight.sum() + net.bias.detach()).backward()
-        >>> received.names
-        {'weight'}
+    Hooks see each gradient, also where it is taken and cleared at once. What is left over from an earlier step does not
+    count, nor a backward that comes to a parameter with no gradient for it, as that of a ``torch.autograd.Function``
+    that returns None.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], undo: ExitStack) -> None:
         self.names: set[str] = set()
         self._parameters, self._undo = parameters, undo
-        self._arriving: dict[str, bool] = {}
+        self._followed: set[str] = set()
         self.follow()
 
     def follow(self) -> None:
         """Follow also what requires grad, or has a value, only now."""
         for name, p in self._parameters.items():
-            if p.requires_grad and name not in self._arriving and not is_lazy(p):
-                self._arriving[name] = False
-                arrives, received = partial(self._arrive, name), partial(self._receive, name)
-                self._undo.callback(p.register_hook(arrives).remove)  # type: ignore[no-untyped-call]
-                self._undo.callback(p.register_post_accumulate_grad_hook(received).remove)  # type: ignore[no-untyped-call]
+            if p.requires_grad and name not in self._followed and not is_lazy(p):
+                self._followed.add(name)
+                self._undo.callback(p.register_hook(partial(self._note, name)).remove)  # type: ignore[no-untyped-call]
 
     def take_in(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Count also gradients that no backward has accumulated, but somebody set; zeroed ones do not count."""
+        """Count also gradients that no backward has computed, but somebody set; zeroed ones do not count."""
         stepped = {id(parameter) for parameter in parameters}
         for name, p in self._parameters.items():
             if id(p) in stepped and name not in self.names and p.grad is not None:
                 dense = p.grad if p.grad.layout is torch.strided else p.grad.to_dense()
                 self.names |= {name} if dense.any() else set()
 
-    def _arrive(self, name: str, gradient: Tensor | None) -> None:
-        self._arriving[name] = gradient is not None
-
-    def _receive(self, name: str, _: Tensor) -> None:
-        # Torch calls this also where there is no gradient; ``.grad`` may be cleared by now, or an old one.
-        if self._arriving[name]:
-            self.names.add(name)
+    def _note(self, name: str, gradient: Tensor | None) -> None:
+        self.names |= {name} if gradient is not None else set()
 
 
 @dataclass
 class Facts:
-    """What is known of one batch, or of audited batches in a row.
+    """What is known of one batch, or of audited batches in a row."""
 
-    Args:
-        trainable: The names of what trained in the last of them, as it ran.
-        received: The names of what got a gradient.
-        stepped: Which optimizers stepped, by their place among the Trainer's.
-        steps: How many batches had a backward.
-    """
-
-    trainable: set[str] = field(default_factory=set)
-    received: set[str] = field(default_factory=set)
-    stepped: set[int] = field(default_factory=set)
-    steps: int = 0
+    trainable: set[str] = field(default_factory=set)  # what trained in the last of them, while it ran
+    received: set[str] = field(default_factory=set)  # what got a gradient
+    stepped: set[int] = field(default_factory=set)  # which optimizers stepped, by their place among the Trainer's
+    steps: int = 0  # how many batches had a backward
 
 
 class Gradients(Check):
-    """Finds trainable parameters without gradient, and says what cuts them off.
-
-    Args:
-        first_n_steps: After how many batches a parameter is missed.
-
-    Attributes:
-        waiting: Whether more batches have to be audited.
-    """
+    """Finds trainable parameters without gradient in ``first_n_steps`` batches, and says what cuts them off."""
 
     moments: tuple[At, ...] = (
         *("phase start", "epoch start", "step end", "first steps end", "train end", "exception"),
     )
 
     def __init__(self, first_n_steps: int) -> None:
-        self.waiting = False
+        self.waiting = False  # whether more batches have to be audited
         self._first_n_steps = first_n_steps
         self._uses: Uses = {}
         self._known: set[str] = set()  # what got a gradient in this phase
@@ -131,12 +102,11 @@ class Gradients(Check):
         batch, self._batch = self._batch, Facts()
         if now.error is None:
             return replace(
-                batch, trainable=batch.trainable & now.requires_grad, steps=batch.steps or len(batch.received)
+                batch, trainable=batch.trainable & now.requires_grad, steps=batch.steps or bool(batch.received)
             )
         # A step that is cut short proves nothing, unless the error is that nothing has a graph. Flags count as they
         # were when it began: others may have given theirs back since.
-        counts = "does not require grad" in str(now.error)
-        return replace(batch, trainable=batch.trainable if counts else set(), steps=counts)
+        return replace(batch, steps="does not require grad" in str(now.error))
 
     def decide(self, now: Moment, facts: Sequence[Facts]) -> list[Finding]:
         """Return a finding for each parameter that got no gradient for long enough."""
@@ -146,8 +116,13 @@ class Gradients(Check):
             self._row = self._row if self.waiting and now.at == "epoch start" else Facts()
             self.waiting = True
             return []
-        self._add(facts)
         row, last = self._row, now.at in ("train end", "exception")
+        row.received |= set().union(*(one.received for one in facts))
+        row.stepped |= set().union(*(one.stepped for one in facts))
+        if any(one.steps for one in facts):
+            row.steps += 1
+            row.trainable = set().union(*(one.trainable for one in facts))
+        self._known |= row.received
         if not self.waiting or row.steps == 0 or (row.steps < self._first_n_steps and not last):
             return []
         missing = row.trainable - row.received - self._reported
@@ -156,16 +131,6 @@ class Gradients(Check):
         names = [name for name in now.parameters if name in missing - later]
         self._reported |= set(names)
         return [_finding(name, self._uses.get(name), row.steps, now.step) for name in names]
-
-    def _add(self, facts: Sequence[Facts]) -> None:
-        """Add what each process knows of one batch."""
-        for one in facts:
-            self._row.received |= one.received
-            self._row.stepped |= one.stepped
-        self._known |= self._row.received
-        if any(one.steps for one in facts):
-            self._row.steps += 1
-            self._row.trainable = set().union(*(one.trainable for one in facts))
 
     def _may_come_later(self, now: Moment, missing: set[str]) -> set[str]:
         """Return what got a gradient before, or is in an optimizer of the user's that has not stepped yet."""

@@ -6,6 +6,7 @@ import inspect
 import os
 import site
 import sysconfig
+from functools import cache
 from importlib.metadata import distributions
 
 import lightning
@@ -27,6 +28,7 @@ _MACHINERY = tuple(
 )
 
 
+@cache
 def is_users(file: str | None) -> bool:
     """Whether a source file is the user's own: not of a library, of this package, or made up such as ``<string>``.
 

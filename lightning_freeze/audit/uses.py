@@ -18,15 +18,9 @@ from lightning_freeze.audit.libraries import place
 #: or something computed from it, was taken out of the graph, and by what.
 Uses: TypeAlias = dict[str, dict[str, str]]
 
-_CUTS: dict[Any, str] = {
-    Tensor.detach: ".detach()",
-    Tensor.detach_: ".detach_()",
-    torch.detach: "torch.detach()",
-    Tensor.data.__get__: ".data",  # type: ignore[attr-defined]
-    Tensor.item: ".item()",
-    Tensor.tolist: ".tolist()",
-    Tensor.numpy: ".numpy()",
-    Tensor.__float__: "float()",
+_CUTS = {
+    **{name: f".{name}()" for name in ("detach", "detach_", "item", "tolist", "numpy")},
+    **{"data": ".data", "__float__": "float()"},
 }
 _NODES = 200_000
 
@@ -47,7 +41,7 @@ def watching(module: nn.Module, method: str, parameters: Mapping[str, nn.Paramet
 
     @functools.wraps(original)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        with _Watch(parameters, uses):
+        with _Watch({id(parameter): uses[name] for name, parameter in parameters.items()}):
             return original(*args, **kwargs)
 
     # Lightning looks through one decorator for the names of the arguments, so this one shall not count.
@@ -57,57 +51,51 @@ def watching(module: nn.Module, method: str, parameters: Mapping[str, nn.Paramet
         yield
     finally:
         vars(module).pop(method, None)
-        if own is not None:
-            vars(module)[method] = own
+        vars(module).update({method: own} if own is not None else {})
 
 
 def runs_in_python(module: nn.Module) -> bool:
     """Whether Python sees all operations of a module: no part of it is compiled or scripted."""
     # Left by ``torch.compile(module)``, by ``module.compile()``, and by Lightning where it unpacks a compiled module.
     marks = ("_orig_mod", "_compiled_call_impl", "_compiler_ctx")
-    return not any(
-        isinstance(child, torch.jit.ScriptModule) or any(getattr(child, mark, None) is not None for mark in marks)
-        for child in module.modules()
-    )
+    children = list(module.modules())
+    compiled = any(getattr(child, mark, None) is not None for child in children for mark in marks)
+    return not compiled and not any(isinstance(child, torch.jit.ScriptModule) for child in children)
 
 
 class _Watch(TorchFunctionMode):
-    """Sees every operation that Python calls, and passes it on unchanged."""
+    """Sees every operation that Python calls, passes it on unchanged, and notes uses by the parameter's identity."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], uses: Uses) -> None:
+    def __init__(self, uses: Mapping[int, dict[str, str]]) -> None:
         super().__init__()
-        self._names = {id(parameter): name for name, parameter in parameters.items()}
-        self._uses = uses
-        self._budget = _NODES
+        self._uses, self._budget = uses, _NODES
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():  # the compiler traces this function, and the rest of it cannot be traced
             return func(*args, **kwargs)
-        try:
-            cut = _CUTS.get(func)
-        except TypeError:  # not hashable
-            cut = None
+        name = getattr(func, "__name__", "")
+        is_access = name in ("__get__", "__set__")
+        cut = _CUTS.get(func.__self__.__name__ if name == "__get__" else name)
         if cut and args and isinstance(args[0], Tensor):
             for tensor in (args[0], *self._behind(args[0].grad_fn)):
                 self._note(tensor, "cut", f"{cut} at ")
         result = func(*args, **kwargs)
-        if not cut and getattr(func, "__name__", "") not in ("__get__", "__set__"):
+        if not cut and not is_access:
             self._note_use(args, kwargs, result)
         return result
 
     def _note_use(self, args: Any, kwargs: Any, result: Any) -> None:
-        used = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) in self._names]
-        results = [t for t in _tensors(result) if id(t) not in self._names and t.dtype.to_real().is_floating_point]
+        used = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) in self._uses]
+        results = [t for t in _tensors(result) if id(t) not in self._uses and t.dtype.to_real().is_floating_point]
         linked = any(tensor.requires_grad for tensor in results)
         if linked or (results and not torch.is_grad_enabled()):
             for tensor in used:
                 self._note(tensor, "linked" if linked else "unlinked")
 
     def _note(self, tensor: Tensor, kind: str, prefix: str = "") -> None:
-        name = self._names.get(id(tensor))
-        if name is not None and kind not in self._uses[name]:
-            self._uses[name][kind] = prefix + place()
+        if kind not in self._uses.get(id(tensor), (kind,)):
+            self._uses[id(tensor)][kind] = prefix + place()
 
     def _behind(self, node: Any) -> Iterator[Tensor]:
         """Yield the leaves of a graph."""
