@@ -148,19 +148,20 @@ def _is_users(cls: type) -> bool:
 
 
 def _children(thing: Any) -> Iterator[tuple[str, Any]]:
-    if issubclass(type(thing), dict):
+    kind = type(thing)
+    if issubclass(kind, dict):
         for key, value in list(dict.items(thing)):
             yield f"[{key!r}]" if issubclass(type(key), str | int | float | bool) else "[…]", value
-    elif issubclass(type(thing), list | tuple | deque | set | frozenset):
+    elif issubclass(kind, list | tuple | deque | set | frozenset):
         for index, value in enumerate(list(thing)):
-            yield "{…}" if issubclass(type(thing), set | frozenset) else f"[{index}]", value
-    elif issubclass(type(thing), types.FunctionType):
+            yield "{…}" if issubclass(kind, set | frozenset) else f"[{index}]", value
+    elif issubclass(kind, types.FunctionType):
         yield ".__defaults__", thing.__defaults__
         for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True):
             with suppress(ValueError):  # an empty cell
                 yield f".{name}", cell.cell_contents
-    elif issubclass(type(thing), types.MethodType | partial):
-        names = ("func", "args", "keywords") if issubclass(type(thing), partial) else ("__self__", "__func__")
+    elif issubclass(kind, types.MethodType | partial):
+        names = ("func", "args", "keywords") if issubclass(kind, partial) else ("__self__", "__func__")
         yield from ((f".{name}", getattr(thing, name)) for name in names)
     else:
         yield from _attributes(thing)

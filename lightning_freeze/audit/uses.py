@@ -76,7 +76,7 @@ class _Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         is_access = name in ("__get__", "__set__")
-        cut = _CUTS.get(func.__self__.__name__ if name == "__get__" else name)
+        cut = _CUTS.get(getattr(func.__self__, "__name__", "") if name == "__get__" else name)
         if cut and args and isinstance(args[0], Tensor):
             for tensor in (args[0], *self._behind(args[0].grad_fn)):
                 self._note(tensor, "cut", f"{cut} at ")

@@ -736,16 +736,20 @@ def audit_net() -> Gan:
     return Gan("plain")
 
 
-def test_the_error_that_a_loss_without_graph_raises_is_explained() -> None:
-    class AllCut(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            with torch.no_grad():
-                return super().training_step(batch, batch_idx)
+class AllCut(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            return super().training_step(batch, batch_idx)
 
-    net, audit = AllCut(), GradientAudit()
+
+@pytest.mark.parametrize("train", ["*", "head"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_error_that_a_loss_without_graph_raises_is_explained(train: str, first: bool) -> None:
+    net, audit, schedule = AllCut(), GradientAudit(), FreezeSchedule([Phase(train)], verbose=False)
+    run = trainer(callbacks=[audit, schedule] if first else [schedule, audit])
     with pytest.raises(RuntimeError, match="does not require grad"):
-        fit(net, audit=audit)
-    assert found(audit) == {"no_gradient": parameters(net, "")}
+        run.fit(net, loader())
+    assert found(audit) == {"no_gradient": parameters(net, train.strip("*"))}
     assert all("no graph is recorded" in finding.cause for finding in audit.report)
 
 

@@ -77,6 +77,11 @@ def test_what_becomes_of_a_parameter(act: Any, linked: Any, unlinked: Any, cut: 
         assert ("cut" in use) == (cut is not None)
 
 
+def test_python_properties_of_tensors_are_passed_on() -> None:
+    net = Net()
+    assert used(net, lambda: hasattr(net.a.weight, "__cuda_array_interface__"))["a.weight"] == {}
+
+
 def test_calls_are_watched_and_the_method_is_put_back() -> None:
     net: Any = Net()
     uses: Uses = {}
