@@ -211,6 +211,11 @@ def open_ledger(trainer: Trainer, pl_module: LightningModule, holds: Mapping[str
     return _LEDGERS[trainer]
 
 
+def ledger_of(trainer: Trainer) -> Ledger | None:
+    """Return the ledger of the fit that runs, None if nothing holds anything."""
+    return _LEDGERS.get(trainer)
+
+
 def close_ledger(trainer: Trainer) -> None:
     """End the fit's ledger, if one is open."""
     if (ledger := _LEDGERS.pop(trainer, None)) is not None:
