@@ -264,7 +264,7 @@ class FreezeSchedule(Holder):
         self._log_metrics(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Begin the next phase between two optimizer steps if this one is over."""
+        """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
         if self._loaded is not None:
             self._restore(trainer)
         fit, progress = self.fit, self.progress
@@ -279,17 +279,18 @@ class FreezeSchedule(Holder):
             if self._advance(trainer, pl_module, plateau=closed):
                 self._log_metrics(trainer)
         fit.begin_batch(trainer.global_step)
+        # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
+        if self.phase.scales and trainer.loggers and (logged_step(trainer) + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._log_rates(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the optimizer steps that Lightning has not counted, and log scaled rates."""
+        """Count the optimizer steps that Lightning has not counted."""
         self.ledger.steps.reset()  # user code may have caught the error of one
         if uncounted := self.fit.uncounted(trainer.global_step):
             report.log_uncounted(trainer, first=self.progress.uncounted == 0)
             self.progress.uncounted += uncounted
-        if self.phase.scales and trainer.loggers and (logged_step(trainer) + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._log_rates(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the monitored metric, to tell whether validation logs it."""
