@@ -18,7 +18,7 @@ from lightning_freeze.freezing.eval_mode import BY_HAND, hold_eval, leave_as_aft
 from lightning_freeze.freezing.fsdp import reshard
 from lightning_freeze.freezing.gradients import FrozenGradients
 from lightning_freeze.freezing.steps import Steps
-from lightning_freeze.functional import set_trainable
+from lightning_freeze.functional import can_train, set_trainable
 from lightning_freeze.logs import get_logger
 from lightning_freeze.selectors import named_unique_parameters
 from lightning_freeze.words import listed
@@ -80,9 +80,10 @@ class Ledger:
         self.steps = Steps()
         self.steps.before.append(self.drop_gradients)
 
-    def came_trainable(self, parameter: nn.Parameter) -> bool:
-        """Return whether a parameter required grad when the fit began."""
-        return self._came.flags[id(parameter)]
+    @property
+    def came_frozen(self) -> set[int]:
+        """The identities of what could train and was frozen when the fit began."""
+        return {id(p) for p in self.parameters.values() if can_train(p) and not self._came.flags[id(p)]}
 
     def hold(self, who: str, hold: Hold) -> None:
         """Replace what a holder asks for; :meth:`settle` then does it."""
@@ -207,6 +208,11 @@ def open_ledger(trainer: Trainer, pl_module: LightningModule, holds: Mapping[str
         for who, hold in holds.items():
             _LEDGERS[trainer].hold(who, hold)
     return _LEDGERS[trainer]
+
+
+def ledger_of(trainer: Trainer) -> Ledger | None:
+    """Return the ledger of the fit that runs, None if none does."""
+    return _LEDGERS.get(trainer)
 
 
 def close_ledger(trainer: Trainer) -> None:

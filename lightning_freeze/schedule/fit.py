@@ -22,7 +22,7 @@ from lightning_freeze._lightning import (
 from lightning_freeze.freezing.fsdp import CheckpointsByName
 from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, foreign, missing
-from lightning_freeze.functional import can_train, scalars
+from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.meaning import FrozenMode, asleep, eval_modules, phase_scales, phase_trains, scale_owners
 from lightning_freeze.schedule.phases import Phase
@@ -246,14 +246,12 @@ def begin_fit(
     who: str,
 ) -> Fit:
     """Return a schedule resolved against a module, before it has taken over optimizers."""
-    held = ledger.held(without=who)
-    came_frozen = {id(p) for p in ledger.parameters.values() if can_train(p) and not ledger.came_trainable(p)}
     resolved = resolve_phases(
         pl_module,
         ledger.parameters,
         phases,
-        came_frozen=came_frozen,
-        held=held,
+        came_frozen=ledger.came_frozen,
+        held=ledger.held(without=who),
         mode=mode,
         left_alone=ledger.left_alone(),
     )
