@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import lightning
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -27,6 +28,7 @@ from torch import Tensor, ones
 from torch.optim import Optimizer
 
 __all__ = [
+    "LIGHTNING_FILE",
     "BaseFinetuning",
     "Callback",
     "DDPStrategy",
@@ -57,6 +59,9 @@ __all__ = [
     "unscales_gradients",
     "without_fit",
 ]
+
+#: The file of the installed Lightning's package: what lies beside it is no code of the user's.
+LIGHTNING_FILE = str(lightning.__file__)
 
 # Lightning lends every callback the model's log functions, and with them the model.
 _LENT = frozenset({"log", "log_dict"})

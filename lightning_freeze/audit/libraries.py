@@ -9,8 +9,9 @@ import sysconfig
 from functools import cache
 from importlib.metadata import distributions
 
-import lightning
 import torch
+
+from lightning_freeze._lightning import LIGHTNING_FILE
 
 _LIBRARIES = tuple(
     os.path.join(os.path.abspath(folder), "")
@@ -24,7 +25,7 @@ _LIBRARIES = tuple(
 # Their frames are around every operation and say nothing, not even where no line is the user's own.
 _MACHINERY = tuple(
     os.path.join(os.path.dirname(os.path.abspath(file)), "")
-    for file in (torch.__file__, str(lightning.__file__), os.path.dirname(__file__))
+    for file in (torch.__file__, LIGHTNING_FILE, os.path.dirname(__file__))
 )
 
 

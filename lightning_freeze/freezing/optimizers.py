@@ -92,8 +92,8 @@ class PhasedOptimizer:
         self._adoption = Adoption(optimizer, adopt or {}, made)
         try:
             self.view = StepView(optimizer, scales)
-            for index, factors in self.view.factors.items():
-                try_scales(optimizer, index, factors)
+            for index, phases in self.view.factors.items():
+                try_scales(optimizer, index, phases)
             if isinstance(optimizer, ZeroRedundancyOptimizer) and (adopt or self.view):
                 raise ValueError(
                     "ZeroRedundancyOptimizer deals its parameters out to the ranks when it is built, so they can "

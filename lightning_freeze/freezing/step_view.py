@@ -135,10 +135,11 @@ class StepView:
         return bool(self._splits)
 
     @property
-    def factors(self) -> dict[int, set[float]]:
-        """The scales of all phases, by the index of the group that they split."""
+    def factors(self) -> dict[int, set[frozenset[float]]]:
+        """The scales that are in a group at once, in any phase, by the index of the group that they split."""
         return {
-            index: {factor for part in split.parts for factor in part.factors} for index, split in self._splits.items()
+            index: set(map(frozenset, zip(*(part.factors for part in split.parts), strict=True)))
+            for index, split in self._splits.items()
         }
 
     def begin(self, phase: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -59,27 +59,27 @@ def try_adoption(
     return {p: other.state[p] for p in parameters.values() if other.state.get(p)}
 
 
-def try_scales(optimizer: Optimizer, index: int, factors: Iterable[float]) -> None:
-    """Step two small tensors with one learning rate, then with two, as the scales of a group would have it.
+def try_scales(optimizer: Optimizer, index: int, phases: Iterable[Collection[float]]) -> None:
+    """Step small tensors at one learning rate, then at different ones, as the scales of a group would have it.
 
     Args:
         optimizer: The optimizer whose groups are scaled.
         index: The index of the group.
-        factors: The scales.
+        phases: For each phase, the scales that are in the group at once.
 
     Raises:
-        ValueError: If the optimizer refuses two learning rates; it says what the optimizer said.
+        ValueError: If the optimizer refuses different learning rates; it says what the optimizer said.
     """
     rate = optimizer.param_groups[index].get("lr")
     if not isinstance(rate, float):
         return
-    try:
-        _step(optimizer, [{"lr": rate}, {"lr": rate}])
-    except Exception:  # whatever the class raises, it cannot be asked so
-        return
-    for factor in factors:
+    for factors in phases:
         try:
-            _step(optimizer, [{"lr": rate}, {"lr": rate * factor}])
+            _step(optimizer, [{"lr": rate} for _ in factors])
+        except Exception:  # whatever the class raises, it cannot be asked so
+            return
+        try:
+            _step(optimizer, [{"lr": rate * factor} for factor in factors])
         except Exception as error:
             raise ValueError(
                 f"lr_scale makes groups of different learning rates, which {type(optimizer).__name__} refuses: {error} "

@@ -53,9 +53,6 @@ class FreezeSchedule(Holder):
             memory is freed and it starts anew; or ``"offload"``, to the CPU until the parameter trains again.
         verbose: Log a line for each phase that begins.
 
-    Attributes:
-        phases: The schedule as a list of :class:`Phase`.
-
     Raises:
         ValueError: If the schedule is empty or a phase that is not the last has no end; at fit start, if a phase names
             or trains nothing, or if an optimizer would refuse in mid-fit what the schedule asks of it.

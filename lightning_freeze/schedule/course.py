@@ -75,29 +75,29 @@ class Course:
         self.monitor.begin_epoch()
         if not self._advance(pl_module):
             self.fit.ledger.settle()  # puts right what other code has switched
-        self._log()
+        self._log_phase()
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
-        """Begin the next phase between two optimizer steps if this one is over."""
+        """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
         # Every batch comes here: the cheap question first.
         if self.progress.is_due(self.phases, self.step) and batch_idx % self.trainer.accumulate_grad_batches == 0:
             # Where the user steps, only a step since then tells that no accumulation window is open.
             closed = pl_module.automatic_optimization or self.step != self.progress.plateau.ended_at
             if self._advance(pl_module, plateau=closed):
-                self._log()
+                self._log_phase()
         self.fit.begin_batch(self.trainer.global_step)
+        # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
+        logs = self.phase.scales and self.trainer.loggers
+        if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            rates = self.fit.rates(self.progress.index)
+            self._log({f"freeze/lr/{select}": rate for select, rate in rates.items()})
 
     def end_batch(self) -> None:
-        """Count the optimizer steps that Lightning has not counted, and log scaled rates."""
+        """Count the optimizer steps that Lightning has not counted."""
         self.fit.ledger.steps.reset()  # user code may have caught the error of one
         if uncounted := self.fit.uncounted(self.trainer.global_step):
             report.steps_uncounted(self.trainer, first=self.progress.uncounted == 0)
             self.progress.uncounted += uncounted
-        logs = self.phase.scales and self.trainer.loggers
-        if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            rates = {f"freeze/lr/{select}": rate for select, rate in self.fit.rates(self.progress.index).items()}
-            for logger in self.trainer.loggers:
-                logger.log_metrics(rates, step=logged_step(self.trainer))
 
     def begin_validation(self) -> None:
         """Note what is logged before validation logs."""
@@ -188,9 +188,12 @@ class Course:
             if until is not None and only_true(self.trainer.strategy, until.monitor not in metrics):
                 report.metric_is_missing(self.trainer, self.phases, number, is_current=number == index)
 
-    def _log(self) -> None:
+    def _log_phase(self) -> None:
         trainable = float(self.fit.trainable())
         values = {"freeze/phase": float(self.progress.index), "freeze/trainable_parameters": trainable}
         self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+        self._log(values)
+
+    def _log(self, values: dict[str, float]) -> None:
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step=logged_step(self.trainer))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, callbacks_of
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of
 from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
-from lightning_freeze.freezing.eval_mode import BY_HAND, is_held
+from lightning_freeze.freezing.eval_mode import BY_HAND, interceptor
 from lightning_freeze.freezing.holder import Holder
+from lightning_freeze.freezing.ledger import Ledger, ledger_of
 from lightning_freeze.functional import can_train, scalars
 from lightning_freeze.schedule.fit import Resolved, resolve_phases
 from lightning_freeze.schedule.meaning import FrozenMode
@@ -56,9 +57,10 @@ class Plan:
         """Return the plan of a schedule; ``callbacks`` are the Trainer's, else those of the model's own Trainer."""
         model = unwrapped(model)
         spans = phase_spans(phases, max_epochs, steps_per_epoch)
-        parameters = named_unique_parameters(model)
-        holders = [one for one in _callbacks(model) if isinstance(one, Holder)] if callbacks is None else callbacks
-        holds = {one.state_key: one.holds(model) for one in holders if isinstance(one, Holder)}
+        parameters, trainer = named_unique_parameters(model), _trainer(model)
+        if callbacks is None:
+            callbacks = callbacks_of(trainer) if trainer is not None else []
+        holds = {one.state_key: one.holds(model) for one in callbacks if isinstance(one, Holder)}
         held = {key: who for who, hold in holds.items() for key in hold.frozen}
         layers = [layer for layer in model.modules() if has_running_statistics(layer)]
         held |= dict.fromkeys(affine_frozen_by_hand(layers), BY_HAND)
@@ -66,13 +68,14 @@ class Plan:
             model,
             parameters,
             phases,
-            came_frozen={id(p) for p in parameters.values() if can_train(p) and not p.requires_grad},
+            came_frozen=_came_frozen(parameters.values(), ledger_of(trainer) if trainer is not None else None),
             held=held,
             mode=mode,
             left_alone={module for hold in holds.values() for module in hold.own},
         )
         by_others = {module for hold in holds.values() for module in hold.eval_mode}
-        return cls(phases, model, max_epochs, spans, resolved, by_others | {one for one in layers if is_held(one)})
+        by_hand = {one for one in layers if (stay := interceptor(one)) is not None and BY_HAND in stay.holders}
+        return cls(phases, model, max_epochs, spans, resolved, by_others | by_hand)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -149,11 +152,16 @@ def _epochs(phase: Phase, span: Span | None, *, last: bool) -> str:
     return f"{text}, or until {phase.until.monitor} plateaus"
 
 
-def _callbacks(model: nn.Module) -> list[Callback]:
-    """Return the callbacks of the Trainer that a LightningModule is attached to."""
-    if not isinstance(model, LightningModule):
-        return []
+def _trainer(model: nn.Module) -> Trainer | None:
+    """Return the Trainer that a LightningModule is attached to."""
     try:
-        return callbacks_of(model.trainer)
+        return model.trainer if isinstance(model, LightningModule) else None
     except RuntimeError:  # it is attached to none
-        return []
+        return None
+
+
+def _came_frozen(parameters: Iterable[nn.Parameter], ledger: Ledger | None) -> set[int]:
+    """Return the identities of what a fit finds frozen, or has found if one is running."""
+    if ledger is not None:
+        return ledger.came_frozen
+    return {id(parameter) for parameter in parameters if can_train(parameter) and not parameter.requires_grad}

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib
 import logging
 from itertools import pairwise
 from typing import Any
@@ -11,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_freeze import FreezeSchedule, Phase, Plateau, freeze_batchnorm
+from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau, TargetNetwork, freeze_batchnorm
 from lightning_freeze.schedule.plot import draw_schedule
 from lightning_freeze.schedule.preview import Plan, phase_spans
 from lightning_freeze.schedule.progress import walk
@@ -166,3 +168,68 @@ def test_drawn_into_axes_of_the_user() -> None:
     texts = {text.get_text() for text in axes.texts}
     assert "neck (until val_loss plateaus)" in texts
     assert any("%" in text and "lr ×0.1" in text for text in texts)
+
+
+class Byol(Net):
+    """An online network and its target, of the same architecture; the head predicts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = copy.deepcopy(self.backbone)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.target(batch[0]).mean()
+
+
+HELD: dict[str, Any] = {
+    "target": lambda: [TargetNetwork("backbone", "target", tau=0.1)],
+    "batchnorm": lambda: [FreezeBatchNorm("backbone")],
+    "batchnorm, affine trains": lambda: [FreezeBatchNorm("backbone", train_affine=True)],
+    "both": lambda: [FreezeBatchNorm("*"), TargetNetwork("backbone", "target", tau=0.1, eval_mode=True)],
+    "neither": lambda: [],
+}
+
+
+@pytest.mark.parametrize("mode", ["batchnorm", "eval"])
+@pytest.mark.parametrize("held", HELD)
+def test_what_other_callbacks_hold_is_counted(held: str, mode: Any) -> None:
+    """By argument, and by the Trainer that the model is attached to: as many as the fit trains."""
+    phases = [Phase("head", epochs=1), Phase(["head", "backbone"], epochs=1), Phase("*")]
+    schedule, net, callbacks = FreezeSchedule(phases, frozen_mode=mode, verbose=False), Byol(), HELD[held]()
+    before = schedule.preview(net, 3, callbacks=callbacks)
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    fitted: dict[int, tuple[int, int]] = {}
+    attached = []
+
+    def note(run: Any, module: Any) -> None:
+        trains = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        fitted[schedule.phase_index] = (trains, sum(not layer.training for layer in norms))
+        if len(attached) == schedule.phase_index:
+            attached.append(str(schedule.preview(module, 3)))
+
+    trainer(callbacks=[*callbacks, schedule, Probe(note)], max_epochs=3).fit(net, loader())
+    for table in (before, schedule.preview(net, 3)):  # it is attached to its Trainer still
+        found = [(int(row[3]), int(row[5].partition("/")[0])) for row in table.rows]
+        assert found == [fitted[index] for index in range(3)]
+    assert attached == [str(before)] * 3  # also asked in mid-fit
+    pytest.importorskip("matplotlib")
+    figure = schedule.plot(net, 3, callbacks=callbacks)
+    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    dark = [bar for bar in figure.axes[0].patches if round(bar.get_y() + 0.4) == rows.index("target")][1::2]
+    shares = [bar.get_alpha() for bar in dark]
+    assert shares[:2] == [0.0, 0.0]
+    assert (shares[2] == 0.0) == ("TargetNetwork" in str(list(map(type, callbacks))))
+
+
+def test_the_example_of_byol() -> None:
+    pytest.importorskip("sklearn")
+    byol = importlib.import_module("examples.momentum_encoder").BYOL()
+    schedule = FreezeSchedule([Phase("predictor", epochs=1), Phase("*")], verbose=False)
+    follow, counts = TargetNetwork("online", "target", tau=0.02), list[str]()
+    rows = schedule.preview(byol, 2, callbacks=[follow]).rows
+    probe = Probe(lambda _, m: counts.append(f"{sum(p.numel() for p in m.parameters() if p.requires_grad):,}"))
+    images = torch.utils.data.TensorDataset(torch.randn(8, 1, 8, 8))
+    run = trainer(callbacks=[schedule, follow, probe], max_epochs=2)
+    run.fit(byol, torch.utils.data.DataLoader(images, batch_size=8))
+    assert [row[3] for row in rows] == counts
