@@ -9,15 +9,25 @@ from numbers import Integral
 from typing import Any
 
 
+def closest(word: object, known: Iterable[str], *, most: int = 1) -> list[str]:
+    """Return the known words that are most like a word, whatever their case.
+
+    Example:
+        >>> closest("Hed", ["head", "neck"])
+        ['head']
+    """
+    folded = {name.casefold(): name for name in known}
+    return [folded[name] for name in difflib.get_close_matches(str(word).casefold(), folded, n=most)]
+
+
 def suggestion(word: object, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the closest known word, or nothing.
+    """Return a sentence with the known word that is most like a word; an empty text if none is.
 
     Example:
         >>> suggestion("heads", ["head", "neck"])
         " Did you mean 'head'?"
     """
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return "".join(f" Did you mean {name!r}?" for name in closest(word, known))
 
 
 def listed(names: Iterable[str], separator: str = ", ", *, most: int = 5) -> str:

@@ -212,6 +212,12 @@ def test_names_with_brackets() -> None:
     assert "There is a module" not in str(caught.value)
 
 
+def test_error_names_what_is_below_a_wrapper() -> None:
+    net = nn.ModuleDict({"model": nn.ModuleDict({"fc": nn.Linear(1, 1)})})
+    with pytest.raises(ValueError, match=r'"fc" matches no parameter\. Did you mean "model\.fc"\?'):
+        select_parameters(net, "fc")
+
+
 def test_modules_without_children_or_parameters() -> None:
     with pytest.raises(ValueError, match=r"Did you mean \"weight\"\?\nParameters: weight, bias\."):
         select_parameters(nn.Linear(2, 1), "wieght")
