@@ -1,8 +1,9 @@
-"""Tensors: their bytes and a hash of them, and operations on many at once, which torch has under private names only."""
+"""Tensors: as arrays, as bytes, hashed, and operations on many at once, which torch has under private names only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,22 @@ import xxhash
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.parameter import is_lazy
+
+
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """Return a NumPy array with a copy of the values, in the closest dtype that NumPy has."""
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    # A copy also because Tensor.numpy makes a storage impossible to resize for good.
+    tensor = tensor.to("cpu", copy=True)
+    if tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+        tensor = tensor.float()
+    if tensor.is_complex() and tensor.dtype not in (torch.complex64, torch.complex128):
+        tensor = tensor.to(torch.complex64)
+    return np.asarray(tensor.resolve_conj().resolve_neg().numpy())
 
 
 def shared_bytes(tensor: Tensor) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""How errors, logs and tables are worded: suggestions, short lists of names, shares, checks of arguments."""
+"""Words for errors, logs and tables: suggestions, short lists of names, shares, checks of arguments."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def suggestion(word: object, known: Iterable[str]) -> str:
 
 
 def listed(names: Iterable[str], separator: str = ", ", *, most: int = 5) -> str:
-    """Return names as text, the first few of many.
+    """Return names as text, of many the first few.
 
     Example:
         >>> listed(["a", "b", "c", "d", "e", "f", "g"])
@@ -52,7 +52,7 @@ def percent(part: int, whole: int) -> str:
 
 
 def whole_number(where: str, name: str, value: object) -> int:
-    """Return a count as an int, also if it is one of NumPy's, which a checkpoint could not hold.
+    """Return a count as an int, also if it is NumPy's, which a checkpoint could not hold.
 
     Raises:
         TypeError: If it is no whole number.
@@ -71,7 +71,7 @@ def whole_number(where: str, name: str, value: object) -> int:
 
 
 def one_of(where: str, name: str, value: object, allowed: Sequence[str]) -> Any:
-    """Return a value that is among those allowed.
+    """Return a value unchanged if it is allowed.
 
     Raises:
         ValueError: If it is not.
@@ -89,7 +89,7 @@ def one_of(where: str, name: str, value: object, allowed: Sequence[str]) -> Any:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under named columns; ``str`` lays them out in plain text.
+    """Rows of cells under named columns; print it for plain text in which they line up.
 
     Args:
         columns: The column headings.
