@@ -77,13 +77,14 @@ def one_of(where: str, name: str, value: object, allowed: Sequence[str]) -> Any:
         ValueError: If it is not.
 
     Example:
-        >>> one_of("FreezeSchedule", "frozen_mode", "evil", ["eval", "train"])
+        >>> one_of("Plateau", "mode", "mim", ["min", "max"])
         Traceback (most recent call last):
-        ValueError: FreezeSchedule(frozen_mode='evil'): frozen_mode is one of 'eval', 'train'. Did you mean 'eval'?
+        ValueError: Plateau(mode='mim'): mode is 'min' or 'max'. Did you mean 'min'?
     """
     if value not in allowed:
-        choices = ", ".join(map(repr, allowed))
-        raise ValueError(f"{where}({name}={value!r}): {name} is one of {choices}.{suggestion(value, allowed)}")
+        choices = list(map(repr, allowed))
+        shown = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+        raise ValueError(f"{where}({name}={value!r}): {name} is {shown}.{suggestion(value, allowed)}")
     return value
 
 
