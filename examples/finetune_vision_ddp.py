@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def first(samples: int, loader: DataLoader[Any], **options: bool) -> DataLoader[Any]:
-    """Give a loader of the first samples only."""
+    """Return a loader of the first samples only."""
     return DataLoader(Subset(loader.dataset, range(min(samples, len(loader.dataset)))), loader.batch_size, **options)
 
 

@@ -1,4 +1,4 @@
-"""The example runs as a script, finds its four mistakes, and has none left after the mends."""
+"""The example runs as a script, finds its four mistakes, and has none left after the fixes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_it_finds_all_four_and_none_after_the_mends(tmp_path: Path) -> None:
+def test_audit_example_finds_four_mistakes_and_none_after_the_fixes(tmp_path: Path) -> None:
     environment = {**os.environ, "COLUMNS": "200", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "audit.py"), "--epochs", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment)
