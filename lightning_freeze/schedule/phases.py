@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from lightning_freeze.selectors import Selector, as_patterns, selector_text
 from lightning_freeze.words import one_of, suggestion, whole_number
 
 Mode = Literal["min", "max"]
+T = TypeVar("T")
 
 
+def _with_plain_errors(cls: type[T]) -> type[T]:
+    """Have the constructor of a dataclass say what would be right, where Python's own error does not."""
+    make = cls.__init__
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names, unnamed = [field.name for field in fields], [field.name for field in fields if not field.kw_only]
+
+    @functools.wraps(make)
+    def checked(self: T, *args: Any, **options: Any) -> None:
+        if len(args) > len(unnamed):
+            raise TypeError(
+                f"{cls.__name__}({', '.join(map(repr, args))}): only {', '.join(unnamed)} can be positional. Write "
+                f"other options by name: {', '.join(names)}."
+            )
+        if unknown := [key for key in options if key not in names]:
+            raise TypeError(_unknown(cls.__name__, unknown[0], names))
+        make(self, *args, **options)
+
+    cls.__init__ = checked  # type: ignore[assignment]
+    return cls
+
+
+@_with_plain_errors
 @dataclass(frozen=True)
 class Plateau:
     """The end of a phase: a metric has stopped getting better.
@@ -67,6 +91,7 @@ class Plateau:
         return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
 
 
+@_with_plain_errors
 @dataclass(frozen=True)
 class Phase:
     """A part of a fit in which a set of parameters trains and every other one is frozen.
@@ -213,13 +238,15 @@ def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:
 
 def _known(cls: Callable[..., Any], options: dict[str, Any], where: str) -> dict[str, Any]:
     """Return options unchanged if a dataclass has all of them."""
-    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in options:
-        if key not in fields:
-            raise ValueError(
-                f"{where} has no option {key!r}.{suggestion(key, fields)} The options are {', '.join(fields)}."
-            )
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if unknown := [key for key in options if key not in names]:
+        raise ValueError(_unknown(where, unknown[0], names))
     return options
+
+
+def _unknown(where: str, key: str, names: Sequence[str]) -> str:
+    """Return what to say of an argument that is not there."""
+    return f"{where} has no option {key!r}.{suggestion(key, names)} The options are {', '.join(names)}."
 
 
 def _number(shown: str, value: object) -> float:
