@@ -60,7 +60,7 @@ class CompareReplicas(Callback):
         self.identical[phase] = identical and self.identical.get(phase, True)
         self.bytes = own.numel()
 
-    def verdict(self, processes: int) -> str:
+    def outcome(self, processes: int) -> str:
         """Say for each phase whether all replicas were bit-identical after every epoch of it."""
         found = ", ".join(f"{phase} {'yes' if same else 'NO'}" for phase, same in self.identical.items())
         return f"Replicas bit-identical ({processes} x {self.bytes:,} bytes gathered after every epoch): {found}"
@@ -103,7 +103,7 @@ def main() -> None:
 
     if trainer.is_global_zero:
         Console().print(report(record, schedule.phases))
-        print(replicas.verdict(trainer.world_size))
+        print(replicas.outcome(trainer.world_size))
     sys.exit(not all(replicas.identical.values()))
 
 
