@@ -78,7 +78,7 @@ class Watch(Callback):
 
 
 def resident() -> int:
-    """Give the bytes in memory now; where the system does not say, the most there have been."""
+    """Return the bytes in memory now; where the system does not say, the most there have been."""
     statm = Path("/proc/self/statm")
     if statm.exists():
         return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -133,7 +133,7 @@ def series(kind: str, steps: int) -> list[tuple[int, float, int]]:
 
 
 def growth(rows: list[tuple[int, float, int]]) -> tuple[float, int]:
-    """Give how many MiB and tensors the last quarter has more than the quarter after all has settled."""
+    """Return how many MiB and tensors the last quarter has more than the quarter after all has settled."""
     settled = rows[int(SETTLED * len(rows)) :]
     quarter = max(1, len(settled) // 4)
     first, last = settled[:quarter], settled[-quarter:]

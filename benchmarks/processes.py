@@ -61,7 +61,7 @@ def _work(rank: int, function: Callable[..., Any], folder: str, args: tuple[Any,
 
 
 def trainer(**options: Any) -> Trainer:
-    """Give a quiet Trainer that takes part in both processes."""
+    """Return a quiet Trainer that takes part in both processes."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu",
         "devices": WORLD,

@@ -130,7 +130,7 @@ def fit(
     resume: Path | None = None,
     save: Path | None = None,
 ) -> tuple[Net, Net]:
-    """Give the network as it was before and after."""
+    """Return the network as it was before and after."""
     torch.manual_seed(0)
     net = net or Net()
     before = copy.deepcopy(net)

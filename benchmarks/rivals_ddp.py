@@ -98,7 +98,7 @@ def fit(
 
 
 def run(way: str, folder: str, processes: int, *args: Any) -> list[dict[str, Tensor]]:
-    """Give every process's weights."""
+    """Return every process's weights."""
     if processes == 1:
         return [fit(way, folder, processes, *args)]
     return on_two_processes(fit, way, folder, processes, *args)

@@ -112,7 +112,7 @@ class Record(Callback):
 
 
 def digits(size: int, batch_size: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Give loaders of 1,437 training and 360 validation digits, as three equal channels in -1 … 1."""
+    """Return loaders of 1,437 training and 360 validation digits, as three equal channels in -1 … 1."""
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
     images = nn.functional.interpolate(images, size=(size, size), mode="bilinear").repeat(1, 3, 1, 1)
@@ -125,7 +125,7 @@ def digits(size: int, batch_size: int) -> tuple[DataLoader[Any], DataLoader[Any]
 
 
 def report(record: Record, phases: list[Phase]) -> Table:
-    """Give a row for each phase."""
+    """Return a row for each phase."""
     columns: dict[str, Callable[[list[dict[str, float]]], str]] = {
         "epochs": lambda epochs: f"{epochs[0]['epoch']}-{epochs[-1]['epoch']}",
         "trainable": lambda epochs: f"{epochs[-1]['share']:.1%}",

@@ -60,7 +60,7 @@ class CompareReplicas(Callback):
         self.identical[phase] = identical and self.identical.get(phase, True)
         self.bytes = own.numel()
 
-    def verdict(self, processes: int) -> str:
+    def outcome(self, processes: int) -> str:
         """Say for each phase whether all replicas were bit-identical after every epoch of it."""
         found = ", ".join(f"{phase} {'yes' if same else 'NO'}" for phase, same in self.identical.items())
         return f"Replicas bit-identical ({processes} x {self.bytes:,} bytes gathered after every epoch): {found}"
@@ -103,12 +103,12 @@ def main() -> None:
 
     if trainer.is_global_zero:
         Console().print(report(record, schedule.phases))
-        print(replicas.verdict(trainer.world_size))
+        print(replicas.outcome(trainer.world_size))
     sys.exit(not all(replicas.identical.values()))
 
 
 def first(samples: int, loader: DataLoader[Any], **options: bool) -> DataLoader[Any]:
-    """Give a loader of the first samples only."""
+    """Return a loader of the first samples only."""
     return DataLoader(Subset(loader.dataset, range(min(samples, len(loader.dataset)))), loader.batch_size, **options)
 
 

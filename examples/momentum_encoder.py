@@ -98,7 +98,7 @@ def features(network: nn.Module, images: Tensor) -> np.ndarray:
 
 
 def probe(train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray) -> float:
-    """Give the accuracy on test images of a linear classifier that was fitted to features of training images."""
+    """Return the accuracy on test images of a linear classifier that was fitted to features of training images."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2_000))
     return float(classifier.fit(train, labels).score(test, test_labels))
 

@@ -1,4 +1,4 @@
-"""The functions for plain modules: freeze, unfreeze, a summary of what trains, outputs as NumPy arrays."""
+"""Functions on plain modules: freeze, unfreeze, a summary of what trains, outputs as NumPy arrays."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_freeze.selectors import Selector, named_unique_parameters, select_parameters, unwrapped
+from lightning_freeze.tensors import as_array
 from lightning_freeze.words import Table, percent
 
 
 def freeze(module: nn.Module, select: Selector = "*") -> dict[str, nn.Parameter]:
-    """Freeze parameters: no gradient is computed for them, and one that is there is dropped.
+    """Freeze parameters: no gradient is computed for them, and one that they have is dropped.
 
     Args:
         module: Any module.
@@ -90,7 +88,7 @@ def frozen(module: nn.Module, select: Selector = "*") -> Iterator[None]:
         (True, True)
     """
     parameters = select_parameters(module, select).values()
-    with ExitStack() as restore:  # every flag, also where one cannot be: what became of an integer dtype, say
+    with ExitStack() as restore:  # every flag, even if one cannot be: somebody may have made its dtype an integer
         for parameter in parameters:
             restore.callback(setattr, parameter, "requires_grad", parameter.requires_grad)
         for parameter in parameters:
@@ -99,17 +97,17 @@ def frozen(module: nn.Module, select: Selector = "*") -> Iterator[None]:
 
 
 def can_train(parameter: nn.Parameter) -> bool:
-    """Whether a parameter's dtype has gradients; those of quantized layers, for example, have none."""
+    """Return whether a parameter's dtype has gradients; those of quantized layers have none."""
     return parameter.is_floating_point() or parameter.is_complex()
 
 
 def scalars(parameter: nn.Parameter) -> int:
-    """Give the number of scalars, 0 for a parameter of a lazy module that has not seen its first batch."""
+    """Return the number of scalars, 0 for a parameter of a lazy module that has not seen its first batch."""
     return 0 if is_lazy(parameter) else parameter.numel()
 
 
 def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:
-    """Set the flag; a parameter that freezes loses its gradient, which would otherwise still be applied."""
+    """Set the flag, and drop the gradient of a parameter that freezes: a step would still apply it."""
     parameter.requires_grad = trainable  # not by requires_grad_(), which lazy parameters refuse
     if not trainable:
         parameter.grad = None
@@ -117,7 +115,7 @@ def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """What one top-level module has: numbers of scalars, not of tensors."""
+    """How many scalars one top-level module has, and how many of them train."""
 
     name: str
     kind: str
@@ -127,7 +125,7 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class TrainableSummary:
-    """How much of a module trains; ``str`` gives a table.
+    """How much of a module trains; print it for a table.
 
     Args:
         rows: One for each top-level module that has parameters, and one for parameters of the module itself.
@@ -137,12 +135,12 @@ class TrainableSummary:
 
     @property
     def trainable(self) -> int:
-        """The number of scalars that require grad."""
+        """How many scalars require grad."""
         return sum(row.trainable for row in self.rows)
 
     @property
     def total(self) -> int:
-        """The number of scalars."""
+        """How many scalars there are."""
         return sum(row.total for row in self.rows)
 
     @property
@@ -152,19 +150,12 @@ class TrainableSummary:
 
     def __str__(self) -> str:
         rows = [*self.rows, SummaryRow("total", "", self.trainable, self.total)]
-        return str(
-            Table(
-                ("module", "type", "trainable", "total", "share"),
-                [
-                    (row.name, row.kind, f"{row.trainable:,}", f"{row.total:,}", percent(row.trainable, row.total))
-                    for row in rows
-                ],
-            )
-        )
+        cells = [(r.name, r.kind, f"{r.trainable:,}", f"{r.total:,}", percent(r.trainable, r.total)) for r in rows]
+        return str(Table(("module", "type", "trainable", "total", "share"), cells))
 
 
 def trainable_summary(module: nn.Module) -> TrainableSummary:
-    """Summarise how much of a module trains. A tied parameter counts once, where it comes first.
+    """Return how much of a module trains; a tied parameter counts once, where it comes first.
 
     Args:
         module: Any module.
@@ -183,19 +174,18 @@ def trainable_summary(module: nn.Module) -> TrainableSummary:
         total                   4     13   30.8 %
     """
     module = unwrapped(module)
-    counts: dict[str, list[int]] = {}
-    for name, parameter in named_unique_parameters(module).items():
-        top = name.split(".")[0]
-        count = counts.setdefault(top, [0, 0])
-        count[0] += scalars(parameter) if parameter.requires_grad else 0
-        count[1] += scalars(parameter)
     children = dict(module.named_children())
-    kinds = {name: type(children[name]).__name__ if name in children else "Parameter" for name in counts}
-    return TrainableSummary(tuple(SummaryRow(name, kinds[name], *count) for name, count in counts.items()))
+    tops: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in named_unique_parameters(module).items():
+        tops.setdefault(name.split(".")[0], []).append(parameter)
+    kinds = {top: type(children[top]).__name__ if top in children else "Parameter" for top in tops}
+    trainable = {top: sum(scalars(p) for p in own if p.requires_grad) for top, own in tops.items()}
+    rows = [SummaryRow(top, kinds[top], trainable[top], sum(map(scalars, own))) for top, own in tops.items()]
+    return TrainableSummary(tuple(rows))
 
 
 def to_numpy(outputs: Any) -> Any:
-    """Give the same nest of dicts, lists and tuples with every tensor as a NumPy array: copies, not views.
+    """Return the same nest of dicts, lists and tuples with every tensor as a NumPy array: copies, not views.
 
     Args:
         outputs: A tensor, or any nest of mappings, lists, tuples (also named ones) and dataclasses that holds tensors.
@@ -203,29 +193,27 @@ def to_numpy(outputs: Any) -> Any:
 
     Returns:
         The nest, each tensor detached, moved to the CPU and made an array of the same shape and dtype. No array shares
-        memory with its tensor, so what trains on does not move it. Floating dtypes that NumPy does not know (bfloat16,
+        memory with its tensor, so training on does not change it. Floating dtypes that NumPy does not know (bfloat16,
         float8) and quantized ones become float32, complex32 becomes complex64; sparse tensors become dense.
 
     Example:
+        >>> import torch
         >>> to_numpy({"loss": torch.tensor(0.5, requires_grad=True), "preds": [torch.ones(2, dtype=torch.bfloat16)]})
         {'loss': array(0.5, dtype=float32), 'preds': [array([1., 1.], dtype=float32)]}
     """
-    if isinstance(outputs, torch.Tensor):
-        return _array(outputs)
+    if isinstance(outputs, Tensor):
+        return as_array(outputs)
     if isinstance(outputs, tuple):
-        return _tuple(type(outputs), [to_numpy(one) for one in outputs])
+        return _tuple(type(outputs), list(map(to_numpy, outputs)))
     if isinstance(outputs, Mapping) and not isinstance(outputs, MutableMapping):
         return type(outputs)({key: to_numpy(value) for key, value in outputs.items()})  # type: ignore[call-arg]
     is_record = dataclasses.is_dataclass(outputs) and not isinstance(outputs, type)
     if not is_record and not isinstance(outputs, MutableMapping | list | deque | UserList):
         return outputs
     twin = copy.copy(outputs)
-    if isinstance(twin, MutableMapping):
-        for key in list(twin):
+    if not is_record or isinstance(twin, MutableMapping):
+        for key in list(twin) if isinstance(twin, MutableMapping) else range(len(twin)):
             twin[key] = to_numpy(twin[key])
-    elif not is_record:
-        for index, one in enumerate(twin):
-            twin[index] = to_numpy(one)
     for field in dataclasses.fields(twin) if is_record else ():
         if hasattr(twin, field.name):
             object.__setattr__(twin, field.name, to_numpy(getattr(twin, field.name)))  # it may be frozen
@@ -233,22 +221,8 @@ def to_numpy(outputs: Any) -> Any:
 
 
 def _tuple(kind: type, items: list[Any]) -> Any:
+    """Return a tuple of a kind of its own."""
     try:
         return tuple.__new__(kind, items)  # whatever arguments its own __new__ takes
     except TypeError:
         return kind(items)  # one that is written in C, such as torch.return_types.max
-
-
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    tensor = tensor.detach()
-    if tensor.is_quantized:
-        tensor = tensor.dequantize()
-    if tensor.layout is not torch.strided:
-        tensor = tensor.to_dense()
-    # A copy also because Tensor.numpy makes a storage impossible to resize for good.
-    tensor = tensor.to("cpu", copy=True)
-    if tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
-        tensor = tensor.float()
-    if tensor.is_complex() and tensor.dtype not in (torch.complex64, torch.complex128):
-        tensor = tensor.to(torch.complex64)
-    return np.asarray(tensor.resolve_conj().resolve_neg().numpy())

@@ -1,4 +1,4 @@
-"""The package's log lines reach a terminal where nobody has configured logging, and nobody twice where somebody has."""
+"""Loggers whose lines are printed once: by the root logger's handlers if it has any, else by the package itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 
 
 class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
+    """Prints unless the user has configured logging."""
+
     def emit(self, record: logging.LogRecord) -> None:
         """Print, unless the root logger has handlers that will."""
         if not logging.getLogger().handlers:
@@ -13,7 +15,7 @@ class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Give the logger of a module of this package; a level that the user has set on the package's is kept."""
+    """Return the logger of a module of this package; a level that the user has set on the package's is kept."""
     package = logging.getLogger("lightning_freeze")
     if not any(isinstance(handler, _UnlessConfigured) for handler in package.handlers):
         package.addHandler(_UnlessConfigured())

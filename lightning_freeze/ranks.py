@@ -1,4 +1,4 @@
-"""What the processes of one fit ask each other; every process has to ask at the same point."""
+"""Questions to all processes of one fit; every process has to ask at the same point."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ T = TypeVar("T")
 
 
 def from_all(value: T) -> list[T]:
-    """Return what each process passed, in the order of ranks.
-
-    Args:
-        value: Anything that pickles.
+    """Return the values that the processes passed, anything that pickles, in the order of ranks.
 
     Example:
         >>> from_all("alone")
@@ -31,14 +28,14 @@ def from_all(value: T) -> list[T]:
 
 
 def check_agreement(strategy: Strategy, **facts: Any) -> None:
-    """Compare what the ranks are about to do.
+    """Refuse ranks that are about to do different things.
 
     Args:
         strategy: Any strategy.
-        facts: What must be the same everywhere, by what to call it; anything whose ``repr`` tells it.
+        facts: What must be the same everywhere, by name; what is compared is its ``repr``.
 
     Raises:
-        RuntimeError: On every rank, if one differs in a fact; it names the fact and what the ranks have.
+        RuntimeError: On every rank, if one differs in a fact; it names the fact and what this rank has.
     """
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return
@@ -56,14 +53,7 @@ def check_agreement(strategy: Strategy, **facts: Any) -> None:
 
 
 def mean_over_ranks(strategy: Strategy, value: float | None) -> float | None:
-    """Return the mean of a value over the ranks that have one, the same on every rank.
-
-    Args:
-        strategy: Any strategy.
-        value: This rank's value, None if it has none.
-
-    Returns:
-        The mean; None if no rank has a value.
+    """Return the mean of a value over the ranks that have one, the same on every rank; None if no rank has one.
 
     Example:
         >>> from lightning.pytorch.strategies import SingleDeviceStrategy
@@ -78,21 +68,21 @@ def mean_over_ranks(strategy: Strategy, value: float | None) -> float | None:
 
 
 def only_true(strategy: Strategy, fact: bool) -> bool:
-    """Return whether a fact holds on every rank, the same on every rank."""
+    """Return whether a fact is true on every rank, the same on every rank."""
     return strategy.reduce_boolean_decision(fact, all=True)
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
-
-
 def refuse_differences(strategy: Strategy, why: str, **facts: Any) -> None:
-    """Refuse ranks that differ in what has to be alike before the first batch.
+    """Refuse ranks that differ before the first batch, as :func:`check_agreement` does, and say why they must not.
 
     Raises:
-        MisconfigurationException: On every rank, with ``why`` and what the ranks have.
+        MisconfigurationException: On every rank, if one differs in a fact.
     """
     try:
         check_agreement(strategy, **facts)
     except RuntimeError as error:
         raise MisconfigurationException(f"{why} {error}") from None
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())

@@ -1,17 +1,18 @@
-"""From a selector to the parameters it names, or to an error that says what would have been right."""
+"""Selectors: from patterns to the parameters and modules that they name, or to an error that suggests a fix."""
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lightning_freeze.patterns import expressions, nearest
+from lightning_freeze.words import closest
 
 Predicate: TypeAlias = Callable[[str, Any], bool]
 
@@ -27,7 +28,7 @@ _KINDS = "A selector is a string, a callable or a list of them"
 
 
 def clean_name(name: str) -> str:
-    """Give a dotted name without the segments that wrappers put into it.
+    """Return a dotted name without the segments that wrappers put into it.
 
     Example:
         >>> clean_name("backbone._orig_mod.conv.weight")
@@ -39,23 +40,24 @@ def clean_name(name: str) -> str:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Give the module inside wrappers, of (Distributed)DataParallel and ``torch.compile``, or the module itself."""
+    """Return the module inside of (Distributed)DataParallel and ``torch.compile``, or the module itself."""
     while True:
         if isinstance(module, DataParallel | DistributedDataParallel):
             module = module.module
-        elif isinstance(inner := module._modules.get("_orig_mod"), nn.Module):
-            module = inner
+        # Not by getattr(): a wrapper that passes it on would answer for a compiled module inside of it.
+        elif inner := [child for name, child in module.named_children() if name == "_orig_mod"]:
+            module = inner[0]
         else:
             return module
 
 
 def named_unique_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Give every parameter once, tied ones under their first name, names without wrapper segments."""
+    """Return every parameter once, tied ones under their first name, names without wrapper segments."""
     return {clean_name(name): parameter for name, parameter in unwrapped(module).named_parameters()}
 
 
 def select_parameters(module: nn.Module, select: Selector) -> dict[str, nn.Parameter]:
-    r"""Give the parameters that a selector names.
+    r"""Return the parameters that a selector names.
 
     ======================== ==================================================================
     selector                 means
@@ -95,39 +97,38 @@ def select_parameters(module: nn.Module, select: Selector) -> dict[str, nn.Param
 def resolve(
     module: nn.Module, select: Selector, *, given: str = "select={}", partial: bool = False
 ) -> dict[str, nn.Parameter]:
-    """Like :func:`select_parameters`.
+    """Return what :func:`select_parameters` does.
 
     Args:
         module: Any module.
         select: One selector or a list of them.
         given: How an error shows the selector, with ``{}`` for the pattern.
-        partial: A pattern that matches nothing is passed over, and it is fine if none is left.
+        partial: Whether patterns may match nothing, and nothing may be left.
     """
     module = unwrapped(module)
-    entries = _entries(module.named_parameters(remove_duplicate=False))
-    chosen = _chosen(entries, _named_modules(module), select, given, "parameter", partial=partial)
-    return {entry.name: entry.tensor for entry in entries if id(entry.tensor) in chosen}  # type: ignore[misc]
+    names = _Names(module, module.named_parameters(remove_duplicate=False))
+    return cast("dict[str, nn.Parameter]", names.choose(select, given, "parameter", partial=partial))
 
 
 def select_layers(
     module: nn.Module, select: Selector, keep: Callable[[nn.Module], bool], *, given: str = "select={}"
 ) -> dict[str, nn.Module]:
-    """Give the modules that ``keep`` accepts and of which a selector names a parameter or a buffer.
+    """Return the modules that ``keep`` accepts and of which a selector names a parameter or a buffer.
 
     Buffers count, so that layers without parameters (``affine=False``) can be named too.
     """
     module = unwrapped(module)
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    modules = _named_modules(module)
     if not tensors and select == "*":
         return {}
-    chosen = _chosen(_entries(tensors), modules, select, given, "parameter or buffer")
-    layers: dict[str, nn.Module] = {}
-    for name, layer in modules:
-        own = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-        if layer not in layers.values() and keep(layer) and any(id(tensor) in chosen for tensor in own):
-            layers[name] = layer
-    return layers
+    names = _Names(module, tensors)
+    chosen = set(map(id, names.choose(select, given, "parameter or buffer").values()))
+    layers: dict[nn.Module, str] = {}
+    for name, layer in names.modules:
+        own = chain(layer.parameters(recurse=False), layer.buffers(recurse=False))
+        if layer not in layers and keep(layer) and any(id(tensor) in chosen for tensor in own):
+            layers[layer] = name
+    return {name: layer for layer, name in layers.items()}
 
 
 def overlay(module: nn.Module, selects: Sequence[Selector], *, given: str = "select={}") -> dict[str, Selector]:
@@ -156,7 +157,7 @@ def overlay(module: nn.Module, selects: Sequence[Selector], *, given: str = "sel
 
 
 def selector_text(select: Selector) -> str:
-    """Give a selector as text, the same in every run.
+    """Return a selector as text, the same in every run.
 
     Example:
         >>> selector_text(["head", "!head.bias"])
@@ -170,7 +171,7 @@ def selector_text(select: Selector) -> str:
 
 
 def as_patterns(select: Selector) -> list[str | Predicate]:
-    """Give a selector as a list of its patterns.
+    """Return a selector as a list of its patterns.
 
     Raises:
         TypeError: If it is neither a string, a callable nor a list of them; a module and a class are neither.
@@ -199,187 +200,85 @@ def as_patterns(select: Selector) -> list[str | Predicate]:
     return patterns
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor with all the names it has; the first one is the one it is called by."""
+class _Names:
+    """The tensors of a module under all the names that they have, for patterns to match."""
 
-    names: tuple[str, ...]
-    tensor: Tensor
+    def __init__(self, module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self.modules = [(clean_name(name), child) for name, child in module.named_modules(remove_duplicate=False)]
+        self.tensors: dict[int, Tensor] = {}
+        self.names: dict[int, list[str]] = {}
+        for name, tensor in tensors:
+            self.tensors[id(tensor)] = tensor
+            self.names.setdefault(id(tensor), []).append(clean_name(name))
 
-    @property
-    def name(self) -> str:
-        return self.names[0]
+    def choose(self, select: Selector, given: str, kind: str, *, partial: bool = False) -> dict[str, Tensor]:
+        """Return the tensors that a selector names, in the module's order; arguments as of :func:`resolve`."""
+        chosen: set[int] = set()
+        patterns = as_patterns(select)
+        for position, written in enumerate(patterns):
+            shown = given.format(_quote(written))
+            takes_away = isinstance(written, str) and written.startswith("!")
+            if takes_away and position == 0:
+                raise ValueError(
+                    f"{shown} takes away from nothing: it comes first. "
+                    f'Say what it takes away from, for example ["*", {_quote(written)}].'
+                )
+            pattern = written[1:] if isinstance(written, str) and takes_away else written
+            found = self.matches(pattern, shown)
+            if not found and not partial:
+                raise ValueError(f"{shown} matches no {kind}.{self.hint(pattern)}")
+            chosen = chosen - found if takes_away else chosen | found
+        if not chosen and not partial:
+            shown = given.format(f"[{', '.join(map(_quote, patterns))}]")
+            why = "what it adds, it takes away again" if patterns else 'it is empty. For everything, give "*"'
+            raise ValueError(f"{shown} selects nothing: {why}.")
+        return {names[0]: self.tensors[key] for key, names in self.names.items() if key in chosen}
 
+    def matches(self, pattern: str | Predicate, shown: str) -> set[int]:
+        """Return the identities of the tensors that a pattern matches."""
+        if callable(pattern):
+            return {key for key, names in self.names.items() if pattern(names[0], self.tensors[key])}
+        if pattern.startswith("type:"):
+            inside = (chain(module.parameters(), module.buffers()) for module in self.of_class(pattern))
+            return set(map(id, chain.from_iterable(inside))) & self.names.keys()
+        for expression in expressions(clean_name(pattern), shown):
+            if found := {key for key, names in self.names.items() if any(map(expression.fullmatch, names))}:
+                return found
+        return set()
 
-def _entries(named: Iterable[tuple[str, Tensor]]) -> list[_Entry]:
-    names: dict[int, list[str]] = {}
-    tensors: dict[int, Tensor] = {}
-    for name, tensor in named:
-        tensors[id(tensor)] = tensor
-        names.setdefault(id(tensor), []).append(clean_name(name))
-    return [_Entry(tuple(names[key]), tensor) for key, tensor in tensors.items()]
+    def of_class(self, pattern: str) -> list[nn.Module]:
+        """Return the modules of the class in a ``"type:…"`` pattern."""
+        wanted = pattern.removeprefix("type:").strip()
+        return [module for _, module in self.modules if wanted in _class_names(type(module))]
 
+    def hint(self, pattern: str | Predicate) -> str:
+        """Return what would have been right: the closest names, and the top-level modules."""
+        below = [name for name, _ in self.modules if name]
+        hint = ""
+        if isinstance(pattern, str):
+            if pattern in below:
+                hint = f' There is a module "{pattern}", but it has none.'
+            elif pattern.startswith("type:") and self.of_class(pattern):
+                hint = " There are modules of that class, but they have none."
+            elif close := self.closest(pattern, sorted({*below, *chain.from_iterable(self.names.values())})):
+                hint = f" Did you mean {' or '.join(map(_quote, close))}?"
+        if below:
+            return f"{hint}\nTop-level modules: {', '.join(dict.fromkeys(name.split('.')[0] for name in below))}."
+        if self.names:
+            return f"{hint}\nParameters: {', '.join(names[0] for names in self.names.values())}."
+        return f"{hint}\nThe module has no parameters yet."
 
-def _named_modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(clean_name(name), child) for name, child in module.named_modules(remove_duplicate=False)]
-
-
-def _chosen(
-    entries: list[_Entry],
-    modules: list[tuple[str, nn.Module]],
-    select: Selector,
-    given: str,
-    kind: str,
-    *,
-    partial: bool = False,
-) -> set[int]:
-    chosen: set[int] = set()
-    patterns = as_patterns(select)
-    for position, written in enumerate(patterns):
-        shown = given.format(_quote(written))
-        takes_away = isinstance(written, str) and written.startswith("!")
-        if takes_away and position == 0:
-            raise ValueError(
-                f"{shown} takes away from nothing: it comes first. "
-                f'Say what it takes away from, for example ["*", {_quote(written)}].'
-            )
-        pattern = written[1:] if isinstance(written, str) and takes_away else written
-        found = _matches(pattern, shown, entries, modules)
-        if not found and not partial:
-            raise ValueError(f"{shown} matches no {kind}.{_hint(pattern, entries, modules)}")
-        chosen = chosen - found if takes_away else chosen | found
-    if not chosen and not partial:
-        shown = given.format(f"[{', '.join(map(_quote, patterns))}]")
-        why = "what it adds, it takes away again" if patterns else 'it is empty. For everything, give "*"'
-        raise ValueError(f"{shown} selects nothing: {why}.")
-    return chosen
-
-
-def _matches(
-    pattern: str | Predicate, shown: str, entries: list[_Entry], modules: list[tuple[str, nn.Module]]
-) -> set[int]:
-    if callable(pattern):
-        return {id(entry.tensor) for entry in entries if pattern(entry.name, entry.tensor)}
-    if pattern.startswith("type:"):
-        return {
-            id(tensor) for module in _of_class(pattern, modules) for tensor in (*module.parameters(), *module.buffers())
-        } & {id(entry.tensor) for entry in entries}
-    for accepts in _name_tests(pattern, shown):
-        if found := {id(entry.tensor) for entry in entries if any(accepts(name) for name in entry.names)}:
-            return found
-    return set()
-
-
-def _of_class(pattern: str, modules: list[tuple[str, nn.Module]]) -> list[nn.Module]:
-    wanted = pattern.removeprefix("type:").strip()
-    return [module for _, module in modules if wanted in _class_names(type(module))]
-
-
-def _name_tests(pattern: str, shown: str) -> Iterator[Callable[[str], bool]]:
-    """Give what a name must pass, the next one for when none passes the one before."""
-    if pattern.startswith("re:"):
-        try:
-            expression = re.compile(pattern.removeprefix("re:"))
-        except re.error as error:
-            raise ValueError(f"{shown} is no regular expression: {error}.") from error
-        yield lambda name: expression.fullmatch(name) is not None
-        return
-    pattern = clean_name(pattern)
-    if pattern == "*":
-        yield lambda name: True
-        return
-    # Before globs: a key of a ParameterDict can have brackets in it.
-    yield lambda name: name == pattern or name.startswith(f"{pattern}.")
-    if _is_glob(pattern):
-        # A leading "*." also stands for no module at all, so that "*.bias" finds the bias of a bare layer.
-        globs = [pattern, pattern.removeprefix("*.")]
-        glob = re.compile("|".join(fnmatch.translate(one) for one in globs))
-        yield lambda name: any(glob.match(part) for part in _self_and_ancestors(name))
-
-
-def _self_and_ancestors(name: str) -> Iterable[str]:
-    yield name
-    while "." in name:
-        name = name.rpartition(".")[0]
-        yield name
+    def closest(self, pattern: str, known: list[str]) -> list[str]:
+        """Return the patterns that one without a match may have been meant to be."""
+        if pattern.startswith("type:"):
+            classes = sorted({base.__name__ for _, module in self.modules for base in type(module).__mro__[:-1]})
+            return [f"type:{name}" for name in closest(pattern[len("type:") :].rpartition(".")[2], classes, most=2)]
+        return nearest(pattern, known)
 
 
 def _class_names(cls: type) -> set[str]:
     return {name for base in cls.__mro__ for name in (base.__name__, f"{base.__module__}.{base.__qualname__}")}
 
 
-def _is_glob(pattern: str) -> bool:
-    return any(character in pattern for character in "*?[")
-
-
 def _quote(pattern: str | Predicate) -> str:
-    if isinstance(pattern, str):
-        return json.dumps(pattern, ensure_ascii=False)
-    return str(getattr(pattern, "__qualname__", repr(pattern)))
-
-
-def _hint(pattern: str | Predicate, entries: list[_Entry], modules: list[tuple[str, nn.Module]]) -> str:
-    """Say what would have been right: the closest names and the top-level modules."""
-    below = [name for name, _ in modules if name]
-    hint = ""
-    if isinstance(pattern, str):
-        if pattern in below:
-            hint += f' There is a module "{pattern}", but it has none.'
-        elif pattern.startswith("type:") and _of_class(pattern, modules):
-            hint += " There are modules of that class, but they have none."
-        elif close := _closest(
-            pattern, sorted({*below, *(name for entry in entries for name in entry.names)}), modules
-        ):
-            hint += f" Did you mean {' or '.join(_quote(name) for name in close)}?"
-    tops = list(dict.fromkeys(name.split(".")[0] for name in below))
-    if tops:
-        hint += f"\nTop-level modules: {', '.join(tops)}."
-    elif entries:
-        hint += f"\nParameters: {', '.join(entry.name for entry in entries)}."
-    else:
-        hint += "\nThe module has no parameters yet."
-    return hint
-
-
-def _closest(pattern: str, names: list[str], modules: list[tuple[str, nn.Module]]) -> list[str]:
-    if pattern.startswith("type:"):
-        classes = sorted({base.__name__ for _, module in modules for base in type(module).__mro__} - {"object"})
-        return [f"type:{name}" for name in _close(pattern.removeprefix("type:").rpartition(".")[2], classes, 2)]
-    if pattern.startswith("re:"):
-        return _close(_literal(pattern.removeprefix("re:")), names, 2)
-    mended = _mended(pattern, names)
-    if mended:
-        return [mended]
-    return [] if _is_glob(pattern) else _close(pattern, names, 2)
-
-
-def _close(word: str, names: list[str], most: int) -> list[str]:
-    """Give the names that are closest to a word, whatever their case."""
-    folded = {name.casefold(): name for name in names}
-    return [folded[name] for name in difflib.get_close_matches(word.casefold(), folded, n=most)]
-
-
-def _literal(expression: str) -> str:
-    """Give what is left of a regular expression when everything that stands for something else is left out."""
-    text = re.sub(r"(?<!\\)\.[*+?]?|\\\w|[][(){}^$|?*+]", "", expression)
-    return text.replace("\\", "").strip(".")
-
-
-def _mended(pattern: str, names: list[str]) -> str | None:
-    """Replace each literal segment that occurs nowhere by the closest one that does, if that then matches."""
-    segments = sorted({segment for name in names for segment in name.split(".")})
-
-    def nearest(text: str) -> str:
-        return text if text in segments else next(iter(_close(text, segments, 1)), text)
-
-    parts = []
-    for part in pattern.split("."):
-        if not _is_glob(part):
-            parts.append(nearest(part))
-        elif any(fnmatch.fnmatchcase(segment, part) for segment in segments):
-            parts.append(part)
-        else:
-            parts.append(re.sub(r"[^*?[\]]+", lambda literal: nearest(literal[0]), part))
-    mended = ".".join(parts)
-    fits = any(accepts(name) for accepts in _name_tests(mended, mended) for name in names)
-    return mended if mended != pattern and fits else None
+    return json.dumps(pattern, ensure_ascii=False) if isinstance(pattern, str) else selector_text(pattern)

@@ -1,6 +1,9 @@
-"""The bytes of tensors, and a hash of them."""
+"""Tensors: as arrays, as bytes, hashed, and operations on many at once, which torch has under private names only."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +13,29 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 
-def shared_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
-    """Give a flat array of the bytes of a tensor, which shares its memory.
+def as_array(tensor: Tensor) -> NDArray[Any]:
+    """Return a NumPy array with a copy of the values, in the closest dtype that NumPy has."""
+    tensor = tensor.detach()
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    # A copy also because Tensor.numpy makes a storage impossible to resize for good.
+    tensor = tensor.to("cpu", copy=True)
+    if tensor.is_floating_point() and tensor.dtype not in (torch.float16, torch.float32, torch.float64):
+        tensor = tensor.float()
+    if tensor.is_complex() and tensor.dtype not in (torch.complex64, torch.complex128):
+        tensor = tensor.to(torch.complex64)
+    return np.asarray(tensor.resolve_conj().resolve_neg().numpy())
 
-    Unlike ``Tensor.numpy``, this leaves no trace: that makes the tensor's storage impossible to resize for good.
+
+def shared_bytes(tensor: Tensor) -> NDArray[np.uint8]:
+    """Return a flat array of the bytes of a tensor, which shares its memory.
+
+    ``Tensor.numpy`` is no choice: it makes the tensor's storage impossible to resize for good.
 
     Args:
-        tensor: Strided and contiguous, on the CPU, nothing in it conjugated or negated only when it is read.
+        tensor: Strided and contiguous, on the CPU, with no conjugation or negation that is still to be done.
 
     Example:
         >>> shared_bytes(torch.tensor([[1.0], [-1.0]]))
@@ -28,7 +47,7 @@ def shared_bytes(tensor: torch.Tensor) -> NDArray[np.uint8]:
 
 
 def digest(tensor: Tensor) -> bytes:
-    """Give the 128-bit xxh3 hash of a tensor's values, shape and dtype.
+    """Return the 128-bit xxh3 hash of a tensor's values, shape and dtype.
 
     Two tensors with the same digest are bit-identical, but for a chance of 2⁻¹²⁸; minus zero differs from zero, and one
     NaN from another. On a GPU the values are copied to the host, one tensor at a time. Of a distributed tensor, the
@@ -49,12 +68,45 @@ def digest(tensor: Tensor) -> bytes:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether there is something to hash: not empty, not on the meta device, not yet to be made by a lazy module."""
+    """Return whether there is anything to hash: not in an empty tensor, a lazy one, or one on the meta device."""
     return not is_lazy(tensor) and not tensor.is_meta and tensor.numel() > 0
 
 
+def stored_values(tensor: Tensor) -> Tensor:
+    """Return the entries of a sparse tensor as a strided one, duplicates added up; a strided tensor as it is."""
+    if tensor.layout is torch.strided:
+        return tensor
+    return (tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor).values()
+
+
+# One kernel for a list of tensors, many times faster than one for each. torch has these under private names; its public
+# functions take one tensor, or return one norm of all (`torch.nn.utils.get_total_norm`).
+
+
+def norms_of_all(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """Return the Euclidean norm of each tensor, summed up in ``dtype``."""
+    return torch._foreach_norm(list(tensors), 2, dtype=dtype)
+
+
+def divide_all(tensors: Sequence[Tensor], divisor: Tensor) -> tuple[Tensor, ...]:
+    """Return each tensor divided by a scalar."""
+    return torch._foreach_div(list(tensors), divisor)
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into its target."""
+    if targets:  # the kernel refuses none
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+def lerp_all(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
+    """Move each target towards its source, by ``weight`` times the difference."""
+    if targets:
+        torch._foreach_lerp_(list(targets), list(sources), weight)
+
+
 def _plain(tensor: Tensor) -> list[Tensor]:
-    """Give the dense tensors that a tensor is made of: a subclass and a sparse one have several."""
+    """Return the dense tensors that a tensor is made of: a subclass and a sparse one have several."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
         return [plain for name in names for plain in _plain(getattr(tensor, name))]

@@ -1,4 +1,4 @@
-"""How errors, logs and tables are worded: suggestions, short lists of names, shares, checks of arguments."""
+"""Words for errors, logs and tables: suggestions, short lists of names, shares, checks of arguments."""
 
 from __future__ import annotations
 
@@ -9,19 +9,29 @@ from numbers import Integral
 from typing import Any
 
 
+def closest(word: object, known: Iterable[str], *, most: int = 1) -> list[str]:
+    """Return the known words that are most like a word, whatever their case.
+
+    Example:
+        >>> closest("Hed", ["head", "neck"])
+        ['head']
+    """
+    folded = {name.casefold(): name for name in known}
+    return [folded[name] for name in difflib.get_close_matches(str(word).casefold(), folded, n=most)]
+
+
 def suggestion(word: object, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'x'?`` for the closest known word, or nothing.
+    """Return a sentence with the known word that is most like a word; an empty text if none is.
 
     Example:
         >>> suggestion("heads", ["head", "neck"])
         " Did you mean 'head'?"
     """
-    close = difflib.get_close_matches(str(word), list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return "".join(f" Did you mean {name!r}?" for name in closest(word, known))
 
 
 def listed(names: Iterable[str], separator: str = ", ", *, most: int = 5) -> str:
-    """Return names as text, the first few of many.
+    """Return names as text, of many the first few.
 
     Example:
         >>> listed(["a", "b", "c", "d", "e", "f", "g"])
@@ -42,7 +52,7 @@ def percent(part: int, whole: int) -> str:
 
 
 def whole_number(where: str, name: str, value: object) -> int:
-    """Return a count as an int, also if it is one of NumPy's, which a checkpoint could not hold.
+    """Return a count as an int, also if it is NumPy's, which a checkpoint could not hold.
 
     Raises:
         TypeError: If it is no whole number.
@@ -61,25 +71,26 @@ def whole_number(where: str, name: str, value: object) -> int:
 
 
 def one_of(where: str, name: str, value: object, allowed: Sequence[str]) -> Any:
-    """Return a value that is among those allowed.
+    """Return a value unchanged if it is allowed.
 
     Raises:
         ValueError: If it is not.
 
     Example:
-        >>> one_of("FreezeSchedule", "frozen_mode", "evil", ["eval", "train"])
+        >>> one_of("Plateau", "mode", "mim", ["min", "max"])
         Traceback (most recent call last):
-        ValueError: FreezeSchedule(frozen_mode='evil'): frozen_mode is one of 'eval', 'train'. Did you mean 'eval'?
+        ValueError: Plateau(mode='mim'): mode is 'min' or 'max'. Did you mean 'min'?
     """
     if value not in allowed:
-        choices = ", ".join(map(repr, allowed))
-        raise ValueError(f"{where}({name}={value!r}): {name} is one of {choices}.{suggestion(value, allowed)}")
+        choices = list(map(repr, allowed))
+        shown = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+        raise ValueError(f"{where}({name}={value!r}): {name} is {shown}.{suggestion(value, allowed)}")
     return value
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under named columns; ``str`` lays them out in plain text.
+    """Rows of cells under named columns; print it for plain text in which they line up.
 
     Args:
         columns: The column headings.

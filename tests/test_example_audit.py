@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_it_finds_all_four_and_none_after_the_fixes(tmp_path: Path) -> None:
+def test_audit_example_finds_four_mistakes_and_none_after_the_fixes(tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "COLUMNS": "200",

@@ -25,19 +25,19 @@ def run(name: str, out: Path, *options: str) -> str:
 
 
 def row(output: str, name: str) -> list[float]:
-    """Give the numbers of the row of the table that begins so."""
+    """Return the numbers of the row of the table that begins so."""
     (line,) = (line for line in output.splitlines() if re.match(rf"│ {name}\b", line))
     return [float(number) for number in re.findall(r"\d+\.?\d*", line)]
 
 
-def test_deep_q_learning_is_above_chance_and_says_so(tmp_path: Path) -> None:
+def test_dqn_example_is_above_chance_and_says_so(tmp_path: Path) -> None:
     pytest.importorskip("gymnasium")
     output = run("dqn_cartpole", tmp_path, "--epochs", "2", "--per-epoch", "250", "--episodes", "20")
     assert "500 steps of the target" in output
     assert row(output, "greedy")[0] > 2 * row(output, "at random")[0]
 
 
-def test_a_momentum_encoder_is_above_random_features_and_says_so(tmp_path: Path) -> None:
+def test_momentum_encoder_example_is_above_random_features_and_says_so(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     output = run("momentum_encoder", tmp_path, "--epochs", "6")
     assert "54 steps of the target" in output

@@ -10,7 +10,6 @@ from torch import nn
 
 from lightning_freeze import freeze, frozen, trainable_summary, unfreeze
 from lightning_freeze.functional import can_train, scalars
-from lightning_freeze.words import percent
 from tests.trees import subsets, trees
 
 
@@ -27,7 +26,7 @@ def interrupted(module: nn.Module, select: list[str]) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_round_trips(data: st.DataObject) -> None:
+def test_freeze_and_unfreeze_restore_every_flag(data: st.DataObject) -> None:
     module = data.draw(trees())
     chosen = data.draw(subsets(module)) or {next(module.named_parameters())[0]}
     before = flags(module)
@@ -56,7 +55,7 @@ def test_round_trips(data: st.DataObject) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_summary(data: st.DataObject) -> None:
+def test_summary_counts_every_scalar_once(data: st.DataObject) -> None:
     module = data.draw(trees())
     summary = trainable_summary(module)
     parameters = list(module.parameters())
@@ -69,14 +68,14 @@ def test_summary(data: st.DataObject) -> None:
     assert lines[-1].split()[0] == "total"
 
 
-def test_summary_of_what_has_no_children_or_nothing() -> None:
+def test_summary_of_a_bare_layer_and_of_no_parameters() -> None:
     assert [row.kind for row in trainable_summary(nn.Linear(2, 1)).rows] == ["Parameter", "Parameter"]
     empty = trainable_summary(nn.ReLU())
     assert (empty.trainable, empty.total, empty.fraction) == (0, 0, 0.0)
     assert "0.0 %" in str(empty)
 
 
-def test_a_freeze_of_nothing_says_so() -> None:
+def test_freeze_of_an_unknown_name_is_an_error() -> None:
     for act in (freeze, unfreeze):
         with pytest.raises(ValueError, match="matches no parameter"):
             act(nn.Linear(2, 1), "wait")
@@ -85,14 +84,14 @@ def test_a_freeze_of_nothing_says_so() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
-def test_dtypes_without_gradients_are_passed_over(dtype: torch.dtype) -> None:
+def test_unfreeze_passes_over_dtypes_without_gradients(dtype: torch.dtype) -> None:
     net = nn.Linear(2, 1).requires_grad_(False)
     net.table = nn.Parameter(torch.zeros(3, dtype=dtype), requires_grad=False)
     assert not can_train(net.table)
     assert list(unfreeze(net)) == ["weight", "bias"]
 
 
-def test_lazy_parameters() -> None:
+def test_lazy_parameters_freeze_and_count_nothing() -> None:
     net = nn.LazyLinear(3)
     assert list(freeze(net)) == ["weight", "bias"]
     assert scalars(net.weight) == 0
@@ -104,7 +103,7 @@ def test_lazy_parameters() -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1, 3])
-def test_every_flag_is_restored_though_one_cannot_be(index: int) -> None:
+def test_frozen_restores_all_flags_if_one_cannot_be_restored(index: int) -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     converted = list(net.parameters())[index]
     with pytest.raises(RuntimeError, match="floating point"), frozen(net):
@@ -112,13 +111,9 @@ def test_every_flag_is_restored_though_one_cannot_be(index: int) -> None:
     assert [p.requires_grad for p in net.parameters()] == [place != index for place in range(4)]
 
 
-def test_summary_through_wrappers() -> None:
+def test_summary_is_the_same_through_wrappers() -> None:
     net = nn.Sequential(nn.Linear(2, 1), nn.Linear(1, 1))
     expected = trainable_summary(net)
     parallel = nn.DataParallel(net)
     for wrapped in (parallel, *(torch.compile(module, backend="eager") for module in (net, parallel))):
         assert trainable_summary(wrapped) == expected
-
-
-def test_percent_of_nothing() -> None:
-    assert percent(0, 0) == "0.0 %"

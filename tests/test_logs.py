@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.parametrize(("before", "level"), [("", logging.INFO), ("WARNING", logging.WARNING)])
-def test_a_level_set_before_the_import_is_kept(before: str, level: int) -> None:
+def test_log_level_set_before_the_import_is_kept(before: str, level: int) -> None:
     lines = [
         "import logging",
         f"logging.getLogger('lightning_freeze').setLevel({before!r} or 0)",

@@ -48,7 +48,7 @@ CALLBACKS: dict[str, Callback] = {
 }
 
 
-def test_every_public_callback_is_here() -> None:
+def test_every_public_callback_is_tested_for_pickling() -> None:
     import lightning_freeze
 
     public = {getattr(lightning_freeze, name) for name in lightning_freeze.__all__}
@@ -58,7 +58,7 @@ def test_every_public_callback_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", CALLBACKS)
-def test_a_callback_pickles_and_copies_without_the_model(name: str) -> None:
+def test_callback_pickles_and_copies_without_the_model(name: str) -> None:
     callback = copy.deepcopy(CALLBACKS[name])
 
     def twice(run: Trainer, module: LightningModule) -> None:

@@ -20,7 +20,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks() -> list[Any]:
-    """Give each block, with blank lines before it so that an error shows its line in the file."""
+    """Return each block, with blank lines before it so that an error shows its line in the file."""
     found = []
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         text = path.read_text(encoding="utf-8")
@@ -72,7 +72,9 @@ def loader() -> DataLoader[Any]:
 @pytest.mark.filterwarnings("ignore:.*tensorboardX")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.mark.parametrize(("path", "source"), blocks())
-def test_block_runs(path: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_block_of_the_docs_runs(
+    path: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     names = {
         "torch": torch,
@@ -87,16 +89,16 @@ def test_block_runs(path: Path, source: str, tmp_path: Path, monkeypatch: pytest
     exec(compile(source, str(path), "exec"), names)
 
 
-def test_there_are_blocks() -> None:
+def test_blocks_are_found_in_the_docs() -> None:
     assert len(blocks()) > 10
 
 
-def test_every_public_name_is_in_the_readme() -> None:
+def test_readme_names_every_public_name() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in lightning_freeze.__all__ if not re.search(rf"\b{name}\b", text)] == []
 
 
-def test_every_script_and_page_it_names_is_there() -> None:
+def test_readme_names_only_files_that_exist() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     named = set(re.findall(r"\b(?:benchmarks|examples|docs)/[\w./-]+\.(?:py|md|png)", text))

@@ -89,7 +89,7 @@ def patterns(draw: Any, module: nn.Module) -> Any:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_like_the_reference(data: st.DataObject) -> None:
+def test_selectors_select_what_the_table_says(data: st.DataObject) -> None:
     module = data.draw(trees())
     selector = data.draw(st.lists(patterns(module), min_size=1, max_size=4))
     for place in range(1, len(selector)):
@@ -113,7 +113,7 @@ def test_like_the_reference(data: st.DataObject) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_wrappers_do_not_show(data: st.DataObject) -> None:
+def test_wrappers_change_neither_names_nor_selection(data: st.DataObject) -> None:
     """A compiled module, or one compiled below, selects the same parameters under the same names."""
     module = data.draw(trees())
     selector = data.draw(patterns(module))
@@ -132,7 +132,7 @@ def test_wrappers_do_not_show(data: st.DataObject) -> None:
     assert {n: id(p) for n, p in select_parameters(module, selector).items()} == {n: id(p) for n, p in plain.items()}
 
 
-def test_names_are_those_of_the_module() -> None:
+def test_star_selects_all_under_the_modules_own_names() -> None:
     net = Net()
     assert list(select_parameters(net, "*")) == [name for name, _ in net.named_parameters()]
 
@@ -165,7 +165,7 @@ def test_names_are_those_of_the_module() -> None:
     ],
     ids=selector_text,
 )
-def test_errors_name_the_nearest(select: Any, message: str) -> None:
+def test_error_suggests_the_closest_pattern_and_lists_modules(select: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         select_parameters(Net(), select)
     if "matches no" in str(caught.value):
@@ -189,7 +189,7 @@ def test_errors_name_the_nearest(select: Any, message: str) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_selector(select: Any, message: str) -> None:
+def test_what_is_no_selector_is_refused_by_every_function(select: Any, message: str) -> None:
     expected = re.escape(f"A selector is a string, a callable or a list of them, {message}")
     for act in (select_parameters, freeze_batchnorm):
         with pytest.raises(TypeError, match=expected):
@@ -201,7 +201,7 @@ def test_what_is_no_selector(select: Any, message: str) -> None:
             Phase(select)
 
 
-def test_names_with_brackets() -> None:
+def test_name_with_brackets_comes_before_a_glob() -> None:
     net = nn.ParameterDict({name: nn.Parameter(torch.ones(1)) for name in ("a[0]", "a0", "b")})
     assert list(select_parameters(net, "a[0]")) == ["a[0]"]
     assert list(select_parameters(net, ["*", "!a[0]"])) == ["a0", "b"]
@@ -212,7 +212,13 @@ def test_names_with_brackets() -> None:
     assert "There is a module" not in str(caught.value)
 
 
-def test_modules_without_children_or_parameters() -> None:
+def test_error_names_what_is_below_a_wrapper() -> None:
+    net = nn.ModuleDict({"model": nn.ModuleDict({"fc": nn.Linear(1, 1)})})
+    with pytest.raises(ValueError, match=r'"fc" matches no parameter\. Did you mean "model\.fc"\?'):
+        select_parameters(net, "fc")
+
+
+def test_error_of_a_module_without_children_lists_its_parameters() -> None:
     with pytest.raises(ValueError, match=r"Did you mean \"weight\"\?\nParameters: weight, bias\."):
         select_parameters(nn.Linear(2, 1), "wieght")
     with pytest.raises(ValueError, match="has no parameters yet"):
@@ -220,25 +226,28 @@ def test_modules_without_children_or_parameters() -> None:
     assert list(select_parameters(nn.Linear(2, 1), "*.bias")) == ["bias"]
 
 
-def test_a_class_may_be_given_with_its_module() -> None:
+def test_type_selector_accepts_the_full_path_of_a_class() -> None:
     net = Net()
     assert list(select_parameters(net, "type:torch.nn.modules.batchnorm.BatchNorm2d")) == list(
         select_parameters(net, "type:_BatchNorm")
     )
 
 
-def test_clean_names() -> None:
+def test_clean_name_drops_whole_segments_only() -> None:
     assert clean_name("_orig_mod.a._fsdp_wrapped_module.b._checkpoint_wrapped_module.weight") == "a.b.weight"
     assert clean_name("my_orig_mod.weight") == "my_orig_mod.weight"
 
 
-def test_text_is_the_same_in_every_run() -> None:
-    assert selector_text(["head", "!*.bias", test_clean_names]) == "head, !*.bias, test_clean_names"
+def test_selector_text_has_no_address_of_a_function() -> None:
+    assert (
+        selector_text(["head", "!*.bias", test_clean_name_drops_whole_segments_only])
+        == "head, !*.bias, test_clean_name_drops_whole_segments_only"
+    )
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_layers_are_found_by_parameter_or_buffer(data: st.DataObject) -> None:
+def test_select_layers_finds_layers_that_have_buffers_only(data: st.DataObject) -> None:
     module = data.draw(trees())
     every = {m for m in module.modules() if isinstance(m, nn.BatchNorm1d)}
     found = select_layers(module, "*", has_running_statistics)

@@ -67,7 +67,7 @@ def castable(dtype: torch.dtype) -> bool:
 
 
 @pytest.mark.parametrize("dtype", sorted({d for d in DTYPES if castable(d)}, key=str), ids=str)
-def test_every_dtype(dtype: torch.dtype) -> None:
+def test_to_numpy_converts_every_dtype(dtype: torch.dtype) -> None:
     array = to_numpy(torch.ones(2).to(dtype))
     assert isinstance(array, np.ndarray)
     assert array.shape == (2,)
@@ -78,7 +78,7 @@ def test_every_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", sorted({d for d in DTYPES if castable(d)}, key=str), ids=str)
-def test_copies(dtype: torch.dtype) -> None:
+def test_to_numpy_shares_no_memory(dtype: torch.dtype) -> None:
     """A snapshot does not move with training, nor does what is done to it reach the tensor."""
     tensor = torch.ones(2).to(dtype)
     array = to_numpy(nn.Parameter(tensor, requires_grad=False))
@@ -106,7 +106,7 @@ def test_copies(dtype: torch.dtype) -> None:
     ],
     ids=lambda case: type(case).__name__,
 )
-def test_containers_keep_their_kind(nest: Any, inner: Any) -> None:
+def test_to_numpy_keeps_the_class_of_containers(nest: Any, inner: Any) -> None:
     found = to_numpy(nest)
     assert type(found) is type(nest)
     assert isinstance(inner(found), np.ndarray)
@@ -114,7 +114,7 @@ def test_containers_keep_their_kind(nest: Any, inner: Any) -> None:
     assert isinstance(inner(nest), torch.Tensor)
 
 
-def test_fields_that_come_late_and_what_is_passed_on() -> None:
+def test_to_numpy_passes_on_unset_fields_and_other_objects() -> None:
     late = Late("x")
     assert vars(to_numpy(late)) == {"label": "x"}
     late.logits = torch.ones(1)
@@ -124,12 +124,12 @@ def test_fields_that_come_late_and_what_is_passed_on() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of what is experimental or deprecated
-def test_dtypes_that_numpy_has_not() -> None:
+def test_to_numpy_converts_complex32_and_quantized_tensors() -> None:
     assert to_numpy(torch.ones(2, dtype=torch.complex32)).dtype == np.complex64
     assert (to_numpy(torch.quantize_per_tensor(torch.ones(2), 0.5, 0, torch.qint8)) == 1).all()
 
 
-def test_views_of_other_kinds() -> None:
+def test_to_numpy_resolves_conjugates_and_layouts() -> None:
     value = torch.tensor([1 + 2j])
     assert to_numpy(value.conj())[0] == 1 - 2j
     assert to_numpy(value.conj().imag)[0] == -2
@@ -141,7 +141,9 @@ def test_views_of_other_kinds() -> None:
 
 @pytest.mark.parametrize("dtype", sorted({d for d in DTYPES if castable(d)}, key=str), ids=str)
 @pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 3, 4)])
-def test_shared_bytes_are_those_of_numpy_and_leave_no_trace(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_shared_bytes_equal_those_of_numpy_and_leave_storage_resizable(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     tensor = torch.randn(shape).mul(9).to(dtype)
     expected = tensor.clone().reshape(-1).view(torch.uint8).numpy()
     assert np.array_equal(shared_bytes(tensor), expected)

@@ -24,7 +24,9 @@ TAKERS: list[tuple[str, str, Callable[[Any], Any]]] = [
 
 
 @pytest.mark.parametrize(("where", "name", "make"), TAKERS, ids=[f"{where}-{name}" for where, name, _ in TAKERS])
-def test_a_whole_number_is_the_same_everywhere(where: str, name: str, make: Callable[[Any], Any]) -> None:
+def test_counts_accept_numpy_and_refuse_others_in_one_sentence(
+    where: str, name: str, make: Callable[[Any], Any]
+) -> None:
     taken = getattr(make(np.int64(2)), name)
     assert (type(taken), taken) == (int, 2)
     for wrong in (2.0, True, "2"):
@@ -34,7 +36,7 @@ def test_a_whole_number_is_the_same_everywhere(where: str, name: str, make: Call
         make(0)
 
 
-def test_tau_can_be_one_of_numpys() -> None:
+def test_tau_accepts_a_number_of_numpy() -> None:
     tau = TargetNetwork("a", "b", tau=np.float32(0.5)).tau
     assert (type(tau), tau) == (float, 0.5)
 
@@ -43,7 +45,7 @@ words = st.text(st.characters(codec="ascii", categories=["L", "N"]), min_size=1,
 
 
 @given(st.integers(1, 4).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.lists(words, min_size=n, max_size=n)))))
-def test_columns_line_up(shape: tuple[int, list[list[str]]]) -> None:
+def test_table_columns_line_up(shape: tuple[int, list[list[str]]]) -> None:
     count, rows = shape
     text = str(Table(tuple(f"column{index}" for index in range(count)), [tuple(row) for row in rows]))
     heading, rule, *lines = text.splitlines()
@@ -57,10 +59,10 @@ def test_columns_line_up(shape: tuple[int, list[list[str]]]) -> None:
     assert heading.split() == [f"column{index}" for index in range(count)]
 
 
-def test_numbers_are_on_the_right() -> None:
+def test_table_aligns_numbers_right() -> None:
     table = Table(("name", "share", "rate"), [("a", "9.0 %", "×0.1"), ("bb", "10.0 %", "1,000")])
     assert str(table).splitlines()[2:] == ["a      9.0 %   ×0.1", "bb    10.0 %  1,000"]
 
 
-def test_no_rows() -> None:
+def test_table_without_rows_shows_its_headings() -> None:
     assert str(Table(("a", "b"), [])) == "a  b\n-  -"

@@ -19,7 +19,7 @@ LEAVES: dict[str, Any] = {
 
 @st.composite
 def trees(draw: Any, depth: int = 3) -> nn.Module:
-    """Give a module with at least one parameter."""
+    """Return a module with at least one parameter."""
     root = draw(_branches(depth))
     if not list(root.parameters()):
         root.add_module("last", nn.Linear(2, 2))
@@ -47,5 +47,5 @@ def _branches(draw: Any, depth: int) -> nn.Module:
 
 @st.composite
 def subsets(draw: Any, module: nn.Module) -> set[str]:
-    """Give names of some parameters, each under its first name."""
+    """Return names of some parameters, each under its first name."""
     return {name for name, _ in module.named_parameters() if draw(st.booleans())}

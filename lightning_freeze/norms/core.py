@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from lightning_freeze.tensors import divide_all, norms_of_all
+from lightning_freeze.tensors import stored_values as stored_values  # the audit still looks for it here
+
 #: What has a norm of its own beside everything together.
 Per: TypeAlias = Literal["total", "module", "parameter"]
 
@@ -38,7 +41,7 @@ def measure(tensors: Mapping[str, Tensor], *, scale: Tensor | None = None) -> di
     norms: dict[str, Tensor] = {}
     for alike in kinds.values():
         values = _norms(list(alike.values()))
-        norms |= zip(alike, values if scale is None else _foreach_div(values, scale.to(values[0].device)), strict=True)
+        norms |= zip(alike, values if scale is None else divide_all(values, scale.to(values[0].device)), strict=True)
     return {name: norms[name] for name in tensors}
 
 
@@ -57,13 +60,6 @@ def vector(norms: Sequence[Tensor]) -> Tensor:
 def gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Return the gradients that are there; a parameter that the loss did not reach has none."""
     return {name: grad for name, parameter in parameters.items() if (grad := parameter.grad) is not None}
-
-
-def stored_values(tensor: Tensor) -> Tensor:
-    """Return what a sparse tensor holds, as a strided one; duplicate entries add up. A strided one stays as it is."""
-    if tensor.layout is torch.strided:
-        return tensor
-    return (tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor).values()
 
 
 def metric_places(names: Iterable[str], per: Per) -> dict[str, str]:
@@ -105,15 +101,11 @@ def nonfinite(norms: Mapping[str, float]) -> list[str]:
     return [name for name, norm in norms.items() if not math.isfinite(norm)]
 
 
-# Private, because torch's public functions take one tensor, a kernel for each, or return one norm of all tensors.
-_foreach_norm, _foreach_div = torch._foreach_norm, torch._foreach_div
-
-
 def _norms(alike: list[Tensor]) -> tuple[Tensor, ...]:
     if isinstance(alike[0], DTensor):
         return _sharded_norms(alike)
     half = alike[0].dtype in (torch.float16, torch.bfloat16)
-    return _foreach_norm(list(map(stored_values, alike)), 2, dtype=torch.float32 if half else None)
+    return norms_of_all(list(map(stored_values, alike)), torch.float32 if half else None)
 
 
 def _sharded_norms(alike: list[Tensor]) -> tuple[Tensor, ...]:

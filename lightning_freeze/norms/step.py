@@ -30,7 +30,7 @@ class BackwardNorms:
 
     def after(self, parameters: Mapping[str, nn.Parameter], scale: Tensor | None = None) -> None:
         """Measure all gradients after a backward; of those that it did not change, the norm that is known stays."""
-        # Versions of tensors do not tell: DDP's gradient_as_bucket_view makes the gradients of a bucket share one.
+        # Versions of tensors are no help: DDP's gradient_as_bucket_view makes the gradients of a bucket share one.
         now = measure(gradients(parameters), scale=scale)
         if both := [name for name in now if name in self._before]:
             new, old, known = (vector([norms[name] for name in both]) for norms in (now, self._before, self.norms))

@@ -1,34 +1,60 @@
-"""What users say of a phase, as plain data."""
+"""Phases and plateaus, as users write them: plain data."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeVar, get_args
 
 from lightning_freeze.selectors import Selector, as_patterns, selector_text
-from lightning_freeze.words import suggestion, whole_number
+from lightning_freeze.words import one_of, suggestion, whole_number
+
+Mode = Literal["min", "max"]
+T = TypeVar("T")
 
 
+def _with_plain_errors(cls: type[T]) -> type[T]:
+    """Have the constructor of a dataclass say what would be right, where Python's own error does not."""
+    make = cls.__init__
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    names, unnamed = [field.name for field in fields], [field.name for field in fields if not field.kw_only]
+
+    @functools.wraps(make)
+    def checked(self: T, *args: Any, **options: Any) -> None:
+        if len(args) > len(unnamed):
+            raise TypeError(
+                f"{cls.__name__}({', '.join(map(repr, args))}): only {', '.join(unnamed)} can be positional. Write "
+                f"other options by name: {', '.join(names)}."
+            )
+        if unknown := [key for key in options if key not in names]:
+            raise TypeError(_unknown(cls.__name__, unknown[0], names))
+        make(self, *args, **options)
+
+    cls.__init__ = checked  # type: ignore[assignment]
+    return cls
+
+
+@_with_plain_errors
 @dataclass(frozen=True)
 class Plateau:
     """The end of a phase: a metric has stopped getting better.
 
-    The metric is looked at after each validation run that logs it, otherwise once a training epoch. A value that is
-    not finite counts as no improvement.
+    A value is taken after each validation run that logs the metric, or after each training epoch if validation does
+    not log it. A value that is not finite is no improvement.
 
     Args:
         monitor: The name of a logged metric, as in ``trainer.callback_metrics``.
-        patience: How many looks without improvement end the phase, at least 1.
+        patience: After how many values without improvement the phase ends, at least 1.
         mode: ``"min"`` if lower is better, ``"max"`` if higher is.
-        min_delta: What counts as an improvement: more than this, in the metric's own unit, at least 0.
+        min_delta: By how much a value has to be better, in the metric's own unit, at least 0.
 
     Raises:
-        TypeError: If a number is none.
+        TypeError: If ``patience`` or ``min_delta`` is no number.
         ValueError: If an argument is out of range.
 
     Example:
@@ -38,22 +64,18 @@ class Plateau:
 
     monitor: str
     patience: int = 3
-    mode: Literal["min", "max"] = "min"
+    mode: Mode = "min"
     min_delta: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.monitor, str) or not self.monitor:
             raise ValueError(f"Plateau(monitor={self.monitor!r}): name a logged metric, for example 'val_loss'.")
         object.__setattr__(self, "patience", whole_number("Plateau", "patience", self.patience))
-        if self.mode not in ("min", "max"):
-            raise ValueError(f"Plateau(mode={self.mode!r}): mode is 'min' or 'max'.")
-        object.__setattr__(
-            self, "min_delta", _number(f"Plateau(min_delta={self.min_delta!r}): min_delta", self.min_delta)
-        )
+        one_of("Plateau", "mode", self.mode, get_args(Mode))
+        shown = f"Plateau(min_delta={self.min_delta!r}): min_delta"
+        object.__setattr__(self, "min_delta", _number(shown, self.min_delta))
         if not self.min_delta >= 0:
-            raise ValueError(
-                f"Plateau(min_delta={self.min_delta!r}): min_delta is 0 or more; mode tells the direction."
-            )
+            raise ValueError(f"{shown} is 0 or more; mode says which direction is better.")
 
     def better(self, value: float, best: float | None) -> bool:
         """Return whether a value improves on the best one so far.
@@ -69,23 +91,25 @@ class Plateau:
         return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
 
 
+@_with_plain_errors
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of training in which a given set of parameters trains and every other one is frozen.
+    """A part of a fit in which a set of parameters trains and every other one is frozen.
 
-    It lasts ``epochs`` epochs, ``steps`` optimizer steps, or until a :class:`Plateau`, whichever of those given comes
-    first. An epoch that the phase enters midway counts as its first.
+    It lasts ``epochs`` epochs, ``steps`` optimizer steps, or until a :class:`Plateau`, whichever comes first. An epoch
+    in the middle of which the phase begins is its first.
 
     Args:
-        train: What trains, see :func:`select_parameters`; what it does not select is frozen.
-        name: What logs call the phase; the selector if not given.
+        train: What trains, see :func:`select_parameters`; everything else is frozen. ``"*"`` is everything that was
+            trainable when the fit began, and what came frozen and a phase of the schedule names.
+        name: The name in logs; the selector if not given.
         epochs: How many epochs it lasts, at least 1.
         steps: How many optimizer steps it lasts, at least 1, as ``trainer.global_step`` counts them: with several
             optimizers each one's step counts.
         until: The plateau that ends it.
-        lr_scale: A factor on the learning rate that the user's optimizer and scheduler give, for all that trains or,
-            as ``{selector: factor}``, for a part of it; where two selectors overlap the later one holds. A tuple is a
-            list of selectors: ``{("*", "!head"): 0.1}``.
+        lr_scale: A factor on the learning rate that your optimizer and scheduler set, for everything that trains or, as
+            ``{selector: factor}``, for a part of it; where selectors overlap, the last one counts. A tuple is a list
+            of selectors: ``{("*", "!head"): 0.1}``.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -120,12 +144,10 @@ class Phase:
         as_patterns(self.train)
         for select, factor in self.scales.items():
             as_patterns(select)
-            factor = _number(f"Phase(lr_scale={self.lr_scale!r}): a factor", factor)
+            shown = f"Phase(lr_scale={self.lr_scale!r}): a factor"
+            factor = _number(shown, factor)
             if not (factor > 0 and math.isfinite(factor)):
-                raise ValueError(
-                    f"Phase(lr_scale={self.lr_scale!r}): a factor is above 0 and finite. "
-                    "To train something not at all, leave it out of `train`."
-                )
+                raise ValueError(f"{shown} is above 0 and finite. What shall not train, leave out of `train`.")
 
     @property
     def scales(self) -> Mapping[Selector, float]:
@@ -136,16 +158,16 @@ class Phase:
 
     @property
     def has_end(self) -> bool:
-        """Return whether anything ends the phase."""
-        return not (self.epochs is None and self.steps is None and self.until is None)
+        """Whether anything ends the phase."""
+        return any(end is not None for end in (self.epochs, self.steps, self.until))
 
     @property
     def label(self) -> str:
-        """What to call the phase."""
+        """The name of the phase, or what it trains."""
         return self.name if self.name is not None else selector_text(self.train)
 
     def is_over(self, begin: tuple[int, int], epoch: int, step: int) -> bool:
-        """Return whether its epochs or steps are over, having begun at ``begin = (epoch, optimizer step)``.
+        """Return whether its epochs or steps are over, if it began at ``begin = (epoch, optimizer step)``.
 
         Example:
             >>> Phase("*", epochs=2, steps=100).is_over((0, 0), epoch=1, step=100)
@@ -156,7 +178,7 @@ class Phase:
 
 
 def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
-    """Return a schedule as phases, from phases or from the plain dicts that YAML gives.
+    """Return phases from phases, or from dicts of their arguments, as YAML has them.
 
     Raises:
         TypeError: If an element is neither.
@@ -183,7 +205,7 @@ def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
 
 
 def describe(phases: Sequence[Phase]) -> list[dict[str, Any]]:
-    """Return a schedule as plain data, to tell in a checkpoint whether it is the same one."""
+    """Return a schedule as plain data, by which a checkpoint recognises it."""
     return [
         {
             "train": selector_text(phase.train),
@@ -198,6 +220,7 @@ def describe(phases: Sequence[Phase]) -> list[dict[str, Any]]:
 
 
 def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:
+    """Return a phase from a phase or a dict of its arguments."""
     if isinstance(phase, Phase):
         return phase
     if not isinstance(phase, Mapping):
@@ -214,22 +237,23 @@ def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:
 
 
 def _known(cls: Callable[..., Any], options: dict[str, Any], where: str) -> dict[str, Any]:
-    fields = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in options:
-        if key not in fields:
-            raise ValueError(
-                f"{where} has no option {key!r}.{suggestion(key, fields)} The options are {', '.join(fields)}."
-            )
+    """Return options unchanged if a dataclass has all of them."""
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    if unknown := [key for key in options if key not in names]:
+        raise ValueError(_unknown(where, unknown[0], names))
     return options
 
 
-def _number(given: str, value: object) -> float:
+def _unknown(where: str, key: str, names: Sequence[str]) -> str:
+    """Return what to say of an argument that is not there."""
+    return f"{where} has no option {key!r}.{suggestion(key, names)} The options are {', '.join(names)}."
+
+
+def _number(shown: str, value: object) -> float:
+    """Return a number as a float, also if it is NumPy's."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        text = f" YAML takes {value} for text: write {value.replace('e', '.0e', 1)}." if _is_yaml_text(value) else ""
-        raise TypeError(f"{given} is a number.{text}")
+        hint = ""
+        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):  # YAML 1.1 wants a point in a number
+            hint = f" YAML takes {value} for text: write {value.replace('e', '.0e', 1)}."
+        raise TypeError(f"{shown} is a number.{hint}")
     return float(value)
-
-
-def _is_yaml_text(value: object) -> TypeGuard[str]:
-    """Return whether a text is what YAML 1.1 gives for a number such as 1e-3, in which it misses the point."""
-    return isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value) is not None

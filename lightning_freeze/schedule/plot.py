@@ -29,7 +29,7 @@ def plot_schedule(plan: Plan) -> Figure:
 
 
 def draw_schedule(axes: Axes, plan: Plan) -> None:
-    """Draw a bar for each top-level module: dark while it trains, by the share of it that does; pale while frozen."""
+    """Draw a bar for each top-level module: the darker, the more of it trains, and pale while it is frozen."""
     tops: dict[str, dict[str, nn.Parameter]] = {}
     for name, parameter in plan.parameters.items():
         tops.setdefault(name.split(".")[0], {})[name] = parameter
@@ -54,6 +54,7 @@ def draw_schedule(axes: Axes, plan: Plan) -> None:
 def _draw_bar(
     axes: Axes, row: int, span: tuple[float, float], own: dict[str, nn.Parameter], plan: Plan, index: int
 ) -> None:
+    """Draw the bar of one module in one phase."""
     begin, end = span
     active = {name: p for name, p in own.items() if name in plan.resolved.trains[index]}
     share = sum(map(scalars, active.values())) / max(1, sum(map(scalars, own.values())))

@@ -15,13 +15,20 @@ def linear_probe_then_finetune(
 ) -> list[Phase]:
     """Train the head alone, then everything.
 
-    A head that fits keeps the pretrained features from being distorted by the first large gradients: Kumar et al.,
+    With a head that already fits, the first gradients are small and distort the pretrained features less: Kumar et al.,
     "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", ICLR 2022.
 
     Args:
         head: What the linear probe trains.
         probe_epochs: Epochs of the probe.
         backbone_scale: Factor on the learning rate of all but the head afterwards.
+
+    Returns:
+        Two phases, ``"linear probe"`` and ``"finetune"``.
+
+    Raises:
+        ValueError: If there is no name, or a number is out of range.
+        TypeError: If an argument is of another type.
 
     Example:
         >>> [phase.label for phase in linear_probe_then_finetune("fc", probe_epochs=3)]
@@ -45,6 +52,13 @@ def gradual_unfreezing(layers: Sequence[str], *, epochs_per_phase: int = 1, lr_d
         layers: The layers from the first, next to the input, to the last.
         epochs_per_phase: Epochs before the next layer joins.
         lr_decay: Each layer's learning rate is its successor's divided by this; ULMFiT takes 2.6.
+
+    Returns:
+        One phase a layer; the last one has no end.
+
+    Raises:
+        ValueError: If there is no name, or a number is out of range.
+        TypeError: If an argument is of another type.
 
     Example:
         >>> for phase in gradual_unfreezing(["embed", "body", "head"], lr_decay=2.0):
@@ -79,7 +93,14 @@ def chain_thaw(layers: Sequence[str], *, epochs_per_phase: int = 1) -> list[Phas
 
     Args:
         layers: The layers from the first, next to the input, to the last, the new one.
-        epochs_per_phase: Epochs of each phase but the last, which is open-ended.
+        epochs_per_phase: Epochs of each phase but the last.
+
+    Returns:
+        One phase a layer and one for everything, which has no end.
+
+    Raises:
+        ValueError: If there is no name, or a number is out of range.
+        TypeError: If an argument is of another type.
 
     Example:
         >>> [phase.label for phase in chain_thaw(["embed", "body", "head"])]
@@ -101,7 +122,7 @@ def layerwise_sampling(
 ) -> list[Phase]:
     """Train a few layers at a time, drawn anew every so many optimizer steps.
 
-    Memory is that of the few layers, if the optimizer's state is dropped or offloaded when they freeze: Pan et al.,
+    It takes the memory of these few layers, if optimizer state is dropped or offloaded when they freeze: Pan et al.,
     "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning", NeurIPS 2024.
 
     Args:
@@ -110,7 +131,14 @@ def layerwise_sampling(
         total_steps: Optimizer steps of the whole fit.
         count: How many layers train at a time.
         every_n_steps: Optimizer steps between two draws.
-        seed: Of the draws: the same seed gives the same schedule.
+        seed: Of the draws: the same seed makes the same schedule.
+
+    Returns:
+        One phase a draw; the last one has no end.
+
+    Raises:
+        ValueError: If there is no name, or a number is out of range.
+        TypeError: If an argument is of another type.
 
     Example:
         >>> phases = layerwise_sampling(["l0", "l1", "l2"], ["head"], total_steps=60, count=1)
@@ -137,9 +165,11 @@ def layerwise_sampling(
 
 
 def _names(argument: str, names: str | Sequence[str]) -> list[str]:
+    """Return one or more names as a list."""
+    example = "for example ['backbone.layer4', 'head']"
     if not isinstance(names, Iterable):
-        raise TypeError(f"{argument}={names!r}: give names, for example ['backbone.layer4', 'head'].")
-    listed = [names] if isinstance(names, str) else list(names)
-    if not listed or not all(isinstance(name, str) and name for name in listed):
-        raise ValueError(f"{argument}={names!r}: give at least one name, for example ['backbone.layer4', 'head'].")
-    return listed
+        raise TypeError(f"{argument}={names!r}: give names, {example}.")
+    found = [names] if isinstance(names, str) else list(names)
+    if not found or not all(isinstance(name, str) and name for name in found):
+        raise ValueError(f"{argument}={names!r}: give at least one name, {example}.")
+    return found

@@ -26,15 +26,15 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule laid out over a fit of one module.
+    """A schedule over a fit of one module.
 
     Args:
         phases: The schedule.
         model: The module, without wrappers.
         max_epochs: How many epochs the fit takes.
-        spans: From which to which epoch each phase lasts, None for one that the fit never reaches.
-        resolved: What each phase means.
-        held_layers: The layers that callbacks, or the user by hand, keep in eval mode throughout.
+        spans: From which to which epoch each phase lasts, None for one that never begins.
+        resolved: What each phase means for the module.
+        held_layers: The layers that callbacks, or the user by hand, keep in eval mode in every phase.
     """
 
     phases: Sequence[Phase]
@@ -84,10 +84,10 @@ class Plan:
 
 
 def phase_spans(phases: Sequence[Phase], max_epochs: int, steps_per_epoch: int | None = None) -> list[Span | None]:
-    """Return from which to which epoch each phase lasts, as fractions; None for one that the fit never reaches.
+    """Return from which to which epoch each phase lasts, as fractions; None for one that never begins.
 
-    A plateau cannot be foreseen: a phase that only a plateau ends is drawn as if it lasted an equal share of what is
-    left of the fit.
+    When a plateau comes, nobody knows: a phase that only a plateau ends is shown with an equal share of the rest of the
+    fit.
 
     Raises:
         TypeError: If a number is no whole one.
@@ -120,7 +120,7 @@ def phase_spans(phases: Sequence[Phase], max_epochs: int, steps_per_epoch: int |
 
 
 def preview_table(plan: Plan) -> Table:
-    """Return a row for each phase: when, what trains, how much that is, frozen BatchNorm, and at which rate."""
+    """Return a row for each phase: what trains, when, how much that is, frozen BatchNorm, learning rate scales."""
     total = sum(map(scalars, plan.parameters.values()))
     layers = {layer for layer in plan.model.modules() if has_running_statistics(layer)}
     rows = []
@@ -142,6 +142,7 @@ def preview_table(plan: Plan) -> Table:
 
 
 def _epochs(phase: Phase, span: Span | None, *, last: bool) -> str:
+    """Return the epochs of a phase as text."""
     if span is None:
         return "never"
     begin, end = span

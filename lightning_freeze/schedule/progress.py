@@ -1,4 +1,4 @@
-"""Which phase holds: pure data, without a Trainer."""
+"""Which phase a fit is in: pure data, without a Trainer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lightning_freeze.schedule.phases import Phase, Plateau, describe
 
 @dataclass
 class PlateauWatch:
-    """How far a metric is from its plateau. It counts looks; the caller decides when to look.
+    """How far a metric is from its plateau; the caller decides when to take a value.
 
     Args:
         best: The best value so far.
-        bad: Looks without improvement since then.
+        bad: How many values since then were no better.
         ended_at: The optimizer steps taken when the plateau was reached, None before.
     """
 
@@ -26,11 +26,11 @@ class PlateauWatch:
 
     @property
     def ended(self) -> bool:
-        """Return whether the plateau is reached."""
+        """Whether the plateau is reached."""
         return self.ended_at is not None
 
     def look(self, until: Plateau, value: float, step: int) -> None:
-        """Take in one value of the metric, at a number of optimizer steps taken.
+        """Take one value of the metric, after ``step`` optimizer steps.
 
         Example:
             >>> watch = PlateauWatch()
@@ -54,7 +54,7 @@ class Progress:
     Args:
         history: Where each phase began: ``(epoch, optimizer step, index)``.
         plateau: How far the current phase's metric is from its plateau.
-        unlooked: The metric's value of an epoch that is over, if the next epoch's start has not yet looked at it.
+        unlooked: The metric's value of an epoch that is over, which the next epoch's start takes.
         uncounted: Optimizer steps that ``trainer.global_step`` has missed.
 
     Example:
@@ -75,19 +75,19 @@ class Progress:
         return self.history[-1][2]
 
     def is_due(self, phases: Sequence[Phase], step: int) -> bool:
-        """Return whether the current phase may be over between two steps of an epoch; cheap, for every batch."""
+        """Return whether the current phase may be over between two steps of an epoch; cheap enough for every batch."""
         _, begin, index = self.history[-1]
         steps = phases[index].steps
         return self.plateau.ended or (steps is not None and step - begin >= steps)
 
     def advance(self, phases: Sequence[Phase], epoch: int, step: int, *, plateau: bool = True) -> bool:
-        """Begin the next phase, and the one after it, as long as one is over; return whether one began.
+        """Begin the next phase if this one is over, and so on; return whether one began.
 
         Args:
             phases: The schedule.
             epoch: The current epoch.
             step: Optimizer steps taken.
-            plateau: Whether a plateau that is reached may end the current phase now.
+            plateau: Whether a plateau may end the current phase now.
         """
         before = self.index
         while self.index + 1 < len(phases):
@@ -99,7 +99,7 @@ class Progress:
         return self.index != before
 
     def state_dict(self, phases: Sequence[Phase]) -> dict[str, Any]:
-        """Return everything as plain data, and the schedule itself to recognise it by."""
+        """Return the progress as plain data, and the schedule, by which a checkpoint recognises it."""
         return {
             "history": [list(begin) for begin in self.history],
             "plateau": dataclasses.asdict(self.plateau),
@@ -118,14 +118,14 @@ class Progress:
 def walk(
     phases: Sequence[Phase], epoch: int, step: int, steps_per_epoch: float | None, *, passed: int = 0
 ) -> list[tuple[int, int, int]]:
-    """Return where each phase began, up to the one that holds at a progress: ``(epoch, optimizer step, index)``.
+    """Return where each phase began in a fit that is at an epoch and a step: ``(epoch, optimizer step, index)``.
 
     Args:
         phases: The schedule.
         epoch: The epoch that is about to begin or has begun, from 0.
         step: Optimizer steps taken.
         steps_per_epoch: Optimizer steps an epoch takes; None if unknown, then ends in the unknown unit are not reached.
-        passed: Phases that end by a plateau alone count as over if they are among the first ``passed``.
+        passed: How many phases count as over though only a plateau, which nobody can foresee, ends them.
 
     Example:
         >>> walk([Phase("a", epochs=2), Phase("b", steps=15), Phase("c")], 9, 90, steps_per_epoch=10)
@@ -158,7 +158,7 @@ def begin_or_go_on(
     at: tuple[int, int],
     steps_per_epoch: Callable[[], float | None],
 ) -> Progress:
-    """Return where a fit is: resumed, resumed from another schedule, going on after another fit, or fresh.
+    """Return the progress of a fit: resumed, resumed from another schedule, going on after another fit, or fresh.
 
     Args:
         phases: The schedule.

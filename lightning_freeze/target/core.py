@@ -4,27 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_freeze.selectors import clean_name, named_unique_parameters
+from lightning_freeze.target.arguments import checked_tau
+from lightning_freeze.tensors import copy_all, lerp_all
 from lightning_freeze.words import listed
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One tensor of the source and the one of the same name in the target.
-
-    It holds the two modules that the tensors sit on and looks them up when asked: user code may assign a buffer anew.
-
-    Args:
-        name: The dotted name in both.
-        source: The module that holds the source's tensor.
-        target: The module that holds the target's tensor.
-    """
+    """One tensor of the source and the one of the same name in the target, by the modules that own them."""
 
     name: str
     source: nn.Module
@@ -32,32 +25,26 @@ class Pair:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Return the source's tensor and the target's."""
-        attribute = self.name.rpartition(".")[2]
-        return getattr(self.source, attribute), getattr(self.target, attribute)
+        """The source's tensor and the target's, as they are now: user code may assign a buffer anew."""
+        return _tensor(self.source, self.name), _tensor(self.target, self.name)
 
 
 def pair_up(
     source: nn.Module, target: nn.Module, *, buffers: bool = True, names: tuple[str, str] = ("source", "target")
 ) -> list[Pair]:
-    """Pair the tensors of two modules by name.
+    """Return a pair for every parameter, tied ones once, and every buffer that ``load_state_dict`` copies.
 
     Args:
         source: The module to follow.
         target: The module that follows.
-        buffers: Whether to pair buffers too: those of the ``state_dict``, as ``load_state_dict`` copies no others.
+        buffers: Whether to pair buffers too.
         names: What errors call the two.
 
-    Returns:
-        A pair for every parameter, tied ones once, and every buffer.
-
     Raises:
-        ValueError: If names, shapes or dtypes differ, if there is nothing to pair, if one has lazy tensors without a
-            shape, or if the two share parameters.
+        ValueError: If names, shapes or dtypes differ or are not known yet, the two share parameters, or have none.
 
     Example:
-        >>> pairs = pair_up(nn.Linear(2, 3), nn.Linear(2, 3))
-        >>> [pair.name for pair in pairs]
+        >>> [pair.name for pair in pair_up(nn.Linear(2, 3), nn.Linear(2, 3))]
         ['weight', 'bias']
         >>> pair_up(nn.Linear(2, 3), nn.Linear(2, 4, bias=False))
         Traceback (most recent call last):
@@ -65,70 +52,42 @@ def pair_up(
         Only in source: bias.
         Different: weight is (3, 2) float32 in source, (4, 2) float32 in target.
     """
-    sources, targets = dict(_owners(source, buffers)), dict(_owners(target, buffers))
-    for label, owners in zip(names, (sources, targets), strict=True):
-        if lazy := [name for name, owner in owners.items() if is_lazy(getattr(owner, name.rpartition(".")[2]))]:
+    owners = [dict(_owners(module, buffers)) for module in (source, target)]
+    described = [{name: _described(_tensor(owner, name)) for name, owner in one.items()} for one in owners]
+    for which, own in zip(names, described, strict=True):
+        if lazy := [name for name, what in own.items() if what is None]:
             raise ValueError(
-                f"The {label} has lazy tensors, which get their shape in its first forward: {listed(lazy)}. Run a "
+                f"The {which} has lazy tensors, which get their shape in its first forward: {listed(lazy)}. Run a "
                 "batch through it in __init__ or configure_model, and then build the target with copy.deepcopy."
             )
-    pairs = [Pair(name, owner, targets[name]) for name, owner in sources.items() if name in targets]
-    complaints = [
-        f"Only in {label}: {listed(missing)}."
-        for label, mine, others in ((names[0], sources, targets), (names[1], targets, sources))
-        if (missing := [name for name in mine if name not in others])
-    ]
-    described = [(pair.name, *map(_described, pair.tensors)) for pair in pairs]
-    different = [f"{name} is {a} in {names[0]}, {b} in {names[1]}" for name, a, b in described if a != b]
-    if different:
-        complaints.append(f"Different: {listed(different, '; ')}.")
-    if complaints:
-        what = f"The {names[1]} does not have the architecture of the {names[0]}."
-        raise ValueError("\n".join([what, *complaints]))
-    if not pairs:
+    if complaints := list(_differences(described[0], described[1], names)):
+        raise ValueError("\n".join([f"The {names[1]} does not have the architecture of the {names[0]}.", *complaints]))
+    if not owners[0]:
         raise ValueError(f"The {names[0]} and the {names[1]} have no parameters, so there is nothing to copy.")
     if shared := shared_parameters(target, source.parameters()):
         raise ValueError(
             f"The {names[1]} shares parameters with the {names[0]}: {listed(shared)}. It cannot follow what it is. "
             "Build it with copy.deepcopy."
         )
-    return pairs
+    return [Pair(name, owner, owners[1][name]) for name, owner in owners[0].items()]
 
 
 @torch.no_grad()
 def hard_copy(pairs: Sequence[Pair]) -> None:
-    """Copy the source into the target.
-
-    The idea of a target network that is a copy, renewed from time to time, is from Mnih et al., "Human-level control
-    through deep reinforcement learning", 2015.
-
-    Args:
-        pairs: What :func:`pair_up` gave. The targets change in place.
-
-    Example:
-        >>> online, target = nn.Linear(2, 1), nn.Linear(2, 1)
-        >>> hard_copy(pair_up(online, target))
-        >>> torch.equal(online.weight, target.weight)
-        True
-    """
-    for sources, targets in _by_kind(pairs):
-        torch._foreach_copy_(targets, sources)
+    """Copy the source into the target, in place."""
+    for fractions in (True, False):  # one kernel works on one dtype
+        copy_all(*_tensors(pairs, fractions=fractions))
 
 
 @torch.no_grad()
 def polyak_average(pairs: Sequence[Pair], tau: float) -> None:
-    """Move the target a little towards the source: ``target += tau * (source - target)``.
+    """Move the target a little towards the source, in place: ``target += tau * (source - target)``.
 
-    The soft update of Lillicrap et al., "Continuous control with deep reinforcement learning", 2016. Tensors without
-    fractions, such as a counter of batches, are copied. In bfloat16 and float16, a small step is lost to rounding: keep
-    the weights in float32, as mixed precision does.
-
-    Args:
-        pairs: What :func:`pair_up` gave. The targets change in place.
-        tau: How far to go, in [0, 1]; 1 copies, 0 changes nothing.
+    Tensors without fractions, such as a counter of batches, are copied.
 
     Raises:
-        ValueError: If ``tau`` is out of range.
+        ValueError: If ``tau`` is not in [0, 1].
+        TypeError: If ``tau`` is no number.
 
     Example:
         >>> online, target = nn.Linear(2, 1), nn.Linear(2, 1)
@@ -137,73 +96,57 @@ def polyak_average(pairs: Sequence[Pair], tau: float) -> None:
         >>> target.weight.tolist()
         [[0.25, 0.25]]
     """
-    tau = as_tau(tau, "polyak_average")
-    for sources, targets in _by_kind(pairs):
-        if _has_fractions(targets[0]):
-            torch._foreach_lerp_(targets, sources, tau)
-        else:
-            torch._foreach_copy_(targets, sources)
-
-
-def as_tau(tau: object, given: str) -> float:
-    """Return ``tau`` as a float, also one of NumPy's, and refuse one that is not in [0, 1].
-
-    Raises:
-        ValueError: If it is not.
-        TypeError: If it is no number.
-    """
-    if isinstance(tau, bool) or not isinstance(tau, Real):
-        raise TypeError(
-            f"{given}(tau={tau!r}): it is a number in [0, 1], for example 0.005, or a function of the step."
-        )
-    if not 0 <= float(tau) <= 1:
-        raise ValueError(f"{given}(tau={tau!r}): it is in [0, 1], for example 0.005. 1 copies, 0 stays.")
-    return float(tau)
+    tau = checked_tau("polyak_average", tau)
+    lerp_all(*_tensors(pairs, fractions=True), tau)
+    copy_all(*_tensors(pairs, fractions=False))
 
 
 def shared_parameters(module: nn.Module, others: Iterable[nn.Parameter]) -> list[str]:
-    """Return the names of a module's parameters whose memory one of ``others`` has too.
-
-    Example:
-        >>> net = nn.ModuleList([nn.Linear(2, 1), nn.Linear(2, 1)])
-        >>> net[1].weight.data = net[0].weight.data
-        >>> shared_parameters(net[1], net[0].parameters())
-        ['weight']
-    """
+    """Return the names of a module's parameters that share memory with one of ``others``."""
     theirs = {_address(parameter) for parameter in others}
     return [name for name, parameter in named_unique_parameters(module).items() if _address(parameter) in theirs]
 
 
 def _owners(module: nn.Module, buffers: bool) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the name of each tensor and the module it sits on; a tensor that has several names under its first one."""
+    """Yield the name of each tensor and the module that owns it; a tensor with several names under its first one."""
+    saved = set(map(id, module.state_dict(keep_vars=True).values())) if buffers else set()
     seen = set()
     for path, owner in module.named_modules():
-        own: dict[str, Tensor | None] = {**owner._parameters}
-        if buffers:
-            own |= {name: b for name, b in owner._buffers.items() if name not in owner._non_persistent_buffers_set}
-        for name, tensor in own.items():
-            if tensor is not None and id(tensor) not in seen:
+        kept = [(name, buffer) for name, buffer in owner.named_buffers(path, recurse=False) if id(buffer) in saved]
+        for name, tensor in [*owner.named_parameters(path, recurse=False), *kept]:
+            if id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield clean_name(f"{path}.{name}" if path else name), owner
+                yield clean_name(name), owner
 
 
-def _by_kind(pairs: Sequence[Pair]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield sources and targets, those with fractions apart from those without: one kernel works on one dtype."""
-    tensors = [pair.tensors for pair in pairs]
-    for fractions in (True, False):
-        chosen = [(source, target) for source, target in tensors if _has_fractions(target) == fractions]
-        if chosen:
-            yield [source for source, _ in chosen], [target for _, target in chosen]
+def _differences(source: dict[str, str | None], target: dict[str, str | None], names: tuple[str, str]) -> Iterator[str]:
+    """Yield sentences on what only one of two modules has, and on what is different."""
+    for which, mine, others in ((names[0], source, target), (names[1], target, source)):
+        if only := [name for name in mine if name not in others]:
+            yield f"Only in {which}: {listed(only)}."
+    different = [name for name in source if name in target and source[name] != target[name]]
+    if different:
+        each = (f"{name} is {source[name]} in {names[0]}, {target[name]} in {names[1]}" for name in different)
+        yield f"Different: {listed(each, '; ')}."
 
 
-def _has_fractions(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+def _tensors(pairs: Sequence[Pair], *, fractions: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the targets and the sources, of the pairs whose target's dtype has fractions or of the others."""
+    both = [pair.tensors for pair in pairs]
+    chosen = [(s, t) for s, t in both if (t.is_floating_point() or t.is_complex()) == fractions]
+    return [target for _, target in chosen], [source for source, _ in chosen]
 
 
-def _described(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+def _tensor(owner: nn.Module, name: str) -> Tensor:
+    tensor: Tensor = getattr(owner, name.rpartition(".")[2])
+    return tensor
+
+
+def _described(tensor: Tensor) -> str | None:
+    """Return shape and dtype as text, None for a lazy tensor, which has no shape yet."""
+    return None if is_lazy(tensor) else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _address(parameter: nn.Parameter) -> int:
-    """Return where the values are; what has no memory, empty or on the meta device, is told apart by identity."""
+    """Return where the values are, or the identity of what has no memory: it is empty or on the meta device."""
     return parameter.data_ptr() or -id(parameter)

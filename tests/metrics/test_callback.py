@@ -88,7 +88,7 @@ METRICS = {
 
 class TestValues:
     @pytest.mark.parametrize("kind", METRICS)
-    def test_every_form_of_metrics_has_its_names(self, kind: str) -> None:
+    def test_every_form_of_metrics_logs_its_names(self, kind: str) -> None:
         make, names = METRICS[kind]
         run = trainer(callbacks=[MetricLogger(make())], max_epochs=1)
         run.fit(Steps(), loader(), loader(8))
@@ -96,7 +96,7 @@ class TestValues:
         assert run.callback_metrics.keys() - {"val_loss"} == expected
 
     @pytest.mark.filterwarnings("ignore:No positive samples in targets")
-    def test_are_those_of_the_epoch_and_each_stage_has_its_own(self) -> None:
+    def test_each_stage_logs_the_metric_of_its_epoch(self) -> None:
         net, epochs = Steps(), Epochs()
         metrics = {"acc": acc(), "auroc": tm.MulticlassAUROC(3)}
         run = trainer(callbacks=[MetricLogger(metrics), epochs], max_epochs=3, num_sanity_val_steps=1)
@@ -116,7 +116,7 @@ class TestValues:
         (validated,) = run.validate(net, loader(8), verbose=False)
         assert validated == {f"val/{name}": float(net.expected(metric, "val", 2)) for name, metric in metrics.items()}
 
-    def test_validation_inside_an_epoch_leaves_training_alone(self) -> None:
+    def test_validation_inside_an_epoch_does_not_reset_training(self) -> None:
         net = Steps()
         run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1, val_check_interval=2)
         run.fit(net, loader(), loader(12))
@@ -124,7 +124,7 @@ class TestValues:
         assert run.callback_metrics["val/acc"] == net.expected(acc(), "val", 3)
         assert len(net.seen["val"]) == 9
 
-    def test_go_to_the_loggers_at_the_end_of_the_epoch(self, tmp_path: Path) -> None:
+    def test_values_reach_loggers_at_the_end_of_the_epoch(self, tmp_path: Path) -> None:
         from lightning.pytorch.loggers import CSVLogger
 
         net = Steps()
@@ -137,24 +137,24 @@ class TestValues:
         for name in ("train/acc", "val/acc"):
             assert sum(bool(line.split(",")[header.index(name)]) for line in lines[1:]) == 2
 
-    def test_only_of_the_stages_asked_for(self) -> None:
+    def test_only_the_stages_given_are_logged(self) -> None:
         run = trainer(callbacks=[MetricLogger({"acc": acc()}, stages=["val"])], max_epochs=1)
         run.fit(OnlyValidation(), loader(), loader(8))
         assert run.callback_metrics.keys() == {"val/acc"}
 
-    def test_prefix(self) -> None:
+    def test_prefix_is_put_before_names(self) -> None:
         run = trainer(callbacks=[MetricLogger({"acc": acc()}, prefix="m_{stage}_")], max_epochs=1)
         run.fit(Steps(), loader(), loader(8))
         assert run.callback_metrics.keys() == {"m_train_acc", "m_val_acc"}
 
-    def test_two_loggers_keep_apart(self) -> None:
+    def test_two_metric_loggers_do_not_mix(self) -> None:
         callbacks = [MetricLogger({"acc": acc()}), MetricLogger({"acc": acc()}, prefix="b/{stage}/")]
         assert callbacks[0].state_key != callbacks[1].state_key
         run = trainer(callbacks=callbacks, max_epochs=1)
         run.fit(Steps(), loader(), loader(8))
         assert run.callback_metrics["train/acc"] == run.callback_metrics["b/train/acc"]
 
-    def test_with_manual_optimization(self) -> None:
+    def test_values_are_logged_in_manual_optimization(self) -> None:
         class Manual(Steps):
             def __init__(self) -> None:
                 super().__init__()
@@ -172,7 +172,7 @@ class TestValues:
         assert run.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
 
     @pytest.mark.filterwarnings("ignore:.*training_step.* returned .None.")
-    def test_a_training_step_that_is_skipped_does_not_count(self) -> None:
+    def test_skipped_training_step_does_not_count(self) -> None:
         class Skips(Steps):
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 return super().training_step(batch, batch_idx) if batch_idx % 2 else None
@@ -204,23 +204,23 @@ class TestInputs:
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             return {"logits": super().validation_step(batch, batch_idx)["preds"]}
 
-    def test_are_what_the_function_gives(self) -> None:
+    def test_inputs_function_feeds_the_metric(self) -> None:
         net = self.Loss()
         run = self.fit(net, stages=["val"], inputs=lambda outputs, batch: (outputs["logits"], batch[1]))
         assert run.callback_metrics["val/acc"] == net.expected(acc(), "val", 2)
 
-    def test_can_be_named(self) -> None:
+    def test_inputs_by_name_feed_the_metric(self) -> None:
         net = self.Loss()
         run = self.fit(
             net, stages=["val"], inputs=lambda outputs, batch: {"target": batch[1], "preds": outputs["logits"]}
         )
         assert run.callback_metrics["val/acc"] == net.expected(acc(), "val", 2)
 
-    def test_can_be_one(self) -> None:
+    def test_single_input_feeds_the_metric(self) -> None:
         run = self.fit(Steps(), metrics={"n": SumMetric()}, inputs=lambda outputs, batch: (torch.ones_like(batch[1]),))
         assert (run.callback_metrics["train/n"], run.callback_metrics["val/n"]) == (24, 8)
 
-    def test_that_are_missing_show_what_to_do(self) -> None:
+    def test_missing_inputs_are_an_error_that_says_what_to_do(self) -> None:
         with pytest.raises(MisconfigurationException) as caught:
             self.fit(self.Loss(), stages=["train"])
         assert str(caught.value) == (
@@ -229,7 +229,7 @@ class TestInputs:
             'MetricLogger(..., inputs=lambda outputs, batch: (outputs["logits"], batch[1])).'
         )
 
-    def test_that_are_missing_in_validation_show_before_training(self) -> None:
+    def test_missing_inputs_of_validation_are_found_before_training(self) -> None:
         net = self.Loss()
         run = trainer(callbacks=[MetricLogger(acc())], num_sanity_val_steps=1)
         with pytest.raises(
@@ -238,11 +238,11 @@ class TestInputs:
             run.fit(net, loader(), loader(8))
         assert net.seen["train"] == []
 
-    def test_nothing_returned_by_validation_is_an_error(self) -> None:
+    def test_validation_step_that_returns_nothing_is_an_error(self) -> None:
         with pytest.raises(MisconfigurationException, match=r'returned nothing\. Let it return \{"preds"'):
             self.fit(Net(), stages=["val"])
 
-    def test_nothing_returned_with_manual_optimization_is_an_error(self) -> None:
+    def test_manual_training_step_that_returns_nothing_is_an_error(self) -> None:
         class Manual(Net):
             def __init__(self) -> None:
                 super().__init__()
@@ -253,14 +253,14 @@ class TestInputs:
         with pytest.raises(MisconfigurationException, match="a dict with nothing in it"):
             self.fit(Manual(), stages=["train"])
 
-    def test_of_another_type_are_an_error(self) -> None:
+    def test_inputs_of_another_type_are_an_error(self) -> None:
         with pytest.raises(MisconfigurationException, match=r"gave a tensor of shape \(4, 3\); it has to give a tuple"):
             self.fit(Steps(), inputs=lambda outputs, batch: outputs["preds"])
 
 
 class TestDataloaders:
     @pytest.mark.filterwarnings("ignore:No positive samples in targets")
-    def test_several_have_lightnings_suffix_and_a_clone_each(self) -> None:
+    def test_several_dataloaders_have_a_suffix_and_a_metric_each(self) -> None:
         net, metrics = Steps(), {"acc": acc(), "auroc": tm.MulticlassAUROC(3)}
         run = trainer(callbacks=[MetricLogger(metrics)], max_epochs=2, num_sanity_val_steps=1)
         run.fit(net, loader(), [loader(8), loader(20)])
@@ -274,7 +274,7 @@ class TestDataloaders:
             name = f"test/acc/dataloader_idx_{index}"
             assert results[index][name] == float(net.expected(acc(), "test", batches, index))
 
-    def test_names_are_those_of_self_log(self) -> None:
+    def test_dataloader_names_are_those_of_self_log(self) -> None:
         class Logs(Steps):
             def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
                 self.log("own/acc", 1.0)
@@ -285,7 +285,7 @@ class TestDataloaders:
         ours = {name.removeprefix("val/") for name in run.callback_metrics if name.startswith("val/")}
         assert ours == {name.removeprefix("own/") for name in run.callback_metrics if name.startswith("own/")}
 
-    def test_one_that_is_empty_has_no_value(self) -> None:
+    def test_empty_dataloader_has_no_value(self) -> None:
         net, metrics = Steps(), {"acc": acc(), "auroc": tm.MulticlassAUROC(3), "least": MinMaxMetric(acc())}
         run = trainer(callbacks=[MetricLogger(metrics, stages=["val"])], max_epochs=1)
         with pytest.warns(UserWarning, match="across ranks is zero"):
@@ -293,7 +293,7 @@ class TestDataloaders:
         names = {f"val/{name}/dataloader_idx_1" for name in ("acc", "auroc", "raw", "min", "max")}
         assert run.callback_metrics.keys() == names
 
-    def test_those_that_are_mixed_count_as_one(self) -> None:
+    def test_combined_loader_that_mixes_counts_as_one(self) -> None:
         class Mixed(Steps):
             def validation_step(self, batch: Any, batch_idx: int) -> Any:
                 return self.step("val", batch[0])
@@ -305,7 +305,7 @@ class TestDataloaders:
 
 class TestMonitoring:
     @pytest.mark.parametrize("monitor", ["train/acc", "val/acc"])
-    def test_model_checkpoint_and_early_stopping_see_the_epochs_value(self, tmp_path: Path, monitor: str) -> None:
+    def test_model_checkpoint_and_early_stopping_see_the_value_of_the_epoch(self, tmp_path: Path, monitor: str) -> None:
         epochs = Epochs()
         checkpoint = ModelCheckpoint(tmp_path, monitor=monitor, mode="max", save_top_k=-1)
         stopping = EarlyStopping(monitor, mode="max", patience=100)
@@ -316,7 +316,7 @@ class TestMonitoring:
         assert float(stopping.best_score) == max(values)
         assert float(checkpoint.best_model_score) == max(values)
 
-    def test_a_scheduler_sees_it(self) -> None:
+    def test_scheduler_sees_the_value_of_the_epoch(self) -> None:
         class Plateau(Steps):
             def configure_optimizers(self) -> Any:
                 optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
@@ -339,7 +339,7 @@ class TestMonitoring:
         ],
     )
     @pytest.mark.parametrize("first", ["schedule", "metrics"])
-    def test_a_plateau_takes_in_each_value_once(
+    def test_plateau_takes_each_value_once(
         self, tmp_path: Path, monitor: str, options: dict[str, Any], step: int, first: str
     ) -> None:
         """Wherever the two stand in the list, and whether or not the fit was resumed, the phase ends at one step."""
@@ -416,7 +416,7 @@ def fit_epochs(
 
 class TestResume:
     @pytest.mark.parametrize("make", RESUMED.values(), ids=RESUMED)
-    def test_from_any_step_gives_the_same_values(self, tmp_path: Path, make: Any) -> None:
+    def test_resume_from_any_step_gives_the_same_values(self, tmp_path: Path, make: Any) -> None:
         every = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
         expected = fit_epochs(make, checkpoint=every)
         # Lightning itself loses an epoch on resuming from the step that ends one.
@@ -424,7 +424,7 @@ class TestResume:
             resumed = fit_epochs(make, resume=tmp_path / f"step={step}.ckpt")
             assert resumed == {epoch: values for epoch, values in expected.items() if epoch >= step // 6}
 
-    def test_extremes_go_on_between_epochs_and_leave_out_the_sanity_check(self, tmp_path: Path) -> None:
+    def test_extremes_are_kept_between_epochs_without_the_sanity_check(self, tmp_path: Path) -> None:
         def fit(**resume: Any) -> dict[int, dict[str, float]]:
             metric = MinMaxMetric(MeanMetric())
             callback = MetricLogger({"mean": metric}, inputs=lambda outputs, _: (outputs["value"],))
@@ -441,7 +441,7 @@ class TestResume:
         assert fit(ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True) == {2: whole[2]}
 
     @pytest.mark.parametrize("middle", [True, False])
-    def test_from_another_number_of_processes_only_what_outlasts_an_epoch_goes_on(
+    def test_resume_with_other_processes_keeps_only_what_outlasts_an_epoch(
         self, tmp_path: Path, middle: bool, caplog: pytest.LogCaptureFixture
     ) -> None:
         often = {"every_n_train_steps": 3} if middle else {"every_n_epochs": 1, "save_on_train_epoch_end": True}
@@ -459,7 +459,7 @@ class TestResume:
         assert [last[f"val/{name}"] for name in ("min", "max")] == [expected[1][f"val/{n}"] for n in ("min", "max")]
         assert last["train/max"] == expected[0]["train/max"] if middle else last == expected[1]
 
-    def test_more_processes_than_have_saved_take_what_the_first_has(self) -> None:
+    def test_resume_with_more_processes_takes_the_state_of_the_first(self) -> None:
         saving, loading = (MetricLogger({"m": MinMaxMetric(InPlace())}, stages=["train"]) for _ in range(2))
         trainer(callbacks=[saving], max_epochs=1).fit(Steps(), loader(8))
         checkpoint: dict[str, Any] = {"callbacks": {}}
@@ -470,7 +470,7 @@ class TestResume:
         assert after["m"].max_val == before["m"].max_val > float("-inf")
 
     @pytest.mark.parametrize("stages", [["train"], ["val"]])
-    def test_one_for_each_stage_resumes_as_one_for_both(self, tmp_path: Path, stages: Any) -> None:
+    def test_one_logger_a_stage_resumes_as_one_for_both(self, tmp_path: Path, stages: Any) -> None:
         def fit(**resume: Any) -> dict[int, dict[str, float]]:
             others = [stage for stage in ("train", "val") if stage not in stages]
             loggers = [MetricLogger({"m": MinMaxMetric(InPlace())}, stages=each) for each in (stages, others)]
@@ -485,19 +485,19 @@ class TestResume:
         assert len(whole[1]) == 6
         assert fit(ckpt_path=tmp_path / "it.ckpt", weights_only=True) == {1: whole[1]}
 
-    def test_after_the_last_validation_of_an_epoch_gives_the_same_values(self, tmp_path: Path) -> None:
+    def test_resume_after_the_last_validation_gives_the_same_values(self, tmp_path: Path) -> None:
         last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, save_top_k=-1, filename="{epoch}")
         expected = fit_epochs(RESUMED["accuracy"], checkpoint=last)
         resumed = fit_epochs(RESUMED["accuracy"], resume=tmp_path / "epoch=0.ckpt")
         assert resumed[0]["train/acc"] == expected[0]["train/acc"]
         assert resumed[1] == expected[1]
 
-    def test_between_epochs_starts_anew(self, tmp_path: Path) -> None:
+    def test_resume_between_epochs_starts_empty(self, tmp_path: Path) -> None:
         last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=True, save_top_k=-1, filename="{epoch}")
         expected = fit_epochs(RESUMED["accuracy"], checkpoint=last)
         assert fit_epochs(RESUMED["accuracy"], resume=tmp_path / "epoch=0.ckpt") == {1: expected[1]}
 
-    def test_a_metric_that_does_not_fit_is_refused(self, tmp_path: Path) -> None:
+    def test_resume_with_a_metric_of_another_state_is_refused(self, tmp_path: Path) -> None:
         every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
         fit_epochs(lambda: {"acc": tm.MulticlassRecall(3)}, checkpoint=every)
         with pytest.raises(MisconfigurationException, match="'acc' that does not fit"):
@@ -505,7 +505,7 @@ class TestResume:
         with pytest.raises(MisconfigurationException, match="'acc' that does not fit"):
             fit_epochs(lambda: {"acc": tm.MulticlassRecall(5)}, resume=tmp_path / "step=2.ckpt")
 
-    def test_an_entry_of_an_older_form_is_not_passed_over_in_silence(
+    def test_resume_from_an_older_form_of_state_is_warned_of(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
@@ -531,7 +531,7 @@ class TestResume:
     )
     @pytest.mark.parametrize("middle", [True, False])
     @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-    def test_other_names_than_in_the_checkpoint(
+    def test_resume_with_other_names_is_warned_of(
         self, tmp_path: Path, before: Any, now: Any, middle: bool, caplog: pytest.LogCaptureFixture
     ) -> None:
         often = {"every_n_train_steps": 4} if middle else {"every_n_epochs": 1}
@@ -550,7 +550,7 @@ class TestResume:
         assert again.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
 
     @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-    def test_an_epoch_of_which_no_batch_is_left_has_no_value(self, tmp_path: Path) -> None:
+    def test_resumed_epoch_without_a_batch_left_has_no_value(self, tmp_path: Path) -> None:
         last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, filename="it")
         loaders = StatefulDataLoader(data(), batch_size=4), loader(8)
         trainer(callbacks=[last], max_epochs=1, enable_checkpointing=True).fit(Steps(), *loaders)
@@ -565,7 +565,9 @@ class TestResume:
         ]
 
     @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
-    def test_training_was_no_stage_of_the_checkpoint(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_resume_with_training_as_a_new_stage_is_warned_of(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
         metrics = {"m": MinMaxMetric(acc())}
         options = {"max_epochs": 1, "val_check_interval": 2}
@@ -576,7 +578,7 @@ class TestResume:
         resumed.fit(Steps(), *loaders, ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)
         assert "its metrics of epoch 0 cover only the rest of it" in caplog.text
 
-    def test_testing_a_checkpoint_from_mid_epoch_starts_empty(self, tmp_path: Path) -> None:
+    def test_test_of_a_mid_epoch_checkpoint_starts_empty(self, tmp_path: Path) -> None:
         every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
         fit_epochs(RESUMED["accuracy"], checkpoint=every)
         net = Steps()
@@ -584,7 +586,7 @@ class TestResume:
         (values,) = run.test(net, loader(8), ckpt_path=tmp_path / "step=2.ckpt", verbose=False)
         assert values == {"test/acc": float(net.expected(acc(), "test", 2))}
 
-    def test_the_same_callback_in_a_second_fit_starts_empty(self) -> None:
+    def test_callback_in_a_second_fit_starts_empty(self) -> None:
         callback = MetricLogger({"acc": acc()})
         for _ in range(2):
             net = Steps()
@@ -592,7 +594,7 @@ class TestResume:
             run.fit(net, loader(), loader(8))
             assert run.callback_metrics["train/acc"] == net.expected(acc(), "train", 2)
 
-    def test_a_checkpoint_loads_without_the_callback(self, tmp_path: Path) -> None:
+    def test_checkpoint_loads_without_the_callback(self, tmp_path: Path) -> None:
         every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
         fit_epochs(RESUMED["accuracy"], checkpoint=every)
         run = trainer(max_epochs=1)
@@ -601,7 +603,7 @@ class TestResume:
 
 
 class TestTheModelKnowsNothing:
-    def test_no_module_attribute_or_entry_is_left(self) -> None:
+    def test_model_and_checkpoint_have_no_metric_in_them(self) -> None:
         plain, observed = Steps(), Steps()
         trainer(max_epochs=1).fit(plain, loader(), loader(8))
         before = snapshot(observed).keys()
@@ -612,19 +614,19 @@ class TestTheModelKnowsNothing:
         pickle.loads(pickle.dumps(observed))
         copy.deepcopy(observed)
 
-    def test_the_callback_pickles(self) -> None:
+    def test_callback_pickles(self) -> None:
         callback = MetricLogger({"acc": acc()})
         trainer(max_epochs=1, callbacks=[callback]).fit(Steps(), loader(), loader(8))
         pickle.loads(pickle.dumps(callback))
 
-    def test_what_was_given_is_never_updated(self) -> None:
+    def test_metric_that_was_given_is_never_updated(self) -> None:
         metric = acc()
         callback = MetricLogger({"acc": metric})
         trainer(max_epochs=1, callbacks=[callback]).fit(Steps(), loader(), loader(8))
         assert metric.update_count == 0
         assert all(m.update_count == 0 for m in callback.metrics.values())
 
-    def test_no_graph_is_kept(self) -> None:
+    def test_metrics_keep_no_graph(self) -> None:
         callback = MetricLogger({"auroc": tm.MulticlassAUROC(3), "mean": MeanMetric()}, inputs=inputs_with_graph)
         trainer(max_epochs=1, callbacks=[callback]).fit(Steps(), loader(), loader(8))
         states = [
@@ -681,11 +683,13 @@ class TestErrors:
             ({"prog_bar": "val"}, TypeError, r"prog_bar='val'\): it is True or False"),
         ],
     )
-    def test_come_at_construction(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    def test_bad_arguments_are_refused_at_construction(
+        self, arguments: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
         with pytest.raises(error, match=message):
             MetricLogger(**{"metrics": acc(), **arguments})
 
-    def test_one_stage_needs_no_field_in_the_prefix(self) -> None:
+    def test_prefix_of_one_stage_needs_no_field(self) -> None:
         assert MetricLogger(acc(), stages=["val"], prefix="").prefix == ""
 
     @pytest.mark.parametrize(
@@ -697,12 +701,12 @@ class TestErrors:
             (Nothing(), r"nothing, .*a torchmetrics\.Metric of your own"),
         ],
     )
-    def test_a_metric_that_is_no_scalar(self, metric: Metric, message: str) -> None:
+    def test_metric_without_a_scalar_is_an_error(self, metric: Metric, message: str) -> None:
         run = trainer(callbacks=[MetricLogger({"many": metric})], num_sanity_val_steps=2)
         with pytest.raises(ValueError, match=f"The metric 'many' computes {message}"):
             run.fit(Steps(), loader(), loader(8))
 
-    def test_two_of_the_same_names(self) -> None:
+    def test_two_loggers_of_one_name_are_refused(self) -> None:
         callbacks = [MetricLogger(acc()), MetricLogger(acc(), stages=["val"], prefix="val/")]
         with pytest.raises(MisconfigurationException, match=r"log 'val/MulticlassAccuracy'.* prefix=\"other/"):
             trainer(callbacks=callbacks).fit(Steps(), loader(), loader(8))
@@ -729,7 +733,7 @@ class TestErrors:
     )
     @pytest.mark.parametrize("swap", [False, True])
     @pytest.mark.parametrize("stages", [("val",), ("train",)])
-    def test_two_of_names_that_show_only_in_values(
+    def test_two_loggers_of_one_name_are_refused_when_values_show_it(
         self, first: Any, second: Any, name: str, swap: bool, stages: Any
     ) -> None:
         callbacks = [MetricLogger(first, stages=stages), MetricLogger(second)]
@@ -742,14 +746,14 @@ class TestErrors:
         apart = [MetricLogger(first, stages=stages), MetricLogger(second, prefix="other/{stage}/")]
         trainer(callbacks=apart, max_epochs=1).fit(Steps(), loader(), loader(8))
 
-    def test_two_of_the_same_names_in_different_stages(self) -> None:
+    def test_two_loggers_of_one_name_in_different_stages_work(self) -> None:
         callbacks = [MetricLogger(acc(), stages=[stage], prefix="") for stage in ("train", "val")]
         with pytest.raises(MisconfigurationException, match="Two MetricLoggers log 'MulticlassAccuracy'"):
             trainer(callbacks=callbacks).fit(Steps(), loader(), loader(8))
 
     @pytest.mark.parametrize("loaders", [1, 2])
     @pytest.mark.parametrize("name", ["acc", "max"])
-    def test_a_name_that_the_model_logs(self, name: str, loaders: int) -> None:
+    def test_name_that_the_model_logs_is_refused(self, name: str, loaders: int) -> None:
         class Logs(Steps):
             def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
                 self.log(f"val/{name}", 0.5)
@@ -768,7 +772,7 @@ class TestErrors:
         assert net.seen["train"] == []
 
     @pytest.mark.parametrize("on_step", [False, True])
-    def test_a_name_that_the_model_logs_in_training(self, on_step: bool) -> None:
+    def test_name_that_the_model_logs_in_training_is_refused(self, on_step: bool) -> None:
         class Logs(Steps):
             def training_step(self, batch: Any, batch_idx: int) -> Any:
                 self.log("train/acc", 0.5, on_step=on_step, on_epoch=True)
@@ -778,7 +782,7 @@ class TestErrors:
         with pytest.raises(MisconfigurationException, match=r"'train/acc', and so does self\.log in training_step"):
             run.fit(Logs(), loader(), loader(8))
 
-    def test_a_metric_that_counts_becomes_a_float(self) -> None:
+    def test_integer_value_is_logged_as_float(self) -> None:
         class Count(InPlace):
             def compute(self) -> Tensor:
                 return torch.tensor([self.update_count])
@@ -816,7 +820,7 @@ class TestDicts:
         ],
         ids=["plain", "in a collection", "with a prefix", "in a ClasswiseWrapper", "twice"],
     )
-    def test_scalars_of_a_dict_are_logged_and_the_rest_is_named_once(
+    def test_scalars_of_a_dict_are_logged_and_the_rest_named_once(
         self, metrics: Any, names: set[str], left_out: str, caplog: pytest.LogCaptureFixture
     ) -> None:
         run = trainer(callbacks=[MetricLogger(metrics)], max_epochs=2)
@@ -827,7 +831,7 @@ class TestDicts:
             f"MetricLogger logs scalars only, and leaves out what else metrics compute: {left_out}"
         ]
 
-    def test_dicts_of_tasks_are_joined_to_their_names(self) -> None:
+    def test_nested_dicts_are_logged_under_joined_names(self) -> None:
         metric = MultitaskWrapper({"a": Detection(), "b": MeanMetric()})
 
         def inputs(outputs: Any, batch: Any) -> Any:
@@ -838,14 +842,14 @@ class TestDicts:
         assert values.keys() == {"val/a_map", "val/a_map_50", "val/b"}
 
     @pytest.mark.parametrize("others", [{}, {"acc": acc()}])
-    def test_a_dict_without_any_scalar_is_an_error(self, others: Any) -> None:
+    def test_dict_without_any_scalar_is_an_error(self, others: Any) -> None:
         run = trainer(callbacks=[MetricLogger({"boxes": Detection("ious", "classes"), **others})])
         with pytest.raises(ValueError, match=r"The metric 'boxes' computes a tensor of shape \(3,\), and only scalars"):
             run.validate(Steps(), loader(8), verbose=False)
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_the_progress_bar_shows_values_if_asked_for(shown: bool) -> None:
+def test_progress_bar_shows_values_with_prog_bar(shown: bool) -> None:
     callback = MetricLogger({"acc": acc()}, **({"prog_bar": True} if shown else {}))
     run = trainer(callbacks=[callback], max_epochs=1)
     run.fit(Steps(), loader(8), loader(8))
@@ -864,7 +868,7 @@ class TestAfterAnException:
             value = torch.tensor(float(self.global_step))
             return {**super().step(stage, batch, dataloader_idx), "value": value}
 
-    def test_a_sanity_check_that_fails_leaves_the_checkpoint_as_it_was_resumed(self, tmp_path: Path) -> None:
+    def test_failing_sanity_check_keeps_the_resumed_state(self, tmp_path: Path) -> None:
         def run(net: Steps, *callbacks: Any, resume: str | None = None, **options: Any) -> dict[int, dict[str, float]]:
             extremes = MetricLogger({"m": MinMaxMetric(MeanMetric())}, inputs=lambda outputs, _: (outputs["value"],))
             epochs = Epochs()
@@ -882,7 +886,7 @@ class TestAfterAnException:
         assert run(self.Fails(), resume="failed.ckpt", max_epochs=2) == {1: whole[1]}
         assert [whole[epoch]["val/max"] for epoch in (0, 1)] == [2.0, 4.0]
 
-    def test_values_after_it_are_of_what_was_seen_since(self) -> None:
+    def test_values_after_an_exception_cover_what_was_seen_since(self) -> None:
         net = self.Fails()
         net.error = RuntimeError
         run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1)
@@ -922,7 +926,7 @@ def distributed(path: str) -> dict[str, Any]:
     return results
 
 
-def test_two_processes_agree_on_the_metrics_of_all_data_and_resume(tmp_path: Path) -> None:
+def test_two_processes_log_the_metric_of_all_data_and_resume(tmp_path: Path) -> None:
     first, second = on_two_processes(distributed, tmp_path, str(tmp_path))
     assert first["whole"] == second["whole"]
     assert first["whole"].keys() == {0, 1}

@@ -108,26 +108,26 @@ class TestValues:
     @pytest.mark.parametrize("optimizer", [half_sgd, adamw, nesterov])
     @pytest.mark.parametrize("accumulate", [1, 3])
     @pytest.mark.parametrize("clip", [None, 0.05])
-    def test_are_those_of_a_loop_by_hand(self, optimizer: Any, accumulate: int, clip: float | None) -> None:
+    def test_norms_equal_those_of_a_loop_by_hand(self, optimizer: Any, accumulate: int, clip: float | None) -> None:
         net = Plain(optimizer=optimizer)
         expected = by_hand(copy.deepcopy(net), accumulate=accumulate, clip=clip)
         recorder = fit(net, NormLogger(), accumulate_grad_batches=accumulate, gradient_clip_val=clip)
         assert [row for _, row in recorder.rows] == [pytest.approx(row, rel=1e-5) for row in expected]
         assert len(expected) == 6 // accumulate
 
-    def test_clipping_by_value_shows_too(self) -> None:
+    def test_grad_clipped_shows_clipping_by_value(self) -> None:
         recorder = fit(Plain(), NormLogger(), gradient_clip_val=1e-4, gradient_clip_algorithm="value")
         count = sum(p.numel() for p in Plain().parameters())
         assert all(0 < row["norm/grad_clipped"] <= 1e-4 * math.sqrt(count) for _, row in recorder.rows)
         assert all(row["norm/grad"] > row["norm/grad_clipped"] for _, row in recorder.rows)
 
-    def test_go_to_callback_metrics_and_logged_metrics_as_well(self) -> None:
+    def test_norms_are_in_callback_and_logged_metrics(self) -> None:
         recorder = fit(Plain(), NormLogger())
         for metrics in (recorder.trainer.callback_metrics, recorder.trainer.logged_metrics):
             last = {name: float(value) for name, value in metrics.items() if name.startswith("norm/")}
             assert last == pytest.approx(recorder.rows[-1][1], rel=1e-6)
 
-    def test_an_optimizer_that_evaluates_several_times_shows_its_first_gradient(self) -> None:
+    def test_lbfgs_shows_its_first_gradient(self) -> None:
         net = Plain(optimizer=lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=3))
         first = by_hand(copy.deepcopy(Plain(optimizer=half_sgd)), accumulate=1)  # only its shape
         recorder = fit(net, NormLogger())
@@ -143,19 +143,19 @@ class TestNames:
 
     ALL = {"grad", "grad_clipped", "nonfinite_grads", "weight", "update", "update_ratio"}  # noqa: RUF012
 
-    def test_total(self) -> None:
+    def test_total_logs_one_norm_of_each_quantity(self) -> None:
         assert self.names() == {f"norm/{name}" for name in self.ALL}
 
-    def test_per_module(self) -> None:
+    def test_per_module_logs_each_module(self) -> None:
         more = {f"norm/{name}/{m}" for name in self.ALL - {"nonfinite_grads"} for m in ("backbone", "neck", "head")}
         assert self.names(per="module") == {f"norm/{name}" for name in self.ALL} | more
 
-    def test_per_parameter(self) -> None:
+    def test_per_parameter_logs_each_parameter(self) -> None:
         names = [name for name, _ in Plain().named_parameters()]
         more = {f"norm/{quantity}/{name}" for quantity in self.ALL - {"nonfinite_grads"} for name in names}
         assert self.names(per="parameter") == {f"norm/{name}" for name in self.ALL} | more
 
-    def test_what(self) -> None:
+    def test_what_leaves_out_other_quantities(self) -> None:
         assert self.names(what=("grad",)) == {"norm/grad", "norm/grad_clipped", "norm/nonfinite_grads"}
         assert self.names(what=["weight"]) == {"norm/weight"}
         assert self.names(what=("update",)) == {"norm/update", "norm/update_ratio"}
@@ -163,11 +163,11 @@ class TestNames:
 
 class TestWhen:
     @pytest.mark.parametrize(("every", "log_every", "steps"), [(None, 4, [3, 7, 11]), (5, 4, [4, 9]), (None, 0, [])])
-    def test_every_so_many_steps(self, every: int | None, log_every: int, steps: list[int]) -> None:
+    def test_norms_are_logged_every_n_steps(self, every: int | None, log_every: int, steps: list[int]) -> None:
         recorder = fit(Plain(), NormLogger(every_n_steps=every), log_every_n_steps=log_every, max_epochs=2)
         assert [step for step, _ in recorder.rows] == steps
 
-    def test_at_the_steps_at_which_the_trainer_logs(self) -> None:
+    def test_norms_are_logged_at_the_steps_of_the_trainer(self) -> None:
         class Logs(Plain):
             def training_step(self, batch: Any, batch_idx: int) -> Tensor:
                 loss = super().training_step(batch, batch_idx)
@@ -179,7 +179,7 @@ class TestWhen:
 
     @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6, 7])
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-    def test_resuming_keeps_the_rhythm(self, tmp_path: Path, stop: int) -> None:
+    def test_resumed_fit_logs_at_the_same_steps(self, tmp_path: Path, stop: int) -> None:
         fit(
             Plain(),
             NormLogger(every_n_steps=3),
@@ -200,7 +200,7 @@ class TestWhen:
         assert all(step % 3 == 2 for step, _ in recorder.rows)
         assert recorder.rows[0][0] >= stop
 
-    def test_waits_for_the_device_once_a_logged_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_logged_step_waits_for_the_device_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         waits = []
         original = Tensor.tolist
         monkeypatch.setattr(Tensor, "tolist", lambda t: waits.append(t.shape) or original(t))
@@ -217,25 +217,27 @@ class TestMixedPrecision:
         return [row for _, row in fit(net, NormLogger(per="module"), plugins=plugin, **options).rows]
 
     @pytest.mark.parametrize("clip", [None, 0.05])
-    def test_the_loss_scale_does_not_show(self, clip: float | None) -> None:
+    def test_norms_are_without_the_loss_scale(self, clip: float | None) -> None:
         expected = self.rows(1.0, gradient_clip_val=clip)
         assert self.rows(256.0, gradient_clip_val=clip) == [pytest.approx(row, rel=0.05) for row in expected]
         assert len(expected) == 6
 
-    def test_nor_with_an_optimizer_that_divides_by_it_itself(self) -> None:
+    def test_norms_of_a_fused_optimizer_are_without_the_loss_scale(self) -> None:
         def sgd(fused: bool) -> Plain:
             return Plain(optimizer=lambda params: torch.optim.SGD(params, lr=0.01, fused=fused))
 
         expected = self.rows(256.0, lambda: sgd(fused=False))
         assert self.rows(256.0, lambda: sgd(fused=True)) == [pytest.approx(row, rel=0.01) for row in expected]
 
-    def test_nor_with_manual_optimization(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_norms_in_manual_optimization_are_without_the_loss_scale(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TwoOptimizers, "clip", None)  # by hand one would clip what is still scaled
         expected = self.rows(1.0, TwoOptimizers)
         assert self.rows(256.0, TwoOptimizers) == [pytest.approx(row, rel=0.05) for row in expected]
 
     @pytest.mark.parametrize("fused", [False, True])
-    def test_a_skipped_step_has_no_update_and_names_why(self, fused: bool, caplog: pytest.LogCaptureFixture) -> None:
+    def test_skipped_step_has_no_update_and_names_bad_gradients(
+        self, fused: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
         callback = NormLogger()
         net = Plain(optimizer=lambda params: torch.optim.SGD(params, lr=0.1, fused=fused))
         net.head.bias.register_hook(lambda grad: grad * math.inf)
@@ -252,7 +254,7 @@ class TestMixedPrecision:
 
 
 class TestNonFinite:
-    def test_are_counted_and_the_first_named(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_nonfinite_gradients_are_counted_and_the_first_named(self, caplog: pytest.LogCaptureFixture) -> None:
         net = Plain()
         for parameter in net.parameters():
             parameter.register_hook(lambda grad: grad * math.nan)
@@ -264,7 +266,7 @@ class TestNonFinite:
         )
         assert caplog.text.rstrip().endswith("and 7 more")
 
-    def test_one_that_two_optimizers_hold_is_named_once(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_nonfinite_gradient_in_two_optimizers_is_named_once(self, caplog: pytest.LogCaptureFixture) -> None:
         class Both(TwoOptimizers):
             def parts(self) -> list[list[nn.Parameter]]:
                 return [[self.head.bias], [self.neck.weight, self.head.bias]]
@@ -280,7 +282,7 @@ class TestNonFinite:
         assert "1 gradient is not finite: head.bias" in caplog.text
         assert [recorder.rows[0][1][f"norm/optimizer_{index}/nonfinite_grads"] for index in (0, 1)] == [1.0, 1.0]
 
-    def test_are_forgotten_when_gradients_are_finite_again(self) -> None:
+    def test_nonfinite_is_empty_when_gradients_are_finite_again(self) -> None:
         callback, net = NormLogger(), Plain()
         net.head.bias.register_hook(lambda grad: grad * (math.nan if net.global_step == 0 else 1.0))
         plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0))  # skips the first step
@@ -290,7 +292,7 @@ class TestNonFinite:
 
 
 class TestWhichParameters:
-    def test_frozen_ones_do_not_count(self) -> None:
+    def test_frozen_parameters_do_not_count(self) -> None:
         class Frozen(Plain):
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
                 self.neck.requires_grad_(batch_idx >= 2)
@@ -299,7 +301,7 @@ class TestWhichParameters:
         has_neck = [any("neck" in name for name in row) for _, row in recorder.rows]
         assert has_neck == [False, False, True, True]
 
-    def test_one_that_froze_between_backward_and_step_counts_as_the_optimizer_applies_its_gradient(self) -> None:
+    def test_parameter_frozen_after_backward_counts_while_its_gradient_is_applied(self) -> None:
         class FreezesLate(Plain):
             def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
                 self.neck.requires_grad_(batch_idx != 1)  # in the middle of an accumulation, by flag alone
@@ -310,12 +312,12 @@ class TestWhichParameters:
         assert not same(before, snapshot(net.neck))
         assert row["norm/update/neck"] == pytest.approx(0.5 * row["norm/grad/neck"], rel=1e-4)
 
-    def test_nor_do_those_of_no_optimizer(self) -> None:
+    def test_parameters_in_no_optimizer_do_not_count(self) -> None:
         net = Plain(optimizer=lambda params: half_sgd(list(params)[-2:]))
         (_, row), *_ = fit(net, NormLogger(per="module")).rows
         assert {name.split("/")[2] for name in row if name.count("/") == 2} == {"head"}
 
-    def test_one_without_a_gradient_has_a_weight_and_no_update(self) -> None:
+    def test_parameter_without_gradient_has_a_weight_and_no_update(self) -> None:
         class Unused(Plain):
             def forward(self, x: Tensor) -> Tensor:
                 return self.head(self.backbone(x).mean((2, 3)))
@@ -325,7 +327,7 @@ class TestWhichParameters:
         assert row["norm/weight/neck.weight"] > 0
         assert row["norm/update/neck.weight"] == row["norm/update_ratio/neck.weight"] == 0.0
 
-    def test_sparse_gradients(self) -> None:
+    def test_sparse_gradients_are_measured(self) -> None:
         class Words(LightningModule):
             def __init__(self, sparse: bool) -> None:
                 super().__init__()
@@ -373,7 +375,7 @@ class TwoOptimizers(Plain):
 
 
 class TestManualOptimization:
-    def test_each_optimizer_has_its_metrics_before_and_after_clipping_by_hand(self) -> None:
+    def test_each_optimizer_logs_norms_around_clipping_by_hand(self) -> None:
         net = TwoOptimizers()
         rows = [row for _, row in fit(net, NormLogger(per="module")).rows]
         assert len(rows) == 6
@@ -388,7 +390,7 @@ class TestManualOptimization:
             assert "norm/optimizer_1/grad/backbone" not in row
 
     @pytest.mark.parametrize("toggle", [True, False])
-    def test_all_backwards_may_come_before_all_steps(self, toggle: bool) -> None:
+    def test_two_backwards_before_two_steps_are_measured_apart(self, toggle: bool) -> None:
         class Together(TwoOptimizers):
             def training_step(self, batch: Any, batch_idx: int) -> None:
                 for optimizer, parameters in zip(self.optimizers(), self.parts(), strict=True):
@@ -415,7 +417,7 @@ class TestManualOptimization:
                 shown = {name: row[f"norm/optimizer_{which}/{name}"] for name in seen}
                 assert shown == pytest.approx(seen, rel=1e-5)
 
-    def test_a_gradient_that_is_gone_at_the_step_does_not_count(self) -> None:
+    def test_gradient_removed_before_the_step_does_not_count(self) -> None:
         class Forgets(TwoOptimizers):
             def training_step(self, batch: Any, batch_idx: int) -> None:
                 first, _ = self.optimizers()
@@ -432,7 +434,7 @@ class TestManualOptimization:
 
     @pytest.mark.parametrize("again", [True, False])
     @pytest.mark.parametrize("precision", ["32-true", "16-mixed", "fused"])
-    def test_a_gradient_zeroed_in_place_is_zero(self, again: bool, precision: str) -> None:
+    def test_gradient_zeroed_in_place_is_zero(self, again: bool, precision: str) -> None:
         class Zeroes(TwoOptimizers):
             def training_step(self, batch: Any, batch_idx: int) -> None:
                 first, _ = self.optimizers()
@@ -458,7 +460,7 @@ class TestManualOptimization:
             assert set(norms.values()) == {0.0}
             assert row["norm/optimizer_0/grad"] == row["norm/optimizer_0/grad_clipped"] == pytest.approx(expected)
 
-    def test_a_gradient_that_an_infinite_one_clips_to_zero_shows_as_it_was(self) -> None:
+    def test_gradient_clipped_to_zero_by_an_infinite_one_is_shown_unclipped(self) -> None:
         class Clips(TwoOptimizers):
             def training_step(self, batch: Any, batch_idx: int) -> None:
                 first, _ = self.optimizers()
@@ -472,7 +474,7 @@ class TestManualOptimization:
         assert row["norm/optimizer_0/grad/backbone.1.bias"] == 2.0
         assert row["norm/optimizer_0/grad_clipped/backbone.1.bias"] == 0.0
 
-    def test_one_that_steps_seldom_is_logged_when_it_does(self) -> None:
+    def test_optimizer_that_steps_seldom_is_logged_when_it_does(self) -> None:
         class Seldom(TwoOptimizers):
             def training_step(self, batch: Any, batch_idx: int) -> None:
                 first, second = self.optimizers()
@@ -485,7 +487,7 @@ class TestManualOptimization:
         assert [step for step, row in rows if "norm/optimizer_0/grad" in row] == [1, 3, 5, 7, 9, 11]
         assert [step for step, row in rows if "norm/optimizer_1/grad" in row] == [2, 6, 10]
 
-    def test_of_several_steps_in_a_batch_the_first_is_shown(self) -> None:
+    def test_first_of_several_steps_in_a_batch_is_shown(self) -> None:
         class Often(TwoOptimizers):
             def training_step(self, batch: Any, batch_idx: int) -> None:
                 first, _ = self.optimizers()
@@ -506,7 +508,7 @@ class TestNothingStaysBehind:
     def leftovers(self, run: Trainer) -> int:
         return sum(len(o._optimizer_step_post_hooks) + len(o._optimizer_step_pre_hooks) for o in run.optimizers)
 
-    def test_after_a_fit(self) -> None:
+    def test_no_hook_is_left_after_a_fit(self) -> None:
         net, plain, callback = Plain(), Plain(), NormLogger()
         fit(plain, None)
         recorder = fit(net, callback)
@@ -515,7 +517,7 @@ class TestNothingStaysBehind:
         pickle.loads(pickle.dumps(callback))
         copy.deepcopy(callback)
 
-    def test_between_logged_steps(self) -> None:
+    def test_no_hook_is_left_between_logged_steps(self) -> None:
         class Counts(Callback):
             counts: list[int] = []  # noqa: RUF012
 
@@ -525,7 +527,7 @@ class TestNothingStaysBehind:
         fit(Plain(), NormLogger(), callbacks=[Counts()])
         assert Counts.counts == [0] * 6
 
-    def test_after_an_exception_in_the_step(self) -> None:
+    def test_no_hook_is_left_after_an_exception_in_the_step(self) -> None:
         class Breaks(Plain):
             def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
                 super().optimizer_step(epoch, batch_idx, optimizer, closure)
@@ -539,7 +541,7 @@ class TestNothingStaysBehind:
 
 
 class TestAfterAnException:
-    def test_what_is_not_finite_in_the_failing_step_is_named(self, caplog: pytest.LogCaptureFixture) -> None:
+    def test_failing_step_names_its_nonfinite_gradients(self, caplog: pytest.LogCaptureFixture) -> None:
         class Refuses(Plain):
             def on_before_optimizer_step(self, optimizer: Any) -> None:
                 if not self.head.bias.grad.isfinite().all():
@@ -554,7 +556,7 @@ class TestAfterAnException:
         assert "step 1: 1 gradient is not finite: head.bias" in caplog.text
         assert run.callback_metrics["norm/nonfinite_grads"] == 0.0  # of the last step that ended
 
-    def test_the_next_fit_knows_nothing_of_it(self) -> None:
+    def test_next_fit_begins_without_nonfinite_names(self) -> None:
         callback = NormLogger()
         callback.nonfinite = ("head.bias",)
         seen = []
@@ -576,17 +578,19 @@ class TestErrors:
             ({"every_n_steps": True}, TypeError, "whole number"),
         ],
     )
-    def test_come_at_construction(self, arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    def test_bad_arguments_are_refused_at_construction(
+        self, arguments: dict[str, Any], error: type[Exception], message: str
+    ) -> None:
         with pytest.raises(error, match=message):
             NormLogger(**arguments)
 
-    def test_a_strategy_that_hides_parameters_is_refused(self) -> None:
+    def test_strategy_that_hides_parameters_is_refused(self) -> None:
         run = trainer()
         run.strategy.__class__ = FSDPStrategy
         with pytest.raises(MisconfigurationException, match="ModelParallelStrategy"):
             NormLogger().on_fit_start(run, Plain())
 
-    def test_something_like_an_optimizer_is_refused(self) -> None:
+    def test_optimizer_that_is_not_of_torch_is_refused(self) -> None:
         class Steps:
             param_groups: list[Any] = []  # noqa: RUF012
             defaults: dict[str, Any] = {}  # noqa: RUF012
@@ -639,7 +643,7 @@ def sharded_rows(sharded: bool) -> list[dict[str, float]]:
     return rows
 
 
-def test_dtensors_give_the_norms_of_the_whole(tmp_path: Path) -> None:
+def test_norms_of_dtensors_are_those_of_the_whole(tmp_path: Path) -> None:
     expected = sharded_rows(False)
     for rows in on_two_processes(sharded_rows, tmp_path, True):
         assert rows == [pytest.approx(row, rel=1e-5) for row in expected]
@@ -675,7 +679,7 @@ def clipped_between() -> dict[str, Any]:
     return results
 
 
-def test_a_backward_leaves_clipped_gradients_that_share_a_bucket(tmp_path: Path) -> None:
+def test_clipped_gradients_in_a_shared_bucket_are_not_measured_again(tmp_path: Path) -> None:
     for rank in on_two_processes(clipped_between, tmp_path):
         for result in rank.values():
             assert len(result["rows"]) == 3

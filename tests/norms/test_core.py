@@ -45,7 +45,7 @@ def only(tensors: dict[str, Tensor], **options: Any) -> dict[str, float]:
 class TestMeasure:
     @settings(deadline=None, max_examples=50)
     @given(st.lists(st.tuples(SHAPES, st.sampled_from(FLOATING), st.integers(0, 2**30)), max_size=6))
-    def test_gives_the_norm_of_each_tensor_whatever_its_shape_and_dtype(self, kinds: list[Any]) -> None:
+    def test_norm_is_right_for_every_shape_and_dtype(self, kinds: list[Any]) -> None:
         tensors = {}
         for index, (shape, dtype, seed) in enumerate(kinds):
             generator = torch.Generator().manual_seed(seed)
@@ -71,22 +71,22 @@ class TestMeasure:
         assert sparse._nnz() == 3
 
     @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
-    def test_compressed_sparse_tensors_too(self) -> None:
+    def test_norm_of_compressed_sparse_tensors_is_right(self) -> None:
         assert only({"a": torch.tensor([[0.0, 3.0], [4.0, 0.0]]).to_sparse_csr()}) == {"a": 5.0}
 
-    def test_divides_by_the_scale(self) -> None:
+    def test_norm_is_divided_by_the_scale(self) -> None:
         assert only({"a": torch.tensor([3.0, 4.0])}, scale=torch.tensor(8.0)) == {"a": 0.625}
 
-    def test_of_nothing_is_nothing(self) -> None:
+    def test_no_tensors_have_no_norms(self) -> None:
         assert only({}) == {}
         assert read([]) == []
 
-    def test_keeps_no_graph(self) -> None:
+    def test_norm_keeps_no_graph(self) -> None:
         weight = nn.Parameter(torch.ones(3))
         norms = measure({"a": weight, "b": (weight * 2).exp()})
         assert not any(norm.requires_grad for norm in norms.values())
 
-    def test_reads_several_in_order(self) -> None:
+    def test_read_keeps_the_order_of_several(self) -> None:
         one, two = {"a": torch.ones(1), "b": torch.ones(4).double()}, {"c": torch.ones(9)}
         assert read([measure(one), {}, measure(two)]) == [{"a": 1.0, "b": 2.0}, {}, {"c": 3.0}]
 
@@ -120,7 +120,7 @@ def gradient_norms(net: nn.Module) -> dict[str, float]:
 
 
 class TestGradients:
-    def test_agree_with_lightning_and_with_clipping(self) -> None:
+    def test_gradient_norm_agrees_with_lightning_and_clipping(self) -> None:
         net = with_gradients()
         net.neck.weight.grad = None
         ours, theirs = gradient_norms(net), grad_norm(net, 2)
@@ -131,13 +131,13 @@ class TestGradients:
         clipped = nn.utils.clip_grad_norm_(net.parameters(), 1e9)
         assert math.hypot(*ours.values()) == pytest.approx(float(clipped), rel=1e-6)
 
-    def test_count_a_tied_parameter_once(self) -> None:
+    def test_gradient_of_a_tied_parameter_counts_once(self) -> None:
         net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
         net[1].weight = net[0].weight
         net[0].weight.grad = torch.full((2, 2), 2.0)
         assert gradient_norms(net) == {"0.weight": 4.0}
 
-    def test_are_not_changed_and_no_random_number_is_drawn(self) -> None:
+    def test_measuring_changes_no_gradient_and_draws_no_random_number(self) -> None:
         net = with_gradients()
         held = {name: p.grad for name, p in net.named_parameters()}
         before = {name: grad.clone() for name, grad in held.items()}
@@ -162,16 +162,14 @@ class TestMetricPlaces:
             ([], []),
         ],
     )
-    def test_modules_are_what_tells_parameters_apart(self, names: list[str], modules: list[str]) -> None:
+    def test_places_are_the_first_modules_that_differ(self, names: list[str], modules: list[str]) -> None:
         assert list(metric_places(names, "module").values()) == modules
 
     names = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join), unique=True)
 
     @settings(max_examples=50)
     @given(names, st.randoms(use_true_random=False))
-    def test_every_parameter_is_in_one_module_above_it_and_modules_make_up_the_total(
-        self, names: list[str], random: Any
-    ) -> None:
+    def test_places_partition_parameters_and_add_up_to_the_total(self, names: list[str], random: Any) -> None:
         modules = metric_places(names, "module")
         assert list(modules) == names
         assert all(name == module or name.startswith(f"{module}.") for name, module in modules.items())
@@ -182,7 +180,7 @@ class TestMetricPlaces:
 
 
 class TestBackwardNorms:
-    def test_a_norm_stays_until_a_backward_changes_the_gradient_whatever_its_kind(self) -> None:
+    def test_backward_norm_stays_until_a_backward_changes_the_gradient(self) -> None:
         kinds = dict(zip("abcdef", [torch.float32, torch.float64, torch.bfloat16] * 2, strict=True))
         parameters = {name: nn.Parameter(torch.ones(4, dtype=dtype)) for name, dtype in kinds.items()}
         for name, parameter in parameters.items():
@@ -216,7 +214,7 @@ class TestStepNorms:
         assert not optimizer._optimizer_step_post_hooks
         return dict(zip(step.norms, read(list(step.norms.values())), strict=True))
 
-    def test_measures_weights_before_and_gradients_before_and_after(self) -> None:
+    def test_step_measures_weights_before_it_and_gradients_around_clipping(self) -> None:
         torch.manual_seed(3)
         net = Net()
         weights = {name: exact(p) for name, p in net.named_parameters()}
@@ -236,10 +234,10 @@ class TestStepNorms:
             (("update",), {"weight", "update"}),
         ],
     )
-    def test_measures_no_more_than_asked_for(self, what: Any, quantities: set[str]) -> None:
+    def test_step_measures_only_the_quantities_in_what(self, what: Any, quantities: set[str]) -> None:
         assert self.measured(what=what).keys() == quantities
 
-    def test_copies_are_gone_when_the_step_is_over(self) -> None:
+    def test_step_frees_its_copies_of_the_weights(self) -> None:
         net = with_gradients()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
         step = StepNorms(optimizer)
@@ -248,7 +246,7 @@ class TestStepNorms:
         optimizer.step()
         assert copy() is None
 
-    def test_what_comes_after_the_step_does_not_count(self) -> None:
+    def test_changes_after_the_step_are_no_update(self) -> None:
         net = with_gradients()
         step = StepNorms(torch.optim.SGD(net.parameters(), lr=0.5))
         step.begins(dict(net.named_parameters()))
@@ -260,7 +258,7 @@ class TestStepNorms:
         assert {float(norm) for norm in measured["update"].values()} == {0.0}
         assert not any(norm.requires_grad for norms in measured.values() for norm in norms.values())
 
-    def test_what_the_optimizer_does_to_gradients_does_not_count(self) -> None:
+    def test_changes_of_gradients_by_the_optimizer_do_not_count(self) -> None:
         net = with_gradients()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, nesterov=True, foreach=True)
         step = StepNorms(optimizer)
@@ -270,7 +268,7 @@ class TestStepNorms:
         assert gradient_norms(net) != pytest.approx(read([step.norms["grad"]])[0])
 
     @pytest.mark.parametrize("named", [True, False])
-    def test_gradients_are_taken_when_the_first_closure_is_done(self, named: bool) -> None:
+    def test_gradients_are_measured_after_the_first_closure(self, named: bool) -> None:
         net, losses = Net(), []
         optimizer = torch.optim.LBFGS(net.parameters(), max_iter=3)
         step, first = StepNorms(optimizer, ("grad",)), {}
@@ -289,7 +287,7 @@ class TestStepNorms:
         assert len(losses) > 1
         assert read([step.norms["grad_clipped"]]) == [first]
 
-    def test_known_norms_may_be_of_fewer_and_of_other_parameters(self) -> None:
+    def test_backward_norms_of_other_parameters_are_ignored(self) -> None:
         net = with_gradients()
         backwards = BackwardNorms()
         backwards.after({"head.bias": net.head.bias, "elsewhere": net.neck.bias})
@@ -330,7 +328,7 @@ class TestNamedMetrics:
         "update": {"a.weight": 0.5, "b.weight": 0.0},
     }
 
-    def test_per_parameter(self) -> None:
+    def test_metrics_per_parameter_have_their_names(self) -> None:
         metrics = named_metrics(self.norms, ("grad", "update"), {name: name for name in self.norms["grad"]})
         assert metrics["grad/a.weight"] == 3.0
         assert metrics["grad"] == math.inf
@@ -340,16 +338,16 @@ class TestNamedMetrics:
         assert metrics["update_ratio/b.weight"] == 0.0
         assert not any(name.startswith("weight") for name in metrics)
 
-    def test_an_update_of_a_weight_that_is_zero_is_infinite(self) -> None:
+    def test_update_ratio_of_a_zero_weight_is_infinite(self) -> None:
         norms = {"weight": {"bias": 0.0}, "update": {"bias": 1.0}}
         assert named_metrics(norms, ("update",), {}) == {"update": 1.0, "update_ratio": math.inf}
 
-    def test_names_what_is_not_finite(self) -> None:
+    def test_nonfinite_names_infinite_and_nan_norms(self) -> None:
         assert nonfinite({"a": 1.0, "b": math.inf, "c": math.nan}) == ["b", "c"]
 
     @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-    def test_one_bad_value_is_enough(self, bad: float, dtype: torch.dtype) -> None:
+    def test_one_bad_value_makes_a_norm_nonfinite(self, bad: float, dtype: torch.dtype) -> None:
         tensor = torch.ones(100, dtype=dtype)
         tensor[57] = bad
         assert nonfinite(only({"good": torch.ones(3), "bad": tensor})) == ["bad"]

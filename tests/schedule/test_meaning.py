@@ -15,7 +15,7 @@ from tests.trees import subsets, trees
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_scales_of_the_later_selector_hold(data: st.DataObject) -> None:
+def test_later_selector_of_lr_scale_counts(data: st.DataObject) -> None:
     module = data.draw(trees())
     names = [name for name, _ in module.named_parameters()]
     some = data.draw(st.lists(st.sampled_from(names), unique=True, max_size=len(names) - 1))
@@ -26,7 +26,7 @@ def test_scales_of_the_later_selector_hold(data: st.DataObject) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_held(data: st.DataObject) -> None:
+def test_frozen_mode_decides_which_modules_are_in_eval_mode(data: st.DataObject) -> None:
     module = data.draw(trees())
     chosen = data.draw(subsets(module))
     trains = {id(p) for name, p in module.named_parameters() if name in chosen}
@@ -36,7 +36,7 @@ def test_held(data: st.DataObject) -> None:
     assert eval_modules(module, trains, "batchnorm") == [m for m in frozen if isinstance(m, nn.BatchNorm1d)]
 
 
-def test_what_has_no_gradient_does_not_train() -> None:
+def test_phase_trains_no_dtype_without_gradients() -> None:
     net = nn.Linear(2, 1)
     net.table = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
     assert list(phase_trains(net, Phase("*"))) == ["weight", "bias"]
@@ -44,7 +44,7 @@ def test_what_has_no_gradient_does_not_train() -> None:
         phase_trains(net, Phase("table"))
 
 
-def test_errors_show_what_was_written() -> None:
+def test_errors_show_the_argument_of_the_phase() -> None:
     with pytest.raises(ValueError, match=r'Phase\(train="hed"\) matches no parameter\. Did you mean "head"\?'):
         phase_trains(Net(), Phase("hed"))
     with pytest.raises(ValueError, match=r'Phase\(lr_scale=\{"hed": …\}\) matches no parameter'):

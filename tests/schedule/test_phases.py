@@ -42,7 +42,7 @@ def simulate(
 
 @settings(max_examples=400, deadline=None)
 @given(st.lists(ends, min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 8))
-def test_walk_is_where_a_fit_would_be(lengths: Any, steps_per_epoch: int, epochs: int) -> None:
+def test_walk_begins_phases_where_a_fit_does(lengths: Any, steps_per_epoch: int, epochs: int) -> None:
     phases = [Phase("*", epochs=e, steps=s) for e, s in lengths]
     for (epoch, step), history in simulate(phases, epochs, steps_per_epoch).items():
         assert walk(phases, epoch, step, steps_per_epoch) == history
@@ -50,7 +50,7 @@ def test_walk_is_where_a_fit_would_be(lengths: Any, steps_per_epoch: int, epochs
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(ends, min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 8))
-def test_walk_without_the_length_of_an_epoch(lengths: Any, each: int, epochs: int) -> None:
+def test_walk_is_exact_in_one_unit_without_steps_per_epoch(lengths: Any, each: int, epochs: int) -> None:
     """It is exact in the first epoch, the only one in which nothing is known, and where all phases end in one unit."""
     phases = [Phase("*", epochs=e, steps=s) for e, s in lengths]
     for (epoch, step), history in simulate(phases, epochs, each).items():
@@ -60,7 +60,7 @@ def test_walk_without_the_length_of_an_epoch(lengths: Any, each: int, epochs: in
 
 
 @given(st.integers(0, 3))
-def test_plateaus_count_as_over_as_far_as_they_were(passed: int) -> None:
+def test_walk_passes_only_plateaus_that_were_passed(passed: int) -> None:
     phases = [Phase("*", until=Plateau("x")) for _ in range(4)]
     assert walk(phases, 5, 50, 10, passed=passed)[-1][2] == passed
     mixed = [Phase("*", until=Plateau("x"), epochs=3), Phase("*")]
@@ -73,7 +73,7 @@ metrics = st.lists(st.sampled_from([0.0, 1.0, 1.05, 2.0, 3.0, math.nan, math.inf
 
 @settings(max_examples=300)
 @given(metrics, st.integers(1, 4), st.sampled_from(["min", "max"]), st.sampled_from([0.0, 0.1, 5.0]))
-def test_a_plateau_is_patience_looks_without_a_better_value(
+def test_plateau_ends_after_patience_values_without_a_better_one(
     values: Any, patience: int, mode: Any, delta: float
 ) -> None:
     until, watch = Plateau("x", patience=patience, mode=mode, min_delta=delta), PlateauWatch()
@@ -104,7 +104,7 @@ phase_options = st.fixed_dictionaries(
 
 
 @given(st.lists(phase_options, min_size=1, max_size=4))
-def test_from_dicts_and_back(options: list[dict[str, Any]]) -> None:
+def test_phases_from_dicts_equal_phases_and_survive_json(options: list[dict[str, Any]]) -> None:
     for one in options[:-1]:
         one.setdefault("epochs", 1)
     phases = as_phases(options)
@@ -118,7 +118,7 @@ def test_from_dicts_and_back(options: list[dict[str, Any]]) -> None:
     assert [phase.has_end for phase in phases[:-1]] == [True] * (len(phases) - 1)
 
 
-def test_numbers_of_numpy_are_plain_ones(tmp_path: Path) -> None:
+def test_numpy_numbers_in_phases_load_with_weights_only(tmp_path: Path) -> None:
     """A checkpoint holds them, and loads with `weights_only=True`."""
     until = Plateau("x", patience=np.int64(2), min_delta=np.float64(0.5))
     phases = [Phase("a", epochs=np.int64(3), steps=np.uint8(4), until=until, lr_scale=np.float32(0.5))]
@@ -131,11 +131,28 @@ def test_numbers_of_numpy_are_plain_ones(tmp_path: Path) -> None:
         Phase("a", epochs=np.float64(2))
 
 
-def test_phases_do_not_change() -> None:
+def test_phase_is_immutable_and_takes_keywords_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Phase("head").epochs = 3  # type: ignore[misc]
     with pytest.raises(TypeError, match="positional"):
         Phase("head", 3)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (
+            lambda: Phase("head", 2),
+            r"Phase\('head', 2\): only train can be positional\. Write other options by name: ",
+        ),
+        (lambda: Phase("head", lr=0.1), r"Phase has no option 'lr'\. The options are train, .*lr_scale\.$"),
+        (lambda: Phase("head", epoch=2), r"Phase has no option 'epoch'\. Did you mean 'epochs'\?"),
+        (lambda: Plateau("loss", patiance=2), r"Plateau has no option 'patiance'\. Did you mean 'patience'\?"),
+    ],
+)
+def test_slips_in_arguments_are_errors_with_the_right_name(build: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        build()
 
 
 @pytest.mark.parametrize(
@@ -150,15 +167,15 @@ def test_phases_do_not_change() -> None:
         (Phase("*", until=Plateau("x")), 99, 999, False),
     ],
 )
-def test_is_over(phase: Phase, epoch: int, step: int, over: bool) -> None:
+def test_phase_is_over_after_its_epochs_or_steps(phase: Phase, epoch: int, step: int, over: bool) -> None:
     assert phase.is_over((1, 10), epoch, step) == over
 
 
-def test_scales() -> None:
+def test_lr_scale_as_number_or_mapping() -> None:
     assert Phase("*").scales == {}
     assert Phase("*", lr_scale=0.1).scales == {"*": 0.1}
     assert Phase("*", lr_scale={"head": 2}).scales == {"head": 2}
 
 
-def test_two_lambdas_are_told_apart_by_their_names_only() -> None:
+def test_describe_shows_a_function_by_its_name() -> None:
     assert describe([Phase(lambda n, p: True)])[0]["train"].endswith("<lambda>")

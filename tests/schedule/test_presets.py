@@ -21,7 +21,7 @@ layer_lists = st.lists(st.text("abc", min_size=1, max_size=3), min_size=1, max_s
 
 
 @given(layer_lists, st.integers(1, 3), st.sampled_from([1.0, 2.6, 0.5]))
-def test_gradual_unfreezing(layers: list[str], epochs: int, decay: float) -> None:
+def test_gradual_unfreezing_adds_one_layer_a_phase(layers: list[str], epochs: int, decay: float) -> None:
     phases = gradual_unfreezing(layers, epochs_per_phase=epochs, lr_decay=decay)
     assert [phase.train for phase in phases] == [layers[start:] for start in reversed(range(len(layers)))]
     assert [phase.epochs for phase in phases] == [epochs] * (len(layers) - 1) + [None]
@@ -31,14 +31,16 @@ def test_gradual_unfreezing(layers: list[str], epochs: int, decay: float) -> Non
 
 
 @given(layer_lists, st.integers(1, 3))
-def test_chain_thaw(layers: list[str], epochs: int) -> None:
+def test_chain_thaw_trains_each_layer_alone_then_all(layers: list[str], epochs: int) -> None:
     phases = chain_thaw(layers, epochs_per_phase=epochs)
     assert [phase.train for phase in phases] == [layers[-1], *layers[:-1], "*"]
     assert [phase.epochs for phase in phases] == [epochs] * len(layers) + [None]
 
 
 @given(layer_lists, st.integers(1, 200), st.integers(1, 30), st.integers(0, 9), st.data())
-def test_layerwise_sampling(layers: list[str], total: int, every: int, seed: int, data: st.DataObject) -> None:
+def test_layerwise_sampling_draws_the_same_layers_for_one_seed(
+    layers: list[str], total: int, every: int, seed: int, data: st.DataObject
+) -> None:
     count = data.draw(st.integers(1, len(layers)))
 
     def phases() -> list[Phase]:
@@ -57,7 +59,7 @@ def test_layerwise_sampling(layers: list[str], total: int, every: int, seed: int
         assert chosen == [layer for layer in layers if layer in chosen]
 
 
-def test_linear_probe_then_finetune() -> None:
+def test_linear_probe_trains_the_head_then_all() -> None:
     probe, rest = linear_probe_then_finetune(["head", "neck"], probe_epochs=3, backbone_scale=0.1)
     assert (probe.train, probe.epochs, rest.train, rest.has_end) == (["head", "neck"], 3, "*", False)
     assert rest.scales == {"*": 0.1, ("head", "neck"): 1.0}
@@ -80,7 +82,7 @@ def test_linear_probe_then_finetune() -> None:
         (lambda: linear_probe_then_finetune(backbone_scale=0.0), "above 0"),
     ],
 )
-def test_errors(build: Any, match: str) -> None:
+def test_presets_refuse_values_out_of_range(build: Any, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         build()
 
@@ -97,7 +99,7 @@ def test_errors(build: Any, match: str) -> None:
         (lambda: layerwise_sampling(["a"], total_steps=9, count=1.0), "count is a whole number"),
     ],
 )
-def test_types(build: Any, match: str) -> None:
+def test_presets_refuse_other_types(build: Any, match: str) -> None:
     with pytest.raises(TypeError, match=match):
         build()
 
@@ -115,7 +117,7 @@ LAYERS = ["backbone.0", "backbone.4", "neck", "head"]
         (layerwise_sampling(LAYERS[:3], ["head"], total_steps=36, every_n_steps=5), 7),
     ],
 )
-def test_each_runs(phases: list[Phase], last: int) -> None:
+def test_preset_reaches_its_last_phase_in_a_fit(phases: list[Phase], last: int) -> None:
     schedule = FreezeSchedule(phases, verbose=False, optimizer_state="drop")
     trainer(callbacks=[schedule], max_epochs=6).fit(Net(), loader(), loader())
     assert schedule.phase_index == last

@@ -31,7 +31,7 @@ PHASES = [
 @settings(max_examples=300, deadline=None)
 @example([(None, 1), (None, 3), (None, 6), (None, 2), (None, 1)], 3, 4)  # thirds that add up to four
 @given(st.lists(ends, min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 8))
-def test_spans_are_where_a_fit_walks(lengths: Any, steps_per_epoch: int, max_epochs: int) -> None:
+def test_preview_spans_equal_those_of_a_fit(lengths: Any, steps_per_epoch: int, max_epochs: int) -> None:
     phases = [Phase("*", epochs=e, steps=s) for e, s in lengths]
     spans = phase_spans(phases, max_epochs, steps_per_epoch)
     last = max_epochs * steps_per_epoch - 1
@@ -44,7 +44,7 @@ def test_spans_are_where_a_fit_walks(lengths: Any, steps_per_epoch: int, max_epo
     assert all(one[1] == other[0] for one, other in pairwise(reached))
 
 
-def test_the_table_says_what_a_fit_does() -> None:
+def test_preview_table_equals_what_a_fit_does() -> None:
     net = Net()
     schedule = FreezeSchedule(PHASES[:2] + PHASES[3:], verbose=False)
     rows = schedule.preview(net, 5, steps_per_epoch=6).rows
@@ -77,7 +77,7 @@ def test_preview_changes_nothing() -> None:
     assert schedule.history == []
 
 
-def test_words_of_the_table() -> None:
+def test_preview_table_words_epochs_plateaus_and_scales() -> None:
     table = FreezeSchedule([*PHASES[:3], Phase("*", name="all", epochs=1)]).preview(Net(), 8, steps_per_epoch=6)
     assert [row[1:3] for row in table.rows] == [
         ("head", "0-1"),
@@ -100,7 +100,7 @@ def test_words_of_the_table() -> None:
         ([Phase("*", lr_scale={"hed": 0.1})], {"max_epochs": 3}, 'Did you mean "head"'),
     ],
 )
-def test_errors(phases: Any, options: Any, match: str) -> None:
+def test_preview_and_plot_refuse_what_a_fit_refuses(phases: Any, options: Any, match: str) -> None:
     for give in (FreezeSchedule(phases).preview, FreezeSchedule(phases).plot):
         with pytest.raises(ValueError, match=match):
             give(Net(), **options)
@@ -111,7 +111,7 @@ def test_errors(phases: Any, options: Any, match: str) -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(ends, min_size=1, max_size=4), st.integers(1, 9), st.integers(1, 8))
-def test_bars_cover_the_fit(lengths: Any, steps_per_epoch: int, max_epochs: int) -> None:
+def test_plot_bars_cover_the_whole_fit(lengths: Any, steps_per_epoch: int, max_epochs: int) -> None:
     pytest.importorskip("matplotlib")
     phases = [Phase("head", epochs=e, steps=s, lr_scale=0.5) for e, s in lengths]
     figure = FreezeSchedule(phases).plot(Net(), max_epochs, steps_per_epoch=steps_per_epoch)
@@ -129,7 +129,9 @@ def test_bars_cover_the_fit(lengths: Any, steps_per_epoch: int, max_epochs: int)
 
 @pytest.mark.filterwarnings("ignore:Found 1 module")
 @pytest.mark.parametrize("train_affine", [False, True])
-def test_batchnorm_frozen_by_hand(train_affine: bool, caplog: pytest.LogCaptureFixture) -> None:
+def test_preview_counts_batchnorm_frozen_by_hand_as_the_fit_does(
+    train_affine: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     """The table says what the fit's own lines say, and the picture shows it."""
     net = Net()
     freeze_batchnorm(net, "backbone.5", train_affine=train_affine)
@@ -149,7 +151,7 @@ def test_batchnorm_frozen_by_hand(train_affine: bool, caplog: pytest.LogCaptureF
         FreezeSchedule([Phase("backbone.5")]).preview(net, 2)
 
 
-def test_labels_are_no_formulas() -> None:
+def test_plot_shows_dollar_signs_as_text() -> None:
     pytest.importorskip("matplotlib")
     net = nn.ModuleDict({"a$x$": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
     schedule = FreezeSchedule(
@@ -161,7 +163,7 @@ def test_labels_are_no_formulas() -> None:
     assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())
 
 
-def test_drawn_into_axes_of_the_user() -> None:
+def test_plot_draws_into_axes_of_the_user() -> None:
     figure_module = pytest.importorskip("matplotlib.figure")
     axes = figure_module.Figure().add_subplot()
     draw_schedule(axes, Plan.of(PHASES, Net(), 8, 6, "batchnorm"))

@@ -34,7 +34,7 @@ def fit(student: LightningModule, callback: TargetNetwork, *others: Any, **optio
 @pytest.mark.parametrize("follow", [{"tau": 0.3}, {"tau": 1}, {"every_n_steps": 1}, {"every_n_steps": 5}], ids=str)
 @pytest.mark.parametrize("optimizer", [adamw, sgd])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_it_is_the_loop_one_would_write(follow: dict[str, Any], optimizer: Any, accumulate: int) -> None:
+def test_target_equals_that_of_a_loop_by_hand(follow: dict[str, Any], optimizer: Any, accumulate: int) -> None:
     student = Student(optimizer)
     expected = by_hand(student, follow.get("tau"), follow.get("every_n_steps"), accumulate=accumulate)
     callback = TargetNetwork("online", "target", **follow)
@@ -43,7 +43,7 @@ def test_it_is_the_loop_one_would_write(follow: dict[str, Any], optimizer: Any, 
     assert callback.steps == 12 // accumulate
 
 
-def test_the_source_trains_as_without_it() -> None:
+def test_source_trains_as_without_the_callback() -> None:
     class Indifferent(Student):
         def loss(self, batch: Any) -> Any:
             return nn.functional.cross_entropy(self.online(batch[0]), batch[1])
@@ -58,7 +58,7 @@ def test_the_source_trains_as_without_it() -> None:
 @in_eval_mode
 @pytest.mark.parametrize("copy_buffers", [True, False])
 @pytest.mark.parametrize("follow", [{"tau": 0.3}, {"every_n_steps": 4}], ids=str)
-def test_buffers(copy_buffers: bool, follow: dict[str, Any]) -> None:
+def test_buffers_follow_only_with_copy_buffers(copy_buffers: bool, follow: dict[str, Any]) -> None:
     student = Student()
     student.target.eval()  # its own forward leaves the running statistics alone
     student.target[1].running_mean.fill_(7)
@@ -71,7 +71,7 @@ def test_buffers(copy_buffers: bool, follow: dict[str, Any]) -> None:
         assert student.target[1].num_batches_tracked == student.online[1].num_batches_tracked
 
 
-def test_a_target_without_its_own_buffers_paired_starts_as_a_copy_of_parameters_only() -> None:
+def test_target_without_buffers_works_without_copy_buffers_only() -> None:
     student = Student()
     student.target[1] = nn.BatchNorm2d(4, track_running_stats=False)
     fit(student, TargetNetwork("online", "target", tau=0.3, copy_buffers=False))
@@ -109,13 +109,13 @@ class ByHand(Student):
 
 @pytest.mark.parametrize("raw", [False, True], ids=["Lightning's optimizers", "torch's optimizers"])
 @pytest.mark.parametrize(("order", "expected"), [([0], 0), ([1], 6), ([0, 1], 6), ([1, 2], 12), ([2, 0, 2, 1], 18)])
-def test_a_step_is_one_of_an_optimizer_that_holds_the_source(order: list[int], expected: int, raw: bool) -> None:
+def test_only_steps_of_an_optimizer_of_the_source_count(order: list[int], expected: int, raw: bool) -> None:
     callback = TargetNetwork("online", "target", tau=0.5)
     fit(ByHand(order, raw=raw), callback, max_epochs=1)
     assert callback.steps == expected
 
 
-def test_between_two_steps_of_one_batch() -> None:
+def test_target_follows_at_the_step_not_at_the_end_of_the_batch() -> None:
     """The target follows at the step, not at the end of the batch."""
     seen = []
 
@@ -138,7 +138,7 @@ def test_between_two_steps_of_one_batch() -> None:
     assert seen == [True] * 18
 
 
-def test_a_step_that_is_skipped_is_none() -> None:
+def test_step_that_user_code_skips_does_not_count() -> None:
     class Skipping(Student):
         def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
             if batch_idx % 2:
@@ -152,7 +152,7 @@ def test_a_step_that_is_skipped_is_none() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_nor_is_one_that_mixed_precision_skips(fused: bool) -> None:
+def test_step_that_mixed_precision_skips_does_not_count(fused: bool) -> None:
     class Overflowing(Student):
         def loss(self, batch: Any) -> Any:
             loss = nn.functional.cross_entropy(self.online(batch[0]), batch[1])
@@ -164,7 +164,7 @@ def test_nor_is_one_that_mixed_precision_skips(fused: bool) -> None:
     assert callback.steps == 6
 
 
-def test_lbfgs_steps_once_a_batch() -> None:
+def test_lbfgs_counts_one_step_a_batch() -> None:
     class WithLBFGS(Student):
         def configure_optimizers(self) -> Any:
             return torch.optim.LBFGS(self.online.parameters(), lr=0.1, max_iter=3)
@@ -174,7 +174,7 @@ def test_lbfgs_steps_once_a_batch() -> None:
     assert callback.steps == 6
 
 
-def test_a_source_that_nobody_trains_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_source_in_no_optimizer_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     student = Student(lambda _: torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1))
     with caplog.at_level(logging.WARNING, "lightning_freeze"):
         fit(student, callback := TargetNetwork("online", "target", tau=0.5), max_epochs=1)
@@ -188,7 +188,7 @@ def test_a_source_that_nobody_trains_is_said(caplog: pytest.LogCaptureFixture) -
 # The start
 
 
-def test_a_fresh_fit_copies_before_the_first_batch() -> None:
+def test_fresh_fit_copies_before_the_first_batch() -> None:
     starts = []
 
     def start(_: Trainer, student: Any) -> None:
@@ -199,7 +199,7 @@ def test_a_fresh_fit_copies_before_the_first_batch() -> None:
     assert starts == [True] + [False] * 5
 
 
-def test_the_sanity_check_sees_the_copy() -> None:
+def test_sanity_check_sees_the_copy() -> None:
     seen = []
 
     class Validated(Student):
@@ -211,7 +211,7 @@ def test_the_sanity_check_sees_the_copy() -> None:
     assert seen == [True] + [False] * 6
 
 
-def test_a_fit_that_goes_on_keeps_the_target_and_the_count() -> None:
+def test_continued_fit_keeps_the_target_and_the_count() -> None:
     whole, halves = Student(), Student()
     halves.load_state_dict(whole.state_dict())
     fit(whole, TargetNetwork("online", "target", every_n_steps=5), max_epochs=3)
@@ -227,7 +227,7 @@ def test_a_fit_that_goes_on_keeps_the_target_and_the_count() -> None:
     assert same(snapshot(whole), snapshot(halves))
 
 
-def test_a_callback_that_is_used_again_begins_anew() -> None:
+def test_callback_used_for_another_module_begins_anew() -> None:
     callback = TargetNetwork("online", "target", every_n_steps=100)
     fit(Student(), callback, max_epochs=1)
     student = Student()
@@ -237,7 +237,7 @@ def test_a_callback_that_is_used_again_begins_anew() -> None:
     assert torch.equal(student.target[0].weight, start[0].weight)
 
 
-def test_a_checkpoint_of_a_fit_without_it_keeps_its_target(tmp_path: Path) -> None:
+def test_checkpoint_written_without_the_callback_keeps_its_target(tmp_path: Path) -> None:
     student = Student()
     run = trainer(max_epochs=1)
     run.fit(student, loader())
@@ -286,7 +286,7 @@ def trainable_only(params: Any) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("optimizer", [adamw, own_group, named, trainable_only])
-def test_no_optimizer_moves_the_target_and_groups_stay(optimizer: Any) -> None:
+def test_optimizer_that_has_the_target_does_not_move_it(optimizer: Any) -> None:
     """With weight decay and momentum, and whatever was there before the fit."""
     student = Student(optimizer, lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9))
     sizes = watch(student, [TargetNetwork("online", "target", every_n_steps=99)])
@@ -297,7 +297,7 @@ def test_no_optimizer_moves_the_target_and_groups_stay(optimizer: Any) -> None:
         assert not torch.equal(mine, source)
 
 
-def test_a_target_frozen_by_hand_stays_frozen() -> None:
+def test_target_frozen_by_hand_is_frozen_after_the_fit() -> None:
     student = Student()
     student.target.requires_grad_(False)
     fit(student, TargetNetwork("online", "target", tau=0.5), max_epochs=1)
@@ -316,7 +316,7 @@ either_order = pytest.mark.parametrize("first", ["schedule", "target"])
     "everything", ["*", ["*", "!target"], ["online", "target"], lambda *_: True], ids=selector_text
 )
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen by hand"])
-def test_beside_a_schedule(first: str, everything: Any, trainable: bool) -> None:
+def test_target_stays_frozen_in_every_phase_of_a_schedule(first: str, everything: Any, trainable: bool) -> None:
     phases = [Phase("online.5", steps=2), Phase(everything, steps=2, lr_scale={"online.0": 0.1}), Phase("online.0")]
     target = TargetNetwork("online", "target", tau=0.5)
     student, sizes = Student(), []
@@ -343,7 +343,7 @@ def test_beside_a_schedule(first: str, everything: Any, trainable: bool) -> None
 
 
 @either_order
-def test_a_schedule_adopts_no_target(first: str) -> None:
+def test_schedule_adopts_no_target(first: str) -> None:
     """The optimizer was given the source only, and the schedule, that trains everything, leaves it at that."""
     student = Student()
     student.make_optimizer = lambda _: adamw(student.online.parameters())  # type: ignore[method-assign]
@@ -357,7 +357,7 @@ def test_a_schedule_adopts_no_target(first: str) -> None:
 
 @either_order
 @pytest.mark.parametrize("phase", ["target", "target.5.bias", ["online", "target.5.bias"]], ids=str)
-def test_a_schedule_that_names_the_target_is_refused(first: str, phase: Any) -> None:
+def test_phase_that_names_only_the_target_is_refused(first: str, phase: Any) -> None:
     student, schedule = Student(), FreezeSchedule([Phase("online.5", epochs=1), Phase(phase)])
     with pytest.raises(ValueError, match=r"would train what TargetNetwork keeps frozen: 'target.*Leave it out of"):
         trainer(callbacks=in_order(schedule, TargetNetwork("online", "target", tau=0.5), first)).fit(student, loader())
@@ -367,7 +367,7 @@ def test_a_schedule_that_names_the_target_is_refused(first: str, phase: Any) -> 
 @either_order
 @pytest.mark.parametrize("frozen_mode", ["batchnorm", "eval", "train"])
 @pytest.mark.parametrize("eval_mode", [True, False])
-def test_a_schedule_leaves_the_mode_of_the_target_alone(first: str, frozen_mode: Any, eval_mode: bool) -> None:
+def test_schedule_does_not_change_the_mode_of_the_target(first: str, frozen_mode: Any, eval_mode: bool) -> None:
     seen = []
     schedule = FreezeSchedule([Phase("online.5", steps=3), Phase("*")], frozen_mode=frozen_mode)
     callbacks = in_order(schedule, TargetNetwork("online", "target", tau=0.5, eval_mode=eval_mode), first)
@@ -378,7 +378,7 @@ def test_a_schedule_leaves_the_mode_of_the_target_alone(first: str, frozen_mode:
     assert all(module.training for module in student.modules())
 
 
-def test_while_the_source_is_frozen_the_target_rests() -> None:
+def test_target_rests_while_its_source_is_frozen() -> None:
     class WithHead(Student):
         def __init__(self) -> None:
             super().__init__()
@@ -408,7 +408,7 @@ def modes(student: Student, eval_mode: bool) -> list[bool]:
     return seen
 
 
-def test_eval_mode_survives_train() -> None:
+def test_target_in_eval_mode_stays_there_after_train() -> None:
     student = Moody()
     assert modes(student, eval_mode=True) == [False] * 6
     assert all(module.training for module in student.target.modules())
@@ -416,7 +416,7 @@ def test_eval_mode_survives_train() -> None:
 
 
 @in_eval_mode
-def test_otherwise_the_mode_is_the_user_s() -> None:
+def test_target_keeps_the_users_mode_without_eval_mode() -> None:
     assert modes(Moody(), eval_mode=False) == [True] * 6
     student = Student()
     student.target.eval()
@@ -424,7 +424,7 @@ def test_otherwise_the_mode_is_the_user_s() -> None:
 
 
 @in_eval_mode
-def test_eval_mode_is_eval_mode() -> None:
+def test_eval_mode_gives_the_target_of_a_users_eval() -> None:
     """With it, the target's statistics are what they would be if the user had put it in eval mode."""
     student = Student()
     by_user = copy.deepcopy(student)
@@ -437,7 +437,7 @@ def test_eval_mode_is_eval_mode() -> None:
 # Modules of all kinds
 
 
-def test_modules_that_only_exist_after_configure_model() -> None:
+def test_modules_made_in_configure_model_are_found() -> None:
     class Late(Student):
         def __init__(self) -> None:
             super().__init__()
@@ -452,7 +452,7 @@ def test_modules_that_only_exist_after_configure_model() -> None:
     assert callback.steps == 6
 
 
-def test_dotted_names_aliases_and_compiled_modules() -> None:
+def test_dotted_names_find_aliases_and_compiled_modules() -> None:
     class Nested(Student):
         def __init__(self) -> None:
             super().__init__()
@@ -463,7 +463,7 @@ def test_dotted_names_aliases_and_compiled_modules() -> None:
     assert same(snapshot(student.online), snapshot(student.target))
 
 
-def test_two_targets_of_one_source() -> None:
+def test_two_targets_follow_one_source() -> None:
     class Two(Student):
         def __init__(self) -> None:
             super().__init__()
@@ -479,7 +479,7 @@ def test_two_targets_of_one_source() -> None:
     assert distances[0] < distances[1]
 
 
-def test_a_chain_of_targets() -> None:
+def test_target_of_a_target_is_refused() -> None:
     class Chain(Student):
         def __init__(self) -> None:
             super().__init__()
@@ -491,7 +491,7 @@ def test_a_chain_of_targets() -> None:
             fit(Chain(), *ordered)
 
 
-def test_mixed_precision_keeps_the_average_exact() -> None:
+def test_target_stays_in_float32_under_mixed_precision() -> None:
     student = Student()
     callback = TargetNetwork("online", "target", tau=0.001)
     fit(student, callback, precision="bf16-mixed")
@@ -517,7 +517,7 @@ def test_mixed_precision_keeps_the_average_exact() -> None:
         (("a", "b"), {"every_n_steps": 0}, r"every_n_steps=0\): every_n_steps is at least 1"),
     ],
 )
-def test_values_that_cannot_be(arguments: Any, options: Any, message: str) -> None:
+def test_arguments_out_of_range_are_refused(arguments: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TargetNetwork(*arguments, **options)
 
@@ -532,17 +532,17 @@ def test_values_that_cannot_be(arguments: Any, options: Any, message: str) -> No
         (("a", "b"), {"every_n_steps": True}, r"every_n_steps=True"),
     ],
 )
-def test_types_that_cannot_be(arguments: Any, options: Any, message: str) -> None:
+def test_arguments_of_other_types_are_refused(arguments: Any, options: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         TargetNetwork(*arguments, **options)
 
 
-def test_names_like_each_other_are_no_problem() -> None:
+def test_name_that_begins_like_the_other_is_accepted() -> None:
     TargetNetwork("net", "net_target", tau=0.5)
 
 
 def refused(student: LightningModule, callback: TargetNetwork, error: type[Exception]) -> str:
-    """Give the message of the error at fit start, and check that nothing stays behind."""
+    """Return the message of the error at fit start, and check that nothing stays behind."""
     flags = {name: p.requires_grad for name, p in student.named_parameters()}
     before = snapshot(student)
     with pytest.raises(error) as caught:
@@ -552,7 +552,7 @@ def refused(student: LightningModule, callback: TargetNetwork, error: type[Excep
     return str(caught.value)
 
 
-def test_unknown_names() -> None:
+def test_unknown_name_is_refused_with_the_closest_one() -> None:
     assert refused(Student(), TargetNetwork("onlin", "target", tau=0.5), ValueError) == (
         "TargetNetwork(source='onlin') names no module of Student. Did you mean 'online'?\n"
         "Top-level modules: online, target."
@@ -562,7 +562,7 @@ def test_unknown_names() -> None:
     )
 
 
-def test_architectures_that_differ() -> None:
+def test_different_architectures_are_refused_at_fit_start() -> None:
     student = Student()
     student.target[5] = nn.Linear(36, 4)
     assert refused(student, TargetNetwork("online", "target", tau=0.5), ValueError) == (
@@ -572,7 +572,7 @@ def test_architectures_that_differ() -> None:
     )
 
 
-def test_a_target_that_shares_parameters() -> None:
+def test_target_that_shares_parameters_is_refused() -> None:
     student = Student()
     student.target = student.online
     assert "shares parameters with the source 'online'" in refused(
@@ -585,7 +585,7 @@ def test_a_target_that_shares_parameters() -> None:
     assert message.startswith("The target 'target' shares parameters with a module outside of it: 5.weight.")
 
 
-def test_an_optimizer_that_cannot_be_followed() -> None:
+def test_fit_without_a_torch_optimizer_is_refused() -> None:
     class Without(Student):
         def configure_optimizers(self) -> None:
             return None
@@ -615,7 +615,7 @@ def test_an_optimizer_that_cannot_be_followed() -> None:
     assert "Foreign is not a torch.optim.Optimizer" in message
 
 
-def test_lbfgs_with_the_target_in_it() -> None:
+def test_lbfgs_that_has_the_target_does_not_move_it() -> None:
     """It makes one vector of all it has; the target's part of it is zero."""
     student = Student(lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=3))
     before = copy.deepcopy(student.online)
@@ -624,14 +624,14 @@ def test_lbfgs_with_the_target_in_it() -> None:
     assert not any(map(torch.equal, student.online.parameters(), before.parameters()))
 
 
-def test_a_strategy_that_shards() -> None:
+def test_strategy_that_shards_is_refused() -> None:
     run = trainer()
     run.strategy.__class__ = FSDPStrategy
     with pytest.raises(MisconfigurationException, match="does not work with FSDPStrategy"):
         TargetNetwork("online", "target", tau=0.5).on_fit_start(run, BoringModel())
 
 
-def test_it_copies_and_pickles_without_what_belongs_to_the_fit() -> None:
+def test_callback_copies_and_pickles_without_its_fit() -> None:
     copies = []
 
     class Copying(Student):

@@ -16,14 +16,14 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.complex64]
 
 
 def filled(module: nn.Module, seed: int) -> nn.Module:
-    """Give every tensor other values, counters too."""
+    """Set every tensor to other values, counters too."""
     generator = torch.Generator().manual_seed(seed)
     for tensor in module.state_dict().values():
         tensor.copy_(torch.randint(-999, 999, tensor.shape, generator=generator) / 64)
     return module
 
 
-def test_pairs_every_tensor_of_the_state_dict_in_order() -> None:
+def test_pair_up_pairs_every_tensor_of_the_state_dict_in_order() -> None:
     source, target = network(), network()
     names = [pair.name for pair in pair_up(source, target)]
     assert sorted(names) == sorted(source.state_dict())
@@ -34,7 +34,7 @@ def test_pairs_every_tensor_of_the_state_dict_in_order() -> None:
         assert mine.data_ptr() == target.state_dict()[pair.name].data_ptr()
 
 
-def test_a_hard_copy_is_what_load_state_dict_copies() -> None:
+def test_hard_copy_copies_what_load_state_dict_does() -> None:
     source, target = filled(network(), 1), filled(network(), 2)
     tensors = dict(target.named_parameters())
     hard_copy(pair_up(source, target))
@@ -42,7 +42,7 @@ def test_a_hard_copy_is_what_load_state_dict_copies() -> None:
     assert all(p is tensors[name] for name, p in target.named_parameters())  # in place
 
 
-def test_without_buffers_they_are_left_alone() -> None:
+def test_buffers_stay_if_only_parameters_follow() -> None:
     source, target = filled(network(), 1), filled(network(), 2)
     before = snapshot(target)
     pairs = pair_up(source, target, buffers=False)
@@ -55,7 +55,7 @@ def test_without_buffers_they_are_left_alone() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(tau=st.floats(1e-6, 1.0), seed=st.integers(0, 99), dtype=st.sampled_from(DTYPES))
-def test_the_average_is_a_lerp_of_each_tensor(tau: float, seed: int, dtype: torch.dtype) -> None:
+def test_polyak_average_is_a_lerp_of_each_tensor(tau: float, seed: int, dtype: torch.dtype) -> None:
     source, target = (filled(network().to(torch.float64), seed + other) for other in (0, 1000))
     if dtype.is_complex:
         source, target = (nn.ParameterList([p.detach().to(dtype) for p in m.parameters()]) for m in (source, target))
@@ -74,7 +74,7 @@ def test_the_average_is_a_lerp_of_each_tensor(tau: float, seed: int, dtype: torc
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 99), tau=st.floats(1e-6, 1.0))
-def test_one_copies_and_what_is_equal_stays(seed: int, tau: float) -> None:
+def test_polyak_average_copies_with_tau_one_and_keeps_equal_tensors(seed: int, tau: float) -> None:
     source, target = filled(network(), seed), filled(network(), seed + 1000)
     pairs = pair_up(source, target)
     polyak_average(pairs, 1)
@@ -83,7 +83,7 @@ def test_one_copies_and_what_is_equal_stays(seed: int, tau: float) -> None:
     assert same(snapshot(source), snapshot(target))
 
 
-def test_many_small_steps_approach_the_source() -> None:
+def test_polyak_average_approaches_the_source_geometrically() -> None:
     source, target = nn.Linear(3, 3), nn.Linear(3, 3)
     pairs = pair_up(source, target)
     start = (target.weight - source.weight).norm().item()
@@ -92,7 +92,7 @@ def test_many_small_steps_approach_the_source() -> None:
     assert (target.weight - source.weight).norm().item() == pytest.approx(start * 0.95**100, rel=1e-3)
 
 
-def test_trainable_tensors_and_graphs_are_no_hindrance() -> None:
+def test_averages_of_trainable_tensors_leave_no_graph() -> None:
     source, target = nn.Linear(3, 1), nn.Linear(3, 1)
     hard_copy(pair_up(source, target))
     polyak_average(pair_up(source, target), 0.5)
@@ -101,7 +101,7 @@ def test_trainable_tensors_and_graphs_are_no_hindrance() -> None:
     assert source.weight.grad_fn is None
 
 
-def test_a_buffer_that_is_assigned_anew_is_followed() -> None:
+def test_buffer_that_user_code_assigns_anew_is_followed() -> None:
     source, target = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     pairs = pair_up(source, target)
     source.running_mean = torch.full((2,), 7.0)
@@ -117,7 +117,7 @@ class WithConstant(nn.Linear):
         self.register_buffer("missing", None)
 
 
-def test_buffers_that_are_not_saved_are_left_alone() -> None:
+def test_buffers_outside_the_state_dict_stay() -> None:
     source, target = WithConstant(1.0), WithConstant(2.0)
     pairs = pair_up(source, target)
     hard_copy(pairs)
@@ -137,7 +137,7 @@ def test_tied_parameters_are_averaged_once() -> None:
     assert target[1].weight.unique().tolist() == [0.25]
 
 
-def test_wrappers_do_not_show_in_names() -> None:
+def test_compiled_source_pairs_with_a_plain_target() -> None:
     source = nn.Sequential(nn.Linear(2, 2))
     compiled = torch.compile(source, backend="eager")
     target = nn.Sequential(nn.Linear(2, 2))
@@ -145,12 +145,12 @@ def test_wrappers_do_not_show_in_names() -> None:
     assert torch.equal(source[0].weight, target[0].weight)
 
 
-def test_it_pickles_with_the_modules() -> None:
+def test_pair_copies_with_its_modules() -> None:
     source, target = copy.deepcopy(pair_up(nn.Linear(2, 2), nn.Linear(2, 2)))[0].tensors
     assert source.shape == target.shape == (2, 2)
 
 
-def test_names_and_shapes_that_differ_are_named() -> None:
+def test_error_names_what_differs_between_architectures() -> None:
     source = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2, dtype=torch.float64))
     target = nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="does not have the architecture") as caught:
@@ -171,14 +171,14 @@ def test_names_and_shapes_that_differ_are_named() -> None:
         )
 
 
-def test_buffers_that_differ_matter_only_if_they_follow() -> None:
+def test_different_buffers_are_refused_only_if_they_follow() -> None:
     source, target = nn.BatchNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False)
     with pytest.raises(ValueError, match="Only in source: running_mean"):
         pair_up(source, target)
     assert len(pair_up(source, target, buffers=False)) == 2
 
 
-def test_nothing_to_pair() -> None:
+def test_modules_without_parameters_are_refused() -> None:
     with pytest.raises(ValueError, match="no parameters"):
         pair_up(nn.ReLU(), nn.ReLU())
 
@@ -193,7 +193,7 @@ def test_lazy_tensors_are_refused(which: int) -> None:
         pair_up(*nets)
 
 
-def test_a_target_that_is_the_source_in_part() -> None:
+def test_target_that_shares_memory_with_the_source_is_refused() -> None:
     source, target = network(), network()
     target[5] = source[5]
     with pytest.raises(ValueError, match=r"shares parameters with the source: 5\.weight, 5\.bias.*deepcopy"):
@@ -205,7 +205,7 @@ def test_a_target_that_is_the_source_in_part() -> None:
         pair_up(source, target)
 
 
-def test_parameters_without_memory_are_told_apart() -> None:
+def test_parameters_on_the_meta_device_count_as_shared_by_identity() -> None:
     with torch.device("meta"):
         source, target = nn.Linear(2, 2), nn.Linear(2, 2)
     assert shared_parameters(target, source.parameters()) == []
@@ -213,12 +213,12 @@ def test_parameters_without_memory_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("tau", [-1, -0.1, 1.1, float("nan"), float("inf")])
-def test_tau_out_of_range(tau: float) -> None:
+def test_tau_out_of_range_is_refused(tau: float) -> None:
     with pytest.raises(ValueError, match=r"polyak_average\(tau=.*\[0, 1\]"):
         polyak_average(pair_up(nn.Linear(1, 1), nn.Linear(1, 1)), tau)
 
 
 @pytest.mark.parametrize("tau", ["0.1", None, True, [0.1]])
-def test_tau_of_another_type(tau: object) -> None:
+def test_tau_that_is_no_number_is_refused(tau: object) -> None:
     with pytest.raises(TypeError, match=r"polyak_average\(tau="):
         polyak_average(pair_up(nn.Linear(1, 1), nn.Linear(1, 1)), tau)  # type: ignore[arg-type]
