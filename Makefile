@@ -51,7 +51,7 @@ wheel: setup ## Build the wheel and use it in a clean environment, without any e
 	rm -rf dist build/clean
 	$(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv build/clean
-	build/clean/bin/python -m pip install --quiet $(TORCH) dist/*.whl
+	build/clean/bin/python -m pip install --quiet --no-compile $(TORCH) dist/*.whl
 	cd build && clean/bin/python -W ignore ../.ci/smoke.py
 	rm -rf build/clean
 
