@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_freeze import FreezeSchedule, Phase
-from lightning_freeze.freezing.optimizers import HomeGroups
+from lightning_freeze.freezing.steps import Steps
 
 STEPS = 60  # in a fit
 WARM_UP = 10  # first steps of a fit that do not count
@@ -121,8 +121,8 @@ def fit(callback: Callback, tensors: int, epochs: int, steps: int = STEPS) -> La
     Recorder().watch(lead)
     watched.watch(callback)
     bare.watch(nothing)
-    follow = HomeGroups.follow
-    HomeGroups.follow = watched.around(follow)  # type: ignore[method-assign]
+    hooks = Steps._begin, Steps._end
+    Steps._begin, Steps._end = map(watched.around, hooks)  # type: ignore[method-assign]
     lap = Lap(watched, bare)
     trainer = Trainer(
         max_epochs=epochs,
@@ -139,7 +139,7 @@ def fit(callback: Callback, tensors: int, epochs: int, steps: int = STEPS) -> La
             Many(tensors), DataLoader(TensorDataset(torch.randn(64 * steps, 256), torch.arange(64 * steps) % 10), 64)
         )
     finally:
-        HomeGroups.follow = follow  # type: ignore[method-assign]
+        Steps._begin, Steps._end = hooks  # type: ignore[method-assign]
     return lap
 
 
@@ -160,6 +160,10 @@ def by_step() -> Callback:
 
 
 def scaled() -> Callback:
+    return FreezeSchedule([Phase("head", epochs=100, lr_scale={"head": 0.5}), Phase("*", lr_scale={"backbone": 0.1})])
+
+
+def scaled_and_trained() -> Callback:
     return FreezeSchedule([Phase("*", lr_scale={"backbone": 0.1})])
 
 
@@ -195,6 +199,7 @@ def main() -> None:
         "FreezeSchedule, phases of epochs": by_epoch,
         "FreezeSchedule, phases of steps": by_step,
         "FreezeSchedule, lr_scale": scaled,
+        "FreezeSchedule, lr_scale, all train": scaled_and_trained,
         "BackboneFinetuning": lambda: BackboneFinetuning(unfreeze_backbone_at_epoch=100),
     }
     for size in sizes:
@@ -209,9 +214,9 @@ def main() -> None:
                 rival = BackboneFinetuning(unfreeze_backbone_at_epoch=1)
                 transitions.setdefault("BackboneFinetuning", []).append(a_transition(rival, size, 1))
         for name, values in steps.items():
-            print(f"{size:>6,} tensors  a step, µs        {name:<33}{spread(values, 1e-6)}")
+            print(f"{size:>6,} tensors  a step, µs        {name:<36}{spread(values, 1e-6)}")
         for name, values in transitions.items():
-            print(f"{size:>6,} tensors  a transition, ms  {name:<33}{spread(values, 1e-3)}", flush=True)
+            print(f"{size:>6,} tensors  a transition, ms  {name:<36}{spread(values, 1e-3)}", flush=True)
 
 
 if __name__ == "__main__":

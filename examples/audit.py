@@ -1,10 +1,10 @@
-"""Find four mistakes that train without an error, and show that the mended module has none.
+"""Find four mistakes that train without an error, and show that the fixed module has none.
 
 The network learns handwritten digits, which come with scikit-learn: nothing is downloaded. Each mistake is one that
 people make: losses kept in a list, a ``detach`` too many, a part that the optimizer was not given, and a frozen
 backbone whose BatchNorm goes on to learn. The training is no different with the audit; it only looks.
 
-Run it with ``python examples/audit.py``; it ends with what was found, and with what is left after the mends.
+Run it with ``python examples/audit.py``; it ends with what was found, and with what is left after the fixes.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Careless(LightningModule):
         return torch.optim.AdamW([*self.gate.parameters(), *self.head.parameters()], lr=1e-2)
 
 
-class Mended(Careless):
-    """The same with the four mends that the report names; FreezeSchedule freezes the backbone."""
+class Fixed(Careless):
+    """The same with the four fixes that the report names; FreezeSchedule freezes the backbone."""
 
     def freeze_backbone(self) -> None:
         pass
@@ -85,7 +85,7 @@ class Mended(Careless):
 
 
 def digits() -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Give loaders of 1,440 training and 357 validation digits, 8 × 8 pixels in 0 … 1."""
+    """Return loaders of 1,440 training and 357 validation digits, 8 × 8 pixels in 0 … 1."""
     images, labels = load_digits(return_X_y=True)
     data = TensorDataset(torch.tensor(images / 16, dtype=torch.float32).reshape(-1, 1, 8, 8), torch.tensor(labels))
     train, val = torch.utils.data.random_split(data, [1440, len(data) - 1440])
@@ -93,7 +93,7 @@ def digits() -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 
 def audited(module: LightningModule, epochs: int, *others: Any) -> tuple[Report, float]:
-    """Train with an audit; give what it found and the accuracy."""
+    """Train with an audit; return what it found and the accuracy."""
     audit = GradientAudit()
     trainer = Trainer(
         max_epochs=epochs,
@@ -109,14 +109,14 @@ def audited(module: LightningModule, epochs: int, *others: Any) -> tuple[Report,
 
 
 def shown(report: Report) -> Table:
-    """Give the findings as a table, those that are alike in one row."""
+    """Return the findings as a table, those that are alike in one row."""
     table = Table(title=report.summary, show_lines=True)
-    for column in ("where", "what is wrong", "likely cause", "mend"):
+    for column in ("where", "what is wrong", "likely cause", "fix"):
         table.add_column(column, overflow="fold")
     for findings in alike(report):
         first, names = findings[0], [finding.name for finding in findings]
         more = [f"and {len(names) - 3} more"] if len(names) > 3 else []
-        table.add_row("\n".join([*names[:3], *more]), first.title, first.cause, first.mend)
+        table.add_row("\n".join([*names[:3], *more]), first.title, first.cause, first.fix)
     return table
 
 
@@ -134,8 +134,8 @@ def main() -> None:
 
     seed_everything(args.seed, verbose=False)
     schedule = FreezeSchedule([Phase(["*", "!backbone"], epochs=max(1, args.epochs // 2)), Phase("*")])
-    mended, accuracy_after = audited(Mended(), args.epochs, schedule)
-    console.print(f"\nAfter the mends: {mended.summary}")
+    fixed, accuracy_after = audited(Fixed(), args.epochs, schedule)
+    console.print(f"\nAfter the fixes: {fixed.summary}")
     console.print(f"Validation accuracy: {accuracy_before:.1%} with the mistakes, {accuracy_after:.1%} without.")
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "WeightAveraging",
     "XLAStrategy",
     "_MockOptimizer",
+    "averages_models",
     "callbacks_of",
     "epoch_names",
     "evaluation_dataloaders",
@@ -59,6 +60,11 @@ __all__ = [
 
 # Lightning lends every callback the model's log functions, and with them the model.
 _LENT = frozenset({"log", "log_dict"})
+
+
+def averages_models(strategy: Strategy) -> bool:
+    """Return whether DDP's processes train apart and average their models now and then, as in post-local SGD."""
+    return getattr(strategy, "_model_averager", None) is not None  # nothing public tells of it
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

@@ -45,16 +45,18 @@ def rates_in_steps(module: nn.Module) -> Iterator[list[dict[str, float]]]:
 
     def note(optimizer: Optimizer, *_: Any) -> None:
         groups = optimizer.param_groups
-        rates.append({names[id(p)]: float(group["lr"]) for group in groups for p in group["params"]})
+        row = {names[id(p)]: float(group["lr"]) for group in groups for p in group["params"] if id(p) in names}
+        if row:  # else one that is tried out
+            rates.append(row)
 
-    # An optimizer's own hooks run inside of global ones, and so inside of the schedule's view.
+    # An optimizer's own post hooks run before global ones, and so inside of the schedule's view.
     handle = register_optimizer_step_pre_hook(lambda optimizer, *_: add(optimizer))
     seen: set[int] = set()
 
     def add(optimizer: Optimizer) -> None:
         if id(optimizer) not in seen:
             seen.add(id(optimizer))
-            optimizer.register_step_pre_hook(note)
+            optimizer.register_step_post_hook(note)
 
     try:
         yield rates

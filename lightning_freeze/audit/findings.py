@@ -1,25 +1,22 @@
-"""What an audit finds: each finding with the name it is about, the likely cause and the mend."""
+"""What an audit finds: each finding with the name it is about, the likely cause and the fix."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-Kind = Literal[
-    "frozen_value_moved",
-    "frozen_statistics_moved",
-    "frozen_in_step",
-    "no_gradient",
-    "in_no_optimizer",
-    "in_two_optimizers",
-    "graph_kept",
-    "replicas_differ",
-]
+from lightning_freeze._lightning import MisconfigurationException
+from lightning_freeze.words import listed
+
+Kind = (
+    Literal["frozen_value_moved", "frozen_statistics_moved", "frozen_in_step", "no_gradient"]
+    | Literal["in_no_optimizer", "in_two_optimizers", "graph_kept", "replicas_differ"]
+)
 
 _TITLES: dict[Kind, str] = {
     "frozen_value_moved": "frozen, but its value moved",
-    "frozen_statistics_moved": "running statistics of a frozen BatchNorm that moved",
+    "frozen_statistics_moved": "running statistics or another buffer of a frozen module that moved",
     "frozen_in_step": "frozen, but an optimizer moves it",
     "no_gradient": "trainable, but it gets no gradient",
     "in_no_optimizer": "trainable, but in no optimizer",
@@ -27,7 +24,6 @@ _TITLES: dict[Kind, str] = {
     "graph_kept": "keeps a graph alive between steps",
     "replicas_differ": "differs between processes",
 }
-_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -38,20 +34,20 @@ class Finding:
         kind: What is wrong, one of :data:`Kind`.
         name: The parameter's or buffer's dotted name; for ``"graph_kept"`` the way to it, such as ``self.losses[3]``.
         cause: Why it most likely is so.
-        mend: What to do about it.
+        fix: What to do about it.
         step: How many batches the fit had trained when it was found.
 
     Example:
         >>> print(Finding("in_no_optimizer", "head.bias", "It was forgotten.", "Add it.", step=0))
         head.bias: trainable, but in no optimizer
           cause: It was forgotten.
-          mend:  Add it.
+          fix:   Add it.
     """
 
     kind: Kind
     name: str
     cause: str
-    mend: str
+    fix: str
     step: int
 
     @property
@@ -64,24 +60,16 @@ class Finding:
 
 
 class Report(list[Finding]):
-    """The findings of an audit in the order in which they were made; ``str`` gives a readable text.
+    """The findings of an audit in the order in which they were made; ``str`` returns a readable text.
 
     Attributes:
         checks: At how many points something was checked.
         parameters: How many parameters the module has.
 
     Example:
-        >>> report = Report()
-        >>> print(report)
-        audit: nothing was audited in this process
-        >>> report.checks, report.parameters = 4, 62
-        >>> print(report)
-        audit: no finding in 4 checks over 62 parameters
-        >>> report.append(Finding("in_no_optimizer", "head.bias", "It was forgotten.", "Add it.", step=0))
-        >>> print(report.summary)
-        audit: 1 finding in 4 checks over 62 parameters
-        >>> report.of("in_no_optimizer"), report.of("no_gradient")
-        (['head.bias'], [])
+        >>> report = Report([Finding("in_no_optimizer", "bias", "Forgotten.", "Add it.", 0)], checks=4, parameters=62)
+        >>> report.summary, report.of("in_no_optimizer"), report.of("no_gradient")
+        ('audit: 1 finding in 4 checks over 62 parameters', ['bias'], [])
     """
 
     def __init__(self, findings: Iterable[Finding] = (), *, checks: int = 0, parameters: int = 0) -> None:
@@ -90,42 +78,56 @@ class Report(list[Finding]):
         self.parameters = parameters
 
     def of(self, kind: Kind) -> list[str]:
-        """Give the names that the findings of one kind are about."""
+        """Return the names that the findings of one kind are about."""
         return [finding.name for finding in self if finding.kind == kind]
 
     @property
     def summary(self) -> str:
-        """One line: how much was found, and how much was looked at."""
+        """One line: how much was found in how many checks."""
         if not self and not self.checks:
             return "audit: nothing was audited in this process"
-        found = counted(len(self), "finding") if self else "no finding"
-        return f"audit: {found} in {counted(self.checks, 'check')} over {counted(self.parameters, 'parameter')}"
+        found = _counted(len(self), "finding") if self else "no finding"
+        return f"audit: {found} in {_counted(self.checks, 'check')} over {_counted(self.parameters, 'parameter')}"
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *map(described, alike(self))])
 
 
-def counted(number: int, noun: str) -> str:
-    """Give a number with its noun.
+class AuditError(MisconfigurationException):
+    """What :class:`GradientAudit` raises with ``on_violation="raise"``; ``report`` has the findings as data."""
 
-    Example:
-        >>> counted(1, "check"), counted(1200, "check")
-        ('1 check', '1,200 checks')
-    """
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+    def __init__(self, report: Report) -> None:
+        super().__init__(str(report))
+        self.report = report
 
 
 def alike(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """Put findings together that have one kind, cause and mend, so that a text says it once for all of them."""
+    """Return findings in groups of one kind, cause and fix, so that a text says it once for all of them."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
-        groups.setdefault((finding.kind, finding.cause, finding.mend), []).append(finding)
+        groups.setdefault((finding.kind, finding.cause, finding.fix), []).append(finding)
     return list(groups.values())
 
 
 def described(findings: Sequence[Finding]) -> str:
-    """Give findings that are alike as one text."""
-    first, names = findings[0], [finding.name for finding in findings]
-    rest = len(names) - _SHOWN
-    shown = ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
-    return f"{shown}: {first.title}\n  cause: {first.cause}\n  mend:  {first.mend}"
+    """Return findings that are alike as one text."""
+    first, names = findings[0], listed((finding.name for finding in findings), most=20)
+    return f"{names}: {first.title}\n  cause: {first.cause}\n  fix:   {first.fix}"
+
+
+def merged(by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
+    """Return the findings of all processes, each once, with the ranks that made it if not all did."""
+    ranks: dict[tuple[str, str], list[int]] = {}
+    first: dict[tuple[str, str], Finding] = {}
+    for rank, findings in enumerate(by_rank):
+        for finding in findings:
+            ranks.setdefault((finding.kind, finding.name), []).append(rank)
+            first.setdefault((finding.kind, finding.name), finding)
+    for key, some in ranks.items():
+        if len(some) < len(by_rank):
+            first[key] = replace(first[key], cause=f"{first[key].cause} (On rank {', '.join(map(str, some))} only.)")
+    return list(first.values())
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

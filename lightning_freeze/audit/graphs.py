@@ -1,156 +1,86 @@
-"""Tensors that keep a graph alive, and the way to them."""
+"""The check that no tensor keeps a graph alive between steps."""
 
 from __future__ import annotations
 
-import gc
 import re
 import sys
-import sysconfig
 import types
-from collections import defaultdict, deque
+import weakref
+from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from functools import partial
-from itertools import chain, compress
 from typing import Any
 
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
+
+from lightning_freeze._lightning import Trainer, callbacks_of
+from lightning_freeze.audit.checks import At, Check, Moment
+from lightning_freeze.audit.findings import Finding
+from lightning_freeze.audit.libraries import is_users
 
 _THINGS = 300_000
-_LIBRARIES = tuple({sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib", "platstdlib")})
-_PLAIN = (str, bytes, int, float, complex, bool, type(None), type, range, torch.dtype, torch.device, torch.Generator)
+_SKIPPED = (str, bytes, int, float, complex, bool, type(None), type, range, torch.dtype, torch.device, Trainer)
 
 
-def tensors_with_graph(ignore: Container[int] = ()) -> list[Tensor]:
-    """Give all living tensors that have a graph behind them, wherever they are.
+class Graphs(Check):
+    """Finds tensors that keep a graph, other than those that had one when the fit began, at ``start``."""
 
-    Between two training steps there should be none. Python's garbage collector knows them all, so a list in a closure
-    or in a global is found as well as an attribute. What only waits to be collected does not count.
+    moments: tuple[At, ...] = ("phase start", "step end", "first steps end", "epoch end")
 
-    Args:
-        ignore: The identities of tensors that may have one.
+    def __init__(self, start: Moment) -> None:
+        self._before = [weakref.ref(tensor) for tensor in tensors_with_graph(_roots(start)).values()]
+        self._batches = 0
+        self._found: list[Finding] = []
 
-    Example:
-        >>> known = {id(tensor) for tensor in tensors_with_graph()}
-        >>> weight = torch.ones(2, requires_grad=True)
-        >>> losses = [weight.sum(), weight.detach().sum()]
-        >>> [tensor is losses[0] for tensor in tensors_with_graph(known)]
-        [True]
-    """
-    found = _with_graph(ignore)
-    if found:
-        del found
-        gc.collect()  # a cycle that nobody can reach any longer keeps nothing alive
-        found = _with_graph(ignore)
-    return found
+    def begin(self, now: Moment, undo: ExitStack) -> None:
+        """Search before the second batch of a phase: what the first had in hand is gone by then."""
+        self._batches += 1
+        if self._batches == 2:
+            self._found = self._search(now)
 
+    def observe(self, now: Moment) -> list[Finding]:
+        """Return the findings of this process."""
+        if now.at == "phase start":
+            self._batches = 0
+        found, self._found = self._found, []
+        return self._search(now) if now.at == "epoch end" else found
 
-def _with_graph(ignore: Container[int]) -> list[Tensor]:
-    tensors = _instances(set(_subclasses(Tensor)) - {FakeTensor})
-    return [tensor for tensor in tensors if id(tensor) not in ignore and tensor.grad_fn is not None]
-
-
-def _instances(kinds: set[type]) -> list[Any]:
-    """Give all living objects of exactly these types.
-
-    The list of everything must be gone before another thread runs: Python fails in ``tuple(generator)`` there if
-    somebody else holds the unfinished tuple, as for a progress bar's thread. So it is made, read twice and let go of
-    within one call that runs no Python code.
-    """
-    end = [None]  # one more to read than types: so both readers, which are in the list and hold it, come to its end
-    everything: defaultdict[int, list[Any]] = defaultdict(gc.get_objects, {1: end})
-    return list(
-        compress(
-            chain.from_iterable(map(everything.__getitem__, [0, 1])),
-            map(kinds.__contains__, map(type, chain.from_iterable(map(everything.pop, [0])))),
-        )
-    )
+    def _search(self, now: Moment) -> list[Finding]:
+        fine = by_design(now.module) | {id(tensor) for reference in self._before if (tensor := reference()) is not None}
+        apply_to_collection(now.batch, Tensor, lambda tensor: fine.add(id(tensor)))
+        return kept_graphs(tensors_with_graph(_roots(now)), fine, now.step)
 
 
-def _subclasses(cls: type) -> Iterator[type]:
-    yield cls
-    child: type
-    for child in type.__subclasses__(cls):
-        yield from _subclasses(child)
+def _roots(now: Moment) -> list[tuple[str, object]]:
+    """Return where to search: the module, the callbacks and the user's own Python modules."""
+    callbacks = [(type(callback).__name__, callback) for callback in callbacks_of(now.trainer)]
+    modules = [(name, module) for name, module in list(sys.modules.items()) if type(module) is types.ModuleType]
+    users = [
+        (name, module) for name, module in modules if name == "__main__" or is_users(module.__dict__.get("__file__"))
+    ]
+    return [("self", now.module), *callbacks, *users]
 
 
-def ways_to(tensors: Iterable[Tensor], roots: Mapping[str, Any], *, avoid: Container[int] = ()) -> dict[int, str]:
-    """Give the shortest way from named roots to each tensor, as one would write it in Python.
-
-    Args:
-        tensors: What is looked for.
-        roots: Name to object. Attributes, also of the user's classes, mappings, sequences, sets, closures, bound
-            arguments and what a tensor is a view of are followed; no property is read.
-        avoid: The identities of objects that are not followed.
-
-    Returns:
-        The identity of each tensor that was found, and the way to it.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> net.history = {"loss": [net(torch.ones(1, 2)).sum()]}
-        >>> list(ways_to(net.history["loss"], {"self": net}).values())
-        ["self.history['loss'][0]"]
-    """
-    wanted = {id(tensor) for tensor in tensors}
-    ways: dict[int, str] = {}
-    seen = {id(root) for root in roots.values()}
-    todo = deque(roots.items())
-    left = _THINGS
-    while todo and left and len(ways) < len(wanted):
-        left -= 1
-        way, thing = todo.popleft()
-        for step, child in _children(thing):
-            if id(child) in seen or id(child) in avoid or isinstance(child, _PLAIN):
-                continue
-            seen.add(id(child))
-            if isinstance(child, Tensor):
-                if id(child) in wanted:
-                    ways[id(child)] = way + step
-                elif (base := _base(child)) is not None and id(base) in wanted:
-                    ways.setdefault(id(base), f"{way}{step}._base ({way}{step} is a view of it)")
-            else:
-                todo.append((way + step, child))
-    return ways
-
-
-def _base(tensor: Tensor) -> Tensor | None:
-    """Give what a tensor is a view of; one made under ``no_grad`` has no graph, and keeps that of its base alive."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor._base
-
-
-def by_design(module: nn.Module) -> set[int]:
-    """Give the identities of tensors that have a graph because a module computes them from others in every forward.
-
-    The classic weight and spectral normalisation and pruning keep ``weight``, computed from ``weight_g``,
-    ``weight_orig`` and so on, as an attribute until the next forward.
-
-    Example:
-        >>> net = torch.nn.utils.spectral_norm(nn.Linear(2, 1))
-        >>> id(net.weight) in by_design(net)
-        True
-    """
-    return {
-        id(tensor)
-        for child in module.modules()
-        for name in {name.rpartition("_")[0] for name in _own_parameters(child) if name.endswith(("_g", "_v", "_orig"))}
-        for tensor in [child.__dict__.get(name), *_flat(child)]
-        if isinstance(tensor, Tensor)
-    }
-
-
-def _own_parameters(module: nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters(recurse=False)]  # a scripted module has no dict of them
-
-
-def _flat(module: nn.Module) -> list[Any]:
-    return list(module.__dict__.get("_flat_weights", ()))
+def kept_graphs(found: Mapping[str, Tensor], fine: Container[int], step: int) -> list[Finding]:
+    """Return a finding for each place that keeps tensors with a graph; its name is the way to the last of them."""
+    places: dict[str, list[str]] = {}
+    for way, tensor in found.items():
+        if id(tensor) not in fine:
+            places.setdefault(container(way), []).append(way)
+    findings = []
+    for place, ways in places.items():
+        what = f"{place} holds {len(ways)} tensors" if len(ways) > 1 else f"{ways[0]} is a tensor"
+        cause = f"After the step {what} with a graph behind it, so all that the graph needs stays in memory."
+        fix = "Keep loss.detach() instead, or drop the tensor at the end of the step."
+        findings.append(Finding("graph_kept", max(ways, key=lambda way: (len(way), way)), cause, fix, step))
+    return findings
 
 
 def container(way: str) -> str:
-    """Give the way to what a tensor is kept in: the same for all members of one list.
+    """Return the way to what a tensor is kept in: the same for all members of one list.
 
     Example:
         >>> container("self.losses[31]"), container("self.last"), container("self.a[2]._base (… is a view of it)")
@@ -159,78 +89,98 @@ def container(way: str) -> str:
     return re.sub(r"(\[\d+\])+(\._base \(.*\))?$", "", way)
 
 
-def globals_of_users() -> dict[str, Any]:
-    """Give the modules that are the user's own, by name: neither of the standard library nor installed."""
+def by_design(module: nn.Module) -> set[int]:
+    """Return the identities of tensors that a module computes from others in every forward, and so have a graph.
+
+    The classic weight and spectral normalisation and pruning keep ``weight``, computed from ``weight_g``,
+    ``weight_orig`` and so on, as an attribute until the next forward; an LSTM lists them once more.
+    """
     return {
-        name: module
-        for name, module in list(sys.modules.items())
-        if isinstance(module, types.ModuleType) and _is_users(name)
+        id(tensor)
+        for child in module.modules()
+        for name, _ in child.named_parameters(recurse=False)
+        if name.endswith(("_g", "_v", "_orig"))
+        for tensor in (vars(child).get(name.rpartition("_")[0]), *vars(child).get("_flat_weights", ()))
     }
 
 
-def _is_users(module: str) -> bool:
-    file = getattr(sys.modules.get(module), "__file__", None)
-    own = module == "__main__" or (file is not None and not str(file).startswith(_LIBRARIES))
-    return own and not module.startswith("lightning_freeze")
+def tensors_with_graph(roots: Iterable[tuple[str, object]]) -> dict[str, Tensor]:
+    """Return the tensors with a graph that named roots hold, by the shortest way there as one would write it.
+
+    Attributes, also of the user's classes, dicts, sequences, sets, closures, bound arguments and what a tensor is a
+    view of are followed; no property is read, and the Trainer is left out.
+
+    Example:
+        >>> net = nn.Linear(2, 1)
+        >>> net.history = {"loss": [net(torch.ones(1, 2)).sum()]}
+        >>> list(tensors_with_graph([("self", net)]))
+        ["self.history['loss'][0]"]
+    """
+    ahead, found = deque((way, root, False) for way, root in roots), dict[str, Tensor]()
+    seen = {id(root) for _, root, _ in ahead}
+    left = _THINGS
+    while ahead and left:
+        left -= 1
+        way, thing, in_library = ahead.popleft()
+        if _is_users(type(thing)) or issubclass(type(thing), nn.Module):
+            in_library = False
+        elif type(thing).__module__.partition(".")[0] not in sys.stdlib_module_names:
+            if in_library:  # what belongs to a library's own objects may be half of the process
+                continue
+            in_library = True
+        for step, child in _children(thing):
+            # Not isinstance, which may read a property: __class__.
+            if issubclass(type(child), _SKIPPED) or id(child) in seen:
+                continue
+            seen.add(id(child))
+            if not issubclass(type(child), Tensor):
+                ahead.append((way + step, child, in_library))
+            elif child.grad_fn is not None:
+                found[way + step] = child
+            # A view that was made under no_grad has no graph but keeps that of its base, which nothing public leads to.
+            elif (base := child._base) is not None and base.grad_fn is not None:
+                found[f"{way}{step}._base ({way}{step} is a view of it)"] = base
+    return found
+
+
+def _is_users(cls: type) -> bool:
+    return cls.__module__ == "__main__" or is_users(getattr(sys.modules.get(cls.__module__), "__file__", None))
 
 
 def _children(thing: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(thing, Mapping) and isinstance(thing, dict):
+    kind = type(thing)
+    if issubclass(kind, dict):
         for key, value in list(dict.items(thing)):
-            yield f"[{key!r}]" if isinstance(key, str | int | float | bool) else "[…]", value
-        return
-    if isinstance(thing, list | tuple | deque):
+            yield f"[{key!r}]" if issubclass(type(key), str | int | float | bool) else "[…]", value
+    elif issubclass(kind, list | tuple | deque | set | frozenset):
         for index, value in enumerate(list(thing)):
-            yield f"[{index}]", value
-    elif isinstance(thing, set | frozenset):
-        for value in list(thing):
-            yield "{…}", value
-    elif isinstance(thing, types.FunctionType):
+            yield "{…}" if issubclass(kind, set | frozenset) else f"[{index}]", value
+    elif issubclass(kind, types.FunctionType):
+        yield ".__defaults__", thing.__defaults__
         for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True):
-            try:
+            with suppress(ValueError):  # an empty cell
                 yield f".{name}", cell.cell_contents
-            except ValueError:  # an empty cell
-                continue
-        for value in thing.__defaults__ or ():
-            yield ".__defaults__", value
-        return
-    elif isinstance(thing, types.MethodType):
-        yield ".__self__", thing.__self__
-        yield ".__func__", thing.__func__
-        return
-    elif isinstance(thing, partial):
-        yield ".args", thing.args
-        yield ".keywords", thing.keywords
-    elif isinstance(thing, types.ModuleType):
-        for name, value in list(vars(thing).items()):
-            if not isinstance(value, types.ModuleType):
-                yield f".{name}", value
-        return
-    yield from _attributes(thing)
+    elif issubclass(kind, types.MethodType | partial):
+        names = ("func", "args", "keywords") if issubclass(kind, partial) else ("__self__", "__func__")
+        yield from ((f".{name}", getattr(thing, name)) for name in names)
+    else:
+        yield from _attributes(thing)
 
 
 def _attributes(thing: Any) -> Iterator[tuple[str, Any]]:
-    try:
+    own: Any = {}
+    with suppress(AttributeError):
         own = object.__getattribute__(thing, "__dict__")
-    except AttributeError:
-        own = {}
-    for name, value in list(own.items()) if isinstance(own, dict) else ():
-        if isinstance(thing, nn.Module) and name in ("_modules", "_buffers", "_parameters"):
-            for key, member in list(value.items()):
-                yield f".{key}", member
-        else:
+    for name, value in list(own.items()):
+        if issubclass(type(thing), nn.Module) and name in ("_modules", "_buffers", "_parameters"):
+            yield from ((f".{key}", member) for key, member in list(value.items()))
+        elif not issubclass(type(value), types.ModuleType):
             yield f".{name}", value
     for cls in type(thing).__mro__:
-        for name in (
-            cls.__dict__.get("__slots__", ()) if isinstance(cls.__dict__.get("__slots__"), list | tuple) else ()
-        ):
-            slot = cls.__dict__.get(name)
-            if isinstance(slot, types.MemberDescriptorType):
-                try:
-                    yield f".{name}", slot.__get__(thing)
-                except AttributeError:  # not set
-                    continue
-        if _is_users(cls.__module__):
-            for name, value in list(cls.__dict__.items()):
-                if not name.startswith("__") and not hasattr(type(value), "__get__"):  # neither method nor property
-                    yield f".{name}", value
+        users = _is_users(cls)
+        for name, value in list(vars(cls).items()) if users or "__slots__" in vars(cls) else ():
+            if issubclass(type(value), types.MemberDescriptorType):
+                with suppress(AttributeError):  # a slot that is not set
+                    yield f".{name}", value.__get__(thing)
+            elif users and not name.startswith("__") and not hasattr(type(value), "__get__"):  # no method, no property
+                yield f".{name}", value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
+
+from lightning_freeze.words import listed
 
 
 class Adoption:
@@ -20,6 +22,9 @@ class Adoption:
         optimizer: The optimizer.
         parameters: Name to parameter, for what it takes in.
         made: The state that the optimizer's constructor makes for a parameter, where it makes one.
+
+    Raises:
+        ValueError: If the optimizer saves in a way of its own, without hooks, as wrappers do.
 
     Example:
         >>> from torch.optim import SGD
@@ -43,7 +48,7 @@ class Adoption:
         self.parameters = dict(parameters)
         self._stash: dict[nn.Parameter, Any] | None = dict(made or {})  # their state while they are out
         self._stay = False
-        self._handles = self._cover() if self.parameters else []
+        self._handles = self._hook() if self.parameters else []
         self._take_in()
 
     def state(self) -> dict[str, Any]:
@@ -107,39 +112,18 @@ class Adoption:
         finally:
             self._stay = False
 
-    def _cover(self) -> list[Any]:
+    def _hook(self) -> list[Any]:
         """Have the parameters out while states are saved or loaded."""
-        names = ("state_dict", "load_state_dict")
-        if all(getattr(getattr(self.optimizer, name), "__func__", None) is getattr(Optimizer, name) for name in names):
-            return [
-                self.optimizer.register_state_dict_pre_hook(self._take_out),
-                self.optimizer.register_state_dict_post_hook(self._take_in),
-                self.optimizer.register_load_state_dict_pre_hook(self._take_out),
-                self.optimizer.register_load_state_dict_post_hook(self._take_in),
-            ]
-        # An optimizer that saves in a way of its own, as wrappers do, calls no hooks.
-        return [_Covered(self.optimizer, name, self._without(getattr(self.optimizer, name))) for name in names]
-
-    def _without(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            self._take_out()
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._take_in()
-
-        return run
-
-
-class _Covered:
-    """A method of one object, covered by a function until :meth:`remove`."""
-
-    def __init__(self, owner: object, name: str, function: Callable[..., Any]) -> None:
-        self._attributes, self._name, self._before = vars(owner), name, vars(owner).get(name)
-        self._attributes[name] = function
-
-    def remove(self) -> None:
-        if self._before is None:
-            del self._attributes[self._name]
-        else:
-            self._attributes[self._name] = self._before
+        optimizer, own = self.optimizer, (Optimizer.state_dict, Optimizer.load_state_dict)
+        if (type(optimizer).state_dict, type(optimizer).load_state_dict) != own:
+            raise ValueError(
+                f"The schedule trains what {type(optimizer).__name__} was not given: {listed(self.parameters)}. It "
+                "saves in a way of its own, so nothing can be added to it later. Give it all parameters in "
+                "configure_optimizers; a phase says from when on they train."
+            )
+        return [
+            optimizer.register_state_dict_pre_hook(self._take_out),
+            optimizer.register_state_dict_post_hook(self._take_in),
+            optimizer.register_load_state_dict_pre_hook(self._take_out),
+            optimizer.register_load_state_dict_post_hook(self._take_in),
+        ]

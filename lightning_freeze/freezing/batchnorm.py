@@ -26,14 +26,7 @@ def has_running_statistics(module: nn.Module) -> bool:
 
 
 def learns_in_buffers(module: nn.Module) -> bool:
-    """Return whether a module can learn without a parameter: in running statistics, or in buffers and nothing else.
-
-    Example:
-        >>> codebook = nn.Module()
-        >>> codebook.register_buffer("codes", torch.zeros(2))
-        >>> learns_in_buffers(codebook), learns_in_buffers(nn.BatchNorm1d(2)), learns_in_buffers(nn.Linear(1, 1))
-        (True, True, False)
-    """
+    """Return whether a module can learn without a parameter: in running statistics, or in buffers and nothing else."""
     names = [name for name, _ in module.named_buffers(recurse=False)]
     return "running_mean" in names or (bool(names) and next(module.parameters(), None) is None)
 

@@ -58,13 +58,7 @@ def hold_eval(modules: Iterable[nn.Module], holder: str = BY_FIT) -> None:
 
 
 def release_eval(modules: Iterable[nn.Module], holder: str = BY_FIT, *, training: bool = True) -> None:
-    """Return modules to ``train()``, unless another holder keeps them.
-
-    Args:
-        modules: The modules; those that ``holder`` does not hold are passed over.
-        holder: Who held them.
-        training: Whether the model is in training mode; a module that would be too is then put in it.
-    """
+    """Return modules to ``train()``, unless another holder keeps them; in the mode they would be in by now."""
     for module in modules:
         release(module, holder, training=training)
 
@@ -75,13 +69,7 @@ def is_held(module: nn.Module) -> bool:
 
 
 def leave_as_after_fit(module: nn.Module, twin: nn.Module, *, training: bool) -> None:
-    """Bring the modes of a copy to what the module's will be when the fit has released it.
-
-    Args:
-        module: What the fit holds.
-        twin: Its copy, which nobody holds.
-        training: Whether the model is in training mode.
-    """
+    """Bring the modes of a copy, which nobody holds, to what the module's will be after the fit."""
     for child, copied in zip(module.modules(), twin.modules(), strict=True):
         stay = interceptor(child)
         if stay is not None and BY_HAND not in stay.holders:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of, optimizers_of, without_fit
 from lightning_freeze.freezing.ledger import Hold, Ledger, close_ledger, open_ledger
@@ -52,13 +51,10 @@ class Holder(Callback):
         self.ledger.settle()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have a GradScaler accept an optimizer of which nothing trains."""
+        """Drop gradients of what is frozen before they are clipped; lend a GradScaler one where nothing trains."""
+        self.ledger.drop_gradients()
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             self.ledger.lend_gradients(optimizers_of(trainer))
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Drop gradients of what is frozen before they are clipped."""
-        self.ledger.drop_gradients()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save modules among the hyperparameters as they are after the fit."""

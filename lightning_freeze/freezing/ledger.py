@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -17,9 +16,9 @@ from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_runni
 from lightning_freeze.freezing.ddp import follow_trainable_set
 from lightning_freeze.freezing.eval_mode import BY_HAND, hold_eval, leave_as_after_fit, release_eval
 from lightning_freeze.freezing.fsdp import reshard
-from lightning_freeze.freezing.optimizers import members
+from lightning_freeze.freezing.gradients import FrozenGradients
 from lightning_freeze.freezing.steps import Steps
-from lightning_freeze.functional import set_trainable
+from lightning_freeze.functional import can_train, set_trainable
 from lightning_freeze.logs import get_logger
 from lightning_freeze.selectors import named_unique_parameters
 from lightning_freeze.words import listed
@@ -45,10 +44,11 @@ class Hold:
 
 
 @dataclass
-class _Came:
-    """How the fit found the module; what it did not touch is the user's to change."""
+class _Found:
+    """How the fit found the module; what it has not touched is the user's to change."""
 
     flags: dict[int, bool]
+    layers: list[nn.Module]
     touched: set[int] = field(default_factory=set)
 
 
@@ -72,18 +72,31 @@ class Ledger:
         reshard(strategy, module)
         self.module, self.strategy = module, strategy
         self.parameters = named_unique_parameters(module)
-        self._came = _Came({id(p): p.requires_grad for p in self.parameters.values()})
-        self.trains = {key for key, flag in self._came.flags.items() if flag}
-        self._frozen: list[nn.Parameter] = []
+        layers = [layer for layer in module.modules() if has_running_statistics(layer)]
+        self._found = _Found({id(p): p.requires_grad for p in self.parameters.values()}, layers)
+        self.trains = {key for key, flag in self._found.flags.items() if flag}
         self._holds: dict[str, Hold] = {}
         self._in_eval: list[nn.Module] = []
+        self._frozen = FrozenGradients([])
         self._warned = False
         self.steps = Steps()
-        self.steps.before.append(lambda _: self.drop_gradients())
+        self.steps.before.append(lambda stepping: self._warn_of_switched(self._frozen.begin_step(stepping)))
 
-    def came_trainable(self, parameter: nn.Parameter) -> bool:
-        """Return whether a parameter required grad when the fit began."""
-        return self._came.flags[id(parameter)]
+    @property
+    def batchnorm(self) -> list[nn.Module]:
+        """The layers with running statistics."""
+        return self._found.layers
+
+    @property
+    def came_frozen(self) -> set[int]:
+        """The identities of what could train and did not require grad when the fit began."""
+        return {id(p) for p in self.parameters.values() if can_train(p) and not self._found.flags[id(p)]}
+
+    def has(self, optimizer: Optimizer) -> bool:
+        """Return whether an optimizer steps parameters of the module."""
+        return any(
+            id(parameter) in self._found.flags for group in optimizer.param_groups for parameter in group["params"]
+        )
 
     def hold(self, who: str, hold: Hold) -> None:
         """Replace what a holder asks for; :meth:`settle` then does it."""
@@ -91,8 +104,7 @@ class Ledger:
 
     def held(self, *, without: str = "") -> dict[int, str]:
         """Return who keeps a parameter frozen, by its identity, ``without`` one holder."""
-        layers = [layer for layer in self.module.modules() if has_running_statistics(layer)]
-        by_hand = {BY_HAND: Hold(frozenset(affine_frozen_by_hand(layers)))}
+        by_hand = {BY_HAND: Hold(frozenset(affine_frozen_by_hand(self._found.layers)))}
         holds = {**self._holds, **by_hand}
         return {key: who for who, hold in holds.items() if who != without for key in hold.frozen}
 
@@ -109,8 +121,8 @@ class Ledger:
         reshard(self.strategy, self.module)
         before, frozen = self.trains, self.held().keys()
         wanted = {key for hold in self._holds.values() for key in hold.trains}
-        self._warn_of_switched([p for p in self._frozen if p.requires_grad])
-        self.trains, self._frozen = set(), []
+        self._warn_of_switched(self._frozen.parameters)
+        self.trains, self._frozen = set(), FrozenGradients([])
         for parameter in self.parameters.values():
             self._decide(parameter, frozen=id(parameter) in frozen, wanted=id(parameter) in wanted)
             if id(parameter) in self.trains and id(parameter) not in before:
@@ -126,30 +138,17 @@ class Ledger:
 
     def drop_gradients(self) -> None:
         """Drop the gradients of what is frozen: they would count in a clip and move it in a step."""
-        stray = [parameter for parameter in self._frozen if parameter.grad is not None]
-        for parameter in stray:
-            parameter.grad = None
-        if stray:
-            self._warn_of_switched([parameter for parameter in stray if parameter.requires_grad])
+        self._warn_of_switched(self._frozen.drop())
 
     def lend_gradients(self, optimizers: Iterable[Optimizer]) -> None:
-        """Set one zero gradient in each wholly frozen optimizer, until its step: a GradScaler refuses it without."""
-        frozen = set(map(id, self._frozen))
-        for optimizer in optimizers:
-            own = members([optimizer])
-            if own and all(id(parameter) in frozen for parameter in own):
-                smallest = min(own, key=torch.numel)
-                smallest.grad = torch.zeros_like(smallest)
+        """Have a GradScaler accept each optimizer of which nothing trains, until its step."""
+        self._frozen.lend(optimizers)
 
     def as_after_fit(self, hyperparameters: dict[str, Any], live: Mapping[str, Any]) -> None:
-        """Put copies in the place of modules among saved hyperparameters, with the flags and modes that they came with.
+        """Put copies in the place of modules among hyperparameters that are about to be saved, as they came.
 
-        ``save_hyperparameters()`` keeps a module that the LightningModule was built with, not a copy of it, so what the
-        fit does to it would be saved. The copies share the memory of all tensors.
-
-        Args:
-            hyperparameters: What is about to be saved; it changes.
-            live: The modules that the fit works on, by the same keys.
+        ``save_hyperparameters()`` keeps the module that the LightningModule was built with, so what the fit does to it
+        would be saved. The copies share the memory of all tensors.
         """
         for key, module in live.items():
             if hyperparameters.get(key) is not module or not isinstance(module, nn.Module):
@@ -158,7 +157,7 @@ class Ledger:
             memo |= {id(parameter): copy.copy(parameter) for parameter in module.parameters()}
             twin = copy.deepcopy(module, memo)
             for parameter, copied in zip(module.parameters(), twin.parameters(), strict=True):
-                copied.requires_grad = self._came.flags.get(id(parameter), copied.requires_grad)
+                copied.requires_grad = self._found.flags.get(id(parameter), copied.requires_grad)
             leave_as_after_fit(module, twin, training=self.module.training)
             hyperparameters[key] = twin
 
@@ -167,30 +166,30 @@ class Ledger:
         self.steps.close()
         reshard(self.strategy, self.module)
         release_eval(self._in_eval, training=self.module.training)
-        by_hand = affine_frozen_by_hand(layer for layer in self.module.modules() if has_running_statistics(layer))
+        by_hand = affine_frozen_by_hand(self._found.layers)
         for parameter in self.parameters.values():
-            if id(parameter) in self._came.touched and id(parameter) not in by_hand:
-                parameter.requires_grad = self._came.flags[id(parameter)]
-        self._in_eval, self._came.touched, self._frozen = [], set(), []
+            if id(parameter) in self._found.touched and id(parameter) not in by_hand:
+                parameter.requires_grad = self._found.flags[id(parameter)]
+        self._in_eval, self._found.touched, self._frozen = [], set(), FrozenGradients([])
 
     def _decide(self, parameter: nn.Parameter, *, frozen: bool, wanted: bool) -> None:
-        key, came = id(parameter), self._came
+        key, found = id(parameter), self._found
         if frozen or wanted:
-            came.touched.add(key)
+            found.touched.add(key)
             set_trainable(parameter, not frozen)
-        elif key in came.touched:  # its holder has let it go
-            came.touched.remove(key)
-            set_trainable(parameter, came.flags[key])
+        elif key in found.touched:  # its holder has let it go
+            found.touched.remove(key)
+            set_trainable(parameter, found.flags[key])
         if frozen:
-            self._frozen.append(parameter)
-        elif wanted or came.flags[key]:
+            self._frozen.parameters.append(parameter)
+        elif wanted or found.flags[key]:
             self.trains.add(key)
 
-    def _warn_of_switched(self, parameters: list[nn.Parameter]) -> None:
-        if self._warned or not parameters:
+    def _warn_of_switched(self, parameters: Iterable[nn.Parameter]) -> None:
+        switched = {id(parameter) for parameter in parameters if parameter.requires_grad}
+        if self._warned or not switched:
             return
         self._warned = True
-        switched = set(map(id, parameters))
         names = [name for name, parameter in self.parameters.items() if id(parameter) in switched]
         if self.strategy.is_global_zero:
             _log.warning(
@@ -204,18 +203,17 @@ _LEDGERS: WeakKeyDictionary[Trainer, Ledger] = WeakKeyDictionary()
 
 
 def open_ledger(trainer: Trainer, pl_module: LightningModule, holds: Mapping[str, Hold]) -> Ledger:
-    """Return the ledger of the fit that runs; the first to ask opens it.
-
-    Args:
-        trainer: The Trainer.
-        pl_module: The LightningModule.
-        holds: What the holders of the fit ask for, by their keys, for a ledger that is opened.
-    """
+    """Return the ledger of the fit that runs; the first to ask opens it, with what all holders ask for."""
     if trainer not in _LEDGERS:
         _LEDGERS[trainer] = Ledger(trainer.strategy, pl_module)
         for who, hold in holds.items():
             _LEDGERS[trainer].hold(who, hold)
     return _LEDGERS[trainer]
+
+
+def ledger_of(trainer: Trainer) -> Ledger | None:
+    """Return the ledger of the fit that runs, None if nothing holds anything."""
+    return _LEDGERS.get(trainer)
 
 
 def close_ledger(trainer: Trainer) -> None:

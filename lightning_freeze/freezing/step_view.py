@@ -113,7 +113,7 @@ class StepView:
     def __init__(self, optimizer: Optimizer, scales: Sequence[Mapping[int, float]]) -> None:
         self.optimizer = optimizer
         self._splits: dict[int, _Split] = {}
-        self._hidden: list[tuple[Optimizer, list[dict[str, Any]]]] = []
+        self._hidden: list[tuple[Optimizer, list[dict[str, Any]]]] = []  # who shows the parts, and the user's groups
         for index, group in enumerate(optimizer.param_groups):
             places: dict[tuple[float, ...], list[int]] = {}
             for place, parameter in enumerate(group["params"]):
@@ -148,7 +148,7 @@ class StepView:
 
     def show(self, stepping: Optimizer) -> None:
         """Split the groups of an optimizer that begins to step, as far as they are this one's."""
-        own = self.optimizer.param_groups
+        own = self._own()
         splits = {id(own[index]): split for index, split in self._splits.items() if index < len(own)}
         if not any(id(group) in splits for group in stepping.param_groups):
             return
@@ -164,8 +164,9 @@ class StepView:
             return
         _, groups = self._hidden.pop()
         stepping.param_groups[:] = groups
+        own = self._own()
         for index, split in self._splits.items():
-            split.hide(self.optimizer.param_groups[index])
+            split.hide(own[index])
 
     def state(self) -> list[list[dict[str, Any]]]:
         """Return what steps have counted in the parts of a group other than in the group itself, for a checkpoint."""
@@ -187,6 +188,11 @@ class StepView:
                 factor = next((p.factor for p in parts if any(m is parameter for m in p.group["params"])), 1.0)
                 return float(group["lr"]) * factor
         return None
+
+    def _own(self) -> list[dict[str, Any]]:
+        """Return the user's groups, also while the optimizer, or one that shares its list, shows the parts."""
+        shown = self.optimizer.param_groups
+        return next((groups for showing, groups in self._hidden if showing.param_groups is shown), shown)
 
 
 def _check_rate(optimizer: Optimizer, index: int) -> None:

@@ -19,7 +19,8 @@ class Steps:
     one that takes another's place in mid-fit. A closure is the user's code: while it runs, no step is on.
 
     Attributes:
-        before: Called before a step, and again when a closure has returned.
+        before: Called before the optimizer does its work: when its step begins or, with a closure, when that has
+            returned.
         after: Called after a step, and before a closure runs.
         counted: Called once a step with its optimizer, of steps within steps for the outermost only.
 
@@ -56,7 +57,7 @@ class Steps:
     def reset(self) -> None:
         """End the steps that are still on: one that raised has called no hook."""
         while self._running:
-            self._call(self.after, self._running.pop())
+            self._pop()
 
     def close(self) -> None:
         """Forget everything."""
@@ -67,33 +68,48 @@ class Steps:
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._paused:
             return None
-        self._running.append(optimizer)
-        self._call(self.before, optimizer)
         # torch passes the optimizer as the first argument.
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._outside(kwargs["closure"])}
-        if len(args) > 1 and callable(args[1]):
-            return (args[0], self._outside(args[1]), *args[2:]), kwargs
-        return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            self._push(optimizer)
+            return None
+        self._running.append(optimizer)
+        outside = self._outside(closure)
+        return (
+            (args, {**kwargs, "closure": outside}) if "closure" in kwargs else ((args[0], outside, *args[2:]), kwargs)
+        )
 
     def _outside(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a closure that runs as if no step was on: it is the user's code, and may save or end the fit."""
+
         def run(*args: Any, **kwargs: Any) -> Any:
             running = list(self._running)
             self.reset()
             result = closure(*args, **kwargs)
             for optimizer in running:
-                self._running.append(optimizer)
-                self._call(self.before, optimizer)
+                self._push(optimizer)
             return result
 
         return run
 
     def _end(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._running:  # it began while paused, or was reset meanwhile
+        if self._paused or not self._running:  # it was reset meanwhile
             return
-        self._call(self.after, self._running.pop())
+        self._pop()
         if not self._running:
             self._call(self.counted, optimizer)
+
+    # A class that calls super().step() has torch call the hooks twice, one within the other.
+
+    def _push(self, optimizer: Optimizer) -> None:
+        if not any(running is optimizer for running in self._running):
+            self._call(self.before, optimizer)
+        self._running.append(optimizer)
+
+    def _pop(self) -> None:
+        optimizer = self._running.pop()
+        if not any(running is optimizer for running in self._running):
+            self._call(self.after, optimizer)
 
     @staticmethod
     def _call(functions: list[Around], optimizer: Optimizer) -> None:

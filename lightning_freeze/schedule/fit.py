@@ -22,7 +22,7 @@ from lightning_freeze._lightning import (
 from lightning_freeze.freezing.fsdp import CheckpointsByName
 from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, foreign, missing
-from lightning_freeze.functional import can_train, scalars
+from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.meaning import FrozenMode, asleep, eval_modules, phase_scales, phase_trains, scale_owners
 from lightning_freeze.schedule.phases import Phase
@@ -37,13 +37,15 @@ class Resolved:
     """What each phase means for one module.
 
     Args:
-        asleep: The identities of what ``"*"`` leaves frozen.
+        came_frozen: The identities of what was frozen when the fit began.
+        held: The identities of what another callback keeps frozen in every phase.
         trains: For each phase, what trains, by name.
         scales: For each phase, the learning rate scales, by identity.
         holds: For each phase, what the schedule asks the ledger for.
     """
 
-    asleep: set[int]
+    came_frozen: set[int]
+    held: set[int]
     trains: list[dict[str, nn.Parameter]]
     scales: list[dict[int, float]]
     holds: list[Hold]
@@ -61,14 +63,7 @@ def resolve_phases(
 ) -> Resolved:
     """Return what each phase means for a module, so that every error comes before the first batch.
 
-    Args:
-        module: The module.
-        parameters: All of its parameters, by name.
-        phases: The schedule.
-        came_frozen: The identities of what was frozen when the fit began.
-        held: Who keeps a parameter frozen in every phase, by its identity.
-        mode: How wholly frozen modules run.
-        left_alone: Modules whose mode is another holder's to choose.
+    ``held`` tells who keeps a parameter frozen in every phase; the modes of ``left_alone`` are other holders'.
 
     Raises:
         ValueError: If a phase names or trains nothing.
@@ -81,7 +76,7 @@ def resolve_phases(
         frozen = frozenset(id(parameter) for parameter in parameters.values()) - active
         stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
         holds.append(Hold(frozen, tuple(stay), active))
-    return Resolved(sleeping, trains, [phase_scales(module, phase) for phase in phases], holds)
+    return Resolved(came_frozen, set(held), trains, [phase_scales(module, phase) for phase in phases], holds)
 
 
 @dataclass
@@ -122,15 +117,16 @@ class Fit:
             return False
         self._release_optimizers()
         adopt = self._to_adopt(trainer.strategy, optimizers)
-        for optimizer in optimizers:
-            phased = PhasedOptimizer(
-                optimizer,
-                scales=self.resolved.scales,
-                adopt=adopt,
-                optimizer_state=self.policy,
-                sparse=_sparse(self.ledger.module),
-            )
-            self.optimizers.append(phased)
+        with self.ledger.steps.paused():  # throw-away optimizers step, and some fail
+            for optimizer in optimizers:
+                phased = PhasedOptimizer(
+                    optimizer,
+                    scales=self.resolved.scales,
+                    adopt=adopt,
+                    optimizer_state=self.policy,
+                    sparse=_sparse(self.ledger.module),
+                )
+                self.optimizers.append(phased)
         return True
 
     def apply(self, index: int) -> None:
@@ -197,8 +193,7 @@ class Fit:
             phased.view.hide(optimizer)
 
     def _count(self, optimizer: Optimizer) -> None:
-        first = next((p for group in optimizer.param_groups for p in group["params"]), None)
-        if first is not None and id(first) in self.resolved.holds[0].frozen | self.resolved.holds[0].trains:
+        if self.ledger.has(optimizer):
             self.stepped = (self.stepped[0] + 1, self.stepped[1])
 
     def _to_adopt(self, strategy: Strategy, optimizers: Sequence[Optimizer]) -> dict[str, nn.Parameter]:
@@ -244,12 +239,11 @@ def begin_fit(
 ) -> Fit:
     """Return a schedule resolved against a module, before it has taken over optimizers."""
     held = ledger.held(without=who)
-    came_frozen = {id(p) for p in ledger.parameters.values() if can_train(p) and not ledger.came_trainable(p)}
     resolved = resolve_phases(
         pl_module,
         ledger.parameters,
         phases,
-        came_frozen=came_frozen,
+        came_frozen=ledger.came_frozen,
         held=held,
         mode=mode,
         left_alone=ledger.left_alone(),

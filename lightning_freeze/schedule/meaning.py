@@ -28,12 +28,7 @@ _TRAIN = "Phase(train={})"
 
 
 def asleep(module: nn.Module, phases: Sequence[Phase], came_frozen: Collection[int]) -> set[int]:
-    """Return the parameters that came frozen and that no phase names: ``"*"`` leaves them frozen.
-
-    Args:
-        module: The module to look in.
-        phases: The schedule.
-        came_frozen: The identities of what was frozen when the fit began.
+    """Return the identities of what came frozen and no phase names: ``"*"`` leaves it frozen.
 
     Raises:
         ValueError: If a pattern matches nothing.
@@ -116,13 +111,7 @@ def scale_owners(module: nn.Module, phase: Phase) -> dict[str, Any]:
 
 
 def eval_modules(module: nn.Module, trains: Collection[int], mode: FrozenMode) -> list[nn.Module]:
-    """Return the modules that run in eval mode while only ``trains`` trains.
-
-    Args:
-        module: The module to look in.
-        trains: The identity of each parameter that trains.
-        mode: ``"batchnorm"``, ``"eval"`` or ``"train"``, as in :class:`FreezeSchedule`.
-    """
+    """Return the modules that run in eval mode while only ``trains`` trains, see :class:`FreezeSchedule`."""
     if mode == "batchnorm":
         return frozen_running_statistics(module, trains)
     return wholly_frozen(module, trains) if mode == "eval" else []
@@ -131,16 +120,9 @@ def eval_modules(module: nn.Module, trains: Collection[int], mode: FrozenMode) -
 def what_came_frozen(
     module: nn.Module, phases: Sequence[Phase], came_frozen: Collection[int], held: Collection[int]
 ) -> str | None:
-    """Return what to say of parameters that came frozen: what ``"*"`` leaves frozen, and what a phase wakes.
+    """Return what to say of parameters that came frozen, with the line that would say the other thing.
 
-    Args:
-        module: The module to look in.
-        phases: The schedule.
-        came_frozen: The identities of what was frozen when the fit began.
-        held: The identities of what a callback keeps frozen in every phase; nothing is said of them.
-
-    Returns:
-        A text with the line that would say the other thing, None if there is nothing to say.
+    Nothing is said of what a callback keeps frozen in every phase, ``held``.
     """
     sleeping = asleep(module, phases, came_frozen)
     stars = any("*" in as_patterns(phase.train) for phase in phases)

@@ -37,10 +37,6 @@ class Monitor:
     stale: Tensor | None = None
     looked_ahead: bool = False
 
-    def begin_phase(self) -> None:
-        """Forget which loop logs the metric: the phase may have another."""
-        self.by_validation = False
-
     def begin_validation(self, until: Plateau | None, metrics: Metrics) -> None:
         """Note what is there before validation logs."""
         self.stale = metrics.get(until.monitor) if until is not None else None
@@ -68,14 +64,9 @@ class Monitor:
         self.epoch_over = False
 
     def checkable(self, phase: int, phases: int, epochs_in_phase: int, validates: bool) -> list[int]:
-        """Return the phases whose metric should have been logged by now, or could have been.
+        """Return the phases, of so many, whose metric should have been logged by now, or could have been.
 
-        Args:
-            phase: The index of the current phase: it is due once every loop that could log its metric has run in it.
-            phases: How many there are. Later ones are due once, after the first epoch: another name is a slip, if
-                nothing logs it in that phase alone.
-            epochs_in_phase: How many epochs the current phase has lasted.
-            validates: Whether the fit has a validation.
+        The current one is due when every loop that could log its metric has run in it, later ones after an epoch.
         """
         due = [phase] if self.epochs and epochs_in_phase > 0 and (not validates or self.validated_in == phase) else []
         if not self.looked_ahead and self.epochs and (not validates or self.validated_in is not None):

@@ -13,9 +13,8 @@ from lightning_freeze._lightning import (
     Trainer,
     callbacks_of,
 )
-from lightning_freeze.freezing.batchnorm import has_running_statistics
 from lightning_freeze.freezing.eval_mode import is_held
-from lightning_freeze.functional import can_train, scalars
+from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.fit import Fit
 from lightning_freeze.schedule.meaning import what_came_frozen
@@ -27,14 +26,13 @@ from lightning_freeze.words import listed, percent
 _log = get_logger(__name__)
 
 
-def begin(
+def fit_begins(
     trainer: Trainer, pl_module: LightningModule, phases: Sequence[Phase], fit: Fit, steps_per_epoch: float | None
 ) -> None:
     """Warn, before the first batch, of what the user may not expect."""
     if not trainer.is_global_zero:
         return
-    came_frozen = {id(p) for p in fit.ledger.parameters.values() if can_train(p) and not fit.ledger.came_trainable(p)}
-    if said := what_came_frozen(pl_module, phases, came_frozen, fit.ledger.held(without="FreezeSchedule")):
+    if said := what_came_frozen(pl_module, phases, fit.resolved.came_frozen, fit.resolved.held):
         _log.warning("%s", said)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         for number, why in _ends_too_early(trainer, phases, steps_per_epoch):
@@ -49,13 +47,12 @@ def phase_begins(pl_module: LightningModule, phases: Sequence[Phase], progress: 
         f"phase {index + 1}/{len(phases)} {phases[index].label!r} from epoch {epoch}, step {step}: "
         f"trains {trainable:,} of {total:,} parameters ({percent(trainable, total)})"
     )
-    layers = [layer for layer in pl_module.modules() if has_running_statistics(layer)]
-    if layers:
+    if layers := fit.ledger.batchnorm:
         line += f", {sum(map(is_held, layers))} of {len(layers)} BatchNorm frozen"
     _log.info("%s", line)
 
 
-def end(trainer: Trainer, phases: Sequence[Phase], progress: Progress) -> None:
+def fit_ends(trainer: Trainer, phases: Sequence[Phase], progress: Progress) -> None:
     """Warn if the fit ends before its last phase."""
     never = phases[progress.index + 1 :]
     if never and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -100,13 +97,13 @@ def metric_is_missing(trainer: Trainer, phases: Sequence[Phase], index: int, *, 
         )
 
 
-def log_exchange(trainer: Trainer) -> None:
+def optimizers_exchanged(trainer: Trainer) -> None:
     """Log that optimizers have been exchanged."""
     if trainer.is_global_zero:
         _log.info("the Trainer's optimizers have been exchanged; the schedule goes on with the new ones")
 
 
-def log_uncounted(trainer: Trainer, *, first: bool) -> None:
+def steps_uncounted(trainer: Trainer, *, first: bool) -> None:
     """Warn once of steps that ``trainer.global_step`` misses."""
     if first and trainer.is_global_zero:
         _log.warning(

@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, GradientAudit, Phase
-from lightning_freeze.audit.callback import AuditError
+from lightning_freeze.audit.findings import AuditError
 from lightning_freeze.metrics.callback import MetricLogger
 from lightning_freeze.norms.callback import NormLogger
 from lightning_freeze.target.callback import TargetNetwork
@@ -420,7 +420,7 @@ def test_a_frozen_parameter_that_is_moved_by_hand(write: str, moment: str, batch
     audit = fit(net)
     assert found(audit) == {"frozen_value_moved": {"neck.weight"}}
     assert ".data" in audit.report[0].cause
-    assert "TargetNetwork" in audit.report[0].mend
+    assert "TargetNetwork" in audit.report[0].fix
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -481,18 +481,18 @@ def test_batchnorm_that_updates_although_its_parameters_are_frozen() -> None:
     assert found(audit) == {"frozen_statistics_moved": statistics(net, "backbone")}
     assert len(audit.report) == 6
     assert "runs in training mode" in audit.report[0].cause
-    assert "FreezeBatchNorm" in audit.report[0].mend
+    assert "FreezeBatchNorm" in audit.report[0].fix
 
 
-@pytest.mark.parametrize("mend", ["FreezeBatchNorm", "FreezeSchedule", "eval"])
+@pytest.mark.parametrize("fix", ["FreezeBatchNorm", "FreezeSchedule", "eval"])
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
-def test_the_mends_that_it_names_help(mend: str) -> None:
+def test_the_fixes_that_it_names_help(fix: str) -> None:
     net = Net()
     net.backbone.requires_grad_(False)
     others: list[Callback] = []
-    if mend == "FreezeBatchNorm":
+    if fix == "FreezeBatchNorm":
         others = [FreezeBatchNorm("backbone")]
-    elif mend == "FreezeSchedule":
+    elif fix == "FreezeSchedule":
         others = [FreezeSchedule([Phase(["head", "neck"])], verbose=False)]
     else:
         net.backbone.eval()
@@ -510,6 +510,71 @@ def test_statistics_that_are_written_in_eval_mode() -> None:
     audit = fit(net, FreezeBatchNorm(train_affine=True))
     assert found(audit) == {"frozen_statistics_moved": {"backbone.1.running_var"}}
     assert "something wrote to it" in audit.report[0].cause
+
+
+class Counting(nn.Module):
+    """Learns in a buffer too, as codebooks and queues do."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("calls", torch.zeros(()))
+        self.always = always
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.always:
+            self.calls += 1
+        return x * self.scale
+
+
+@pytest.mark.parametrize(
+    ("mode", "always", "expected"), [(None, False, True), ("batchnorm", False, True), ("eval", False, False)]
+)
+def test_any_buffer_of_a_frozen_module_that_moves(mode: Any, always: bool, expected: bool) -> None:
+    net = Net()
+    net.neck = nn.Sequential(net.neck, Counting(always))
+    net.neck.requires_grad_(False)
+    others = [FreezeSchedule([Phase(["*", "!neck"])], frozen_mode=mode, verbose=False)] if mode else []
+    audit = fit(net, *others)
+    assert found(audit) == ({"frozen_statistics_moved": {"neck.1.calls"}} if expected else {})
+    for finding in audit.report:
+        assert "runs in training mode" in finding.cause
+        assert "frozen_mode='eval'" in finding.fix
+    assert found(fit(net, *others, audit=GradientAudit(ignore="neck"))) == {}
+
+
+def test_a_buffer_that_moves_in_eval_mode() -> None:
+    net = Net()
+    net.neck = nn.Sequential(net.neck, Counting(always=True))
+    audit = fit(net, FreezeSchedule([Phase(["*", "!neck"])], frozen_mode="eval", verbose=False))
+    assert found(audit) == {"frozen_statistics_moved": {"neck.1.calls"}}
+    assert "is in eval mode now" in audit.report[0].cause
+
+
+def test_a_buffer_of_a_module_that_trains_is_no_finding() -> None:
+    net = Net()
+    net.neck = nn.Sequential(net.neck, Counting(always=True))
+    assert found(fit(net)) == {}
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_max_norm_is_named_where_it_moves_a_frozen_embedding(kind: Any) -> None:
+    class Words(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = kind(3, 4, max_norm=0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            words = self.words(torch.tensor([[0], [1], [2], [1]])).view(4, 4)
+            return self.head(torch.relu(self.neck(self.backbone(x).mean((2, 3)) + words[: len(x)])))
+
+    net = Words()
+    audit = fit(net, FreezeSchedule([Phase(["*", "!words"])], verbose=False))
+    assert found(audit) == {"frozen_value_moved": {"words.weight"}}
+    assert f"{kind.__name__} has max_norm=0.5" in audit.report[0].cause
+    assert "max_norm=None" in audit.report[0].fix
+    net.words.max_norm = None
+    assert found(fit(net, FreezeSchedule([Phase(["*", "!words"])], verbose=False))) == {}
 
 
 # No gradient
@@ -563,14 +628,14 @@ class Faulty(Net):
 
 CAUSES = {
     "unused": "never uses it",
-    "detach": r".detach() at callbacks/test_gradient_audit.py:",
-    "detach_": r".detach_() at callbacks/test_gradient_audit.py:",
-    "data": r".data at callbacks/test_gradient_audit.py:",
-    "item": "only where no graph is recorded (callbacks/test_gradient_audit.py:",
-    "numpy": r".detach() at callbacks/test_gradient_audit.py:",
-    "no_grad": "only where no graph is recorded (callbacks/test_gradient_audit.py:",
-    "inference": "only where no graph is recorded (callbacks/test_gradient_audit.py:",
-    "re-entrant checkpoint": "only where no graph is recorded (callbacks/test_gradient_audit.py:",
+    "detach": r".detach() at audit/test_callback.py:",
+    "detach_": r".detach_() at audit/test_callback.py:",
+    "data": r".data at audit/test_callback.py:",
+    "item": "only where no graph is recorded (audit/test_callback.py:",
+    "numpy": r".detach() at audit/test_callback.py:",
+    "no_grad": "only where no graph is recorded (audit/test_callback.py:",
+    "inference": "only where no graph is recorded (audit/test_callback.py:",
+    "re-entrant checkpoint": "only where no graph is recorded (audit/test_callback.py:",
     "left out": "the loss does not depend on what comes of it",
     "argmax": "the loss does not depend on what comes of it",
     "its backward gives none": "the loss does not depend on what comes of it",
@@ -585,14 +650,14 @@ def test_a_parameter_without_gradient_and_what_cuts_it_off(fault: str) -> None:
     assert found(audit) == {"no_gradient": {"branch.weight", "branch.bias"}}
     for finding in audit.report:
         assert CAUSES[fault] in finding.cause
-        assert "freeze it" in finding.mend
+        assert "freeze it" in finding.fix
         assert finding.step == 3
 
 
 def test_the_place_is_the_line_of_the_detach() -> None:
     source = Path(__file__).read_text().splitlines()
     (line,) = [number for number, text in enumerate(source, 1) if "self.branch(features).detach()\n" in f"{text}\n"]
-    assert f"test_gradient_audit.py:{line}." in cause(fit(Faulty("detach")), "branch.bias")
+    assert f"test_callback.py:{line}." in cause(fit(Faulty("detach")), "branch.bias")
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -645,7 +710,7 @@ def test_what_is_cut_off_in_a_later_epoch() -> None:
 
     audit = fit(CutLater("none"), audit=GradientAudit(first_n_steps=1), max_epochs=4)
     assert found(audit) == {"no_gradient": {"branch.weight", "branch.bias"}}
-    assert "test_gradient_audit.py" in audit.report[0].cause
+    assert "test_callback.py" in audit.report[0].cause
     assert audit.report[0].step == 6 + 10
 
 
@@ -655,7 +720,7 @@ def test_a_compiled_module_says_what_cannot_be_known() -> None:
     net.neck = torch.compile(net.neck, backend="eager")
     audit = fit(net)
     assert found(audit) == {"no_gradient": {"branch.weight", "branch.bias"}}
-    assert "cannot be told" in audit.report[0].cause
+    assert "cannot be seen" in audit.report[0].cause
 
 
 def test_one_network_of_a_gan_that_never_gets_a_gradient() -> None:
@@ -671,16 +736,20 @@ def audit_net() -> Gan:
     return Gan("plain")
 
 
-def test_the_error_that_a_loss_without_graph_raises_is_explained() -> None:
-    class AllCut(Net):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            with torch.no_grad():
-                return super().training_step(batch, batch_idx)
+class AllCut(Net):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            return super().training_step(batch, batch_idx)
 
-    net, audit = AllCut(), GradientAudit()
+
+@pytest.mark.parametrize("train", ["*", "head"])
+@pytest.mark.parametrize("first", [True, False])
+def test_the_error_that_a_loss_without_graph_raises_is_explained(train: str, first: bool) -> None:
+    net, audit, schedule = AllCut(), GradientAudit(), FreezeSchedule([Phase(train)], verbose=False)
+    run = trainer(callbacks=[audit, schedule] if first else [schedule, audit])
     with pytest.raises(RuntimeError, match="does not require grad"):
-        fit(net, audit=audit)
-    assert found(audit) == {"no_gradient": parameters(net, "")}
+        run.fit(net, loader())
+    assert found(audit) == {"no_gradient": parameters(net, train.strip("*"))}
     assert all("no graph is recorded" in finding.cause for finding in audit.report)
 
 
@@ -694,6 +763,58 @@ def test_an_error_of_another_kind_is_left_alone() -> None:
         fit(net, audit=audit)
     assert audit.report == []
     assert "training_step" not in vars(net)
+
+
+class Ends(Net):
+    """Ends by an error in the second step's forward, or in the first one's backward."""
+
+    def __init__(self, error: type[BaseException], where: str) -> None:
+        super().__init__(optimizer=sgd)
+        self.error, self.where = error, where
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        error = self.error
+
+        def fail(*_: Tensor) -> None:
+            raise error("as of DDP, where a parameter was not used")
+
+        if batch_idx == 1 and self.where == "forward":
+            fail()
+        loss = super().training_step(batch, batch_idx) * self.scale
+        if self.where == "backward":
+            loss.register_hook(fail)
+        return loss
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("phases", [[Phase("head", epochs=1), Phase("*")], [Phase("*")]], ids=["frozen", "all"])
+def test_a_fit_that_ends_by_an_error_has_no_false_finding(
+    error: type[BaseException], where: str, phases: list[Phase], first: bool
+) -> None:
+    """FreezeSchedule gives flags back in ``on_exception``, and the step that the error cuts short proves nothing."""
+    schedule, audit = FreezeSchedule(phases, verbose=False), GradientAudit()
+    run = trainer(callbacks=[audit, schedule] if first else [schedule, audit])
+    with pytest.raises((ValueError, KeyboardInterrupt, SystemExit)):
+        run.fit(Ends(error, where), loader())
+    assert audit.report == []
+    assert audit.report.checks == (2 if where == "forward" else 1)
+
+
+def test_a_gradient_that_was_missing_before_an_error_is_reported() -> None:
+    class Unused(Ends):
+        def __init__(self) -> None:
+            super().__init__(ValueError, "forward")
+            self.branch = nn.Linear(2, 2)
+
+    audit = GradientAudit()
+    schedule = FreezeSchedule([Phase(["head", "branch"])], verbose=False)
+    with pytest.raises(ValueError, match="not used"):
+        fit(Unused(), schedule, audit=audit)
+    assert found(audit) == {"no_gradient": {"branch.weight", "branch.bias"}}
+    assert "in the step that was audited" in audit.report[0].cause
 
 
 # Optimizers
@@ -821,7 +942,7 @@ def test_a_tensor_that_keeps_a_graph(how: str) -> None:
         return
     assert found(audit) == expected
     for finding in audit.report:
-        assert ".detach()" in finding.mend
+        assert ".detach()" in finding.fix
 
 
 def test_a_list_that_is_emptied_at_the_end_of_the_epoch_is_found_too() -> None:
@@ -925,7 +1046,7 @@ def test_nothing_stays_behind_and_it_pickles() -> None:
     run = trainer(callbacks=[audit], max_epochs=1)
     run.fit(net, loader())
     assert "training_step" not in vars(net)
-    assert all(not optimizer._optimizer_step_pre_hooks for optimizer in run.optimizers)
+    assert all(not optimizer._optimizer_step_post_hooks for optimizer in run.optimizers)
     assert all(not p._post_accumulate_grad_hooks for p in net.parameters())
     del audit.log, audit.log_dict  # Lightning lends every callback the model's log functions
     twin = pickle.loads(pickle.dumps(audit))

@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pickle
 
-from lightning_freeze.audit.findings import Finding, Report, alike, described
-from lightning_freeze.audit.verdicts import merged
+from lightning_freeze.audit.findings import Finding, Report, alike, described, merged
 
 
 def finding(name: str, cause: str = "Why.", kind: str = "no_gradient") -> Finding:
-    return Finding(kind, name, cause, "Mend.", 3)  # type: ignore[arg-type]
+    return Finding(kind, name, cause, "Fix.", 3)  # type: ignore[arg-type]
 
 
 def test_findings_that_are_alike_are_said_once() -> None:
@@ -16,8 +15,8 @@ def test_findings_that_are_alike_are_said_once() -> None:
     report = Report(findings, checks=2, parameters=1)
     assert str(report) == (
         "audit: 3 findings in 2 checks over 1 parameter\n"
-        "a, c: trainable, but it gets no gradient\n  cause: Why.\n  mend:  Mend.\n"
-        "b: trainable, but it gets no gradient\n  cause: Other.\n  mend:  Mend."
+        "a, c: trainable, but it gets no gradient\n  cause: Why.\n  fix:   Fix.\n"
+        "b: trainable, but it gets no gradient\n  cause: Other.\n  fix:   Fix."
     )
 
 

@@ -129,7 +129,7 @@ def test_an_optimizer_that_saves_in_its_own_way(tmp_path: Path, nested: bool) ->
 
         def make(params: Any) -> torch.optim.Optimizer:
             base = sgd(params)
-            base.register_step_pre_hook(lambda *_: stepped.append([group["lr"] for group in base.param_groups]))
+            base.register_step_post_hook(lambda *_: stepped.append([group["lr"] for group in base.param_groups]))
             return unhooked(base, nested)
 
         net = WarmUp(make, lambda o: StepLR(o, 9))

@@ -148,7 +148,7 @@ class LivingTensors(Probe):
 def test_no_tensor_keeps_a_graph_and_none_is_hoarded(make: Callable[[], LightningModule]) -> None:
     probe = LivingTensors()
     run = trainer(callbacks=[GradientAudit(), probe], max_epochs=3, limit_val_batches=0)
-    run.fit(make(), loader())
+    run.fit(make(), loader(12))
     assert {graphs for _, graphs in probe.counts} == {0}
     assert len({tensors for tensors, _ in probe.counts[2:]}) == 1
 

@@ -1,3 +1,5 @@
+"""The hash of a tensor's values, by which frozen is compared."""
+
 from __future__ import annotations
 
 import pytest
@@ -6,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_freeze.audit.digests import Witness, differing
 from lightning_freeze.tensors import digest, has_values
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.int64, torch.uint8]
@@ -56,52 +57,8 @@ def test_images_in_channels_last_and_sparse_tensors() -> None:
     assert digest(torch.eye(3).to_sparse_csr()) == digest(torch.eye(3).to_sparse_csr())
 
 
-def test_it_sees_a_write_to_data_which_raises_no_version() -> None:
-    net, witness = nn.Linear(3, 3), Witness()
-    witness.look(dict(net.named_parameters()))
-    version = net.weight._version
-    net.weight.data[0, 0] += 1
-    assert net.weight._version == version
-    assert witness.look(dict(net.named_parameters())) == ["weight"]
-    assert witness.look(dict(net.named_parameters())) == []
-
-
-def test_what_the_last_look_left_out_is_new() -> None:
-    net, witness = nn.Linear(3, 3), Witness()
-    witness.look(dict(net.named_parameters()))
-    witness.look({"bias": net.bias})
-    net.weight.data.zero_()
-    assert witness.look(dict(net.named_parameters())) == []
-
-
-def test_another_parameter_is_new_and_another_buffer_has_moved() -> None:
-    net, witness = nn.BatchNorm1d(2), Witness()
-    witness.look({"weight": net.weight, "running_mean": net.running_mean})
-    net.weight = nn.Parameter(torch.zeros(2))
-    net.running_mean = torch.full((2,), 7.0)
-    assert witness.look({"weight": net.weight, "running_mean": net.running_mean}) == ["running_mean"]
-
-
-def test_forgetting() -> None:
-    net, witness = nn.Linear(3, 3), Witness()
-    for forget, expected in ((lambda: witness.keep({"bias"}), ["bias"]), (witness.forget, [])):
-        witness.look(dict(net.named_parameters()))
-        forget()
-        with torch.no_grad():
-            for parameter in net.parameters():
-                parameter.add_(1)
-        assert witness.look(dict(net.named_parameters())) == expected
-
-
 def test_what_has_no_values() -> None:
     assert not has_values(torch.empty(2, device="meta"))
     assert not has_values(torch.empty(0))
     assert not has_values(nn.parameter.UninitializedParameter())
     assert has_values(torch.ones(()))
-
-
-def test_differing() -> None:
-    same = {"a": b"1", "b": b"2"}
-    assert differing([same, dict(same), dict(same)]) == []
-    assert differing([same, dict(same), {"a": b"1", "b": b"3"}]) == ["b"]
-    assert differing([same, {"a": b"1"}]) == ["b"]
