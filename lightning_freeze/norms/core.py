@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from lightning_freeze.tensors import divide_all, norms_of_all
-from lightning_freeze.tensors import stored_values as stored_values  # the audit still looks for it here
+from lightning_freeze.tensors import divide_all, norms_of_all, stored_values
 
 #: What has a norm of its own beside everything together.
 Per: TypeAlias = Literal["total", "module", "parameter"]
