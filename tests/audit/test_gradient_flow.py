@@ -15,7 +15,7 @@ from lightning_freeze.audit.gradient_flow import (
     watch_next_call,
     watching,
 )
-from lightning_freeze.feature_cache.interceptor import StandIn
+from lightning_freeze.feature_cache.interceptor import Interceptor
 from tests.nets import Stops
 
 
@@ -176,11 +176,11 @@ def test_a_method_of_the_instance_is_put_back_too() -> None:
 def test_what_python_does_not_see() -> None:
     net = Net()
     assert can_be_watched(net)
-    stand_in = StandIn(net.b, lambda run, args, kwargs: run(*args, **kwargs))
+    stand_in = Interceptor(net.b, lambda run, args, kwargs: run(*args, **kwargs))
     assert can_be_watched(net)
     stand_in.remove()
     net.b.compile(backend="eager")
-    StandIn(net.b, lambda run, args, kwargs: run(*args, **kwargs))
+    Interceptor(net.b, lambda run, args, kwargs: run(*args, **kwargs))
     assert not can_be_watched(net)
     net = Net()
     net.a = torch.compile(net.a, backend="eager")  # type: ignore[assignment]
