@@ -193,6 +193,9 @@ class _Table:
 
 
 def _pick(block: Tensor, slots: list[int], device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        # Not index_select, whose threads wait for each other longer than the copy takes.
+        return torch.from_numpy(block.numpy().take(slots, axis=0))
     if block.device == device:
         return block.index_select(0, _index(slots, device))
     picked = torch.empty(len(slots), block.shape[1], dtype=torch.uint8, pin_memory=block.is_pinned())
