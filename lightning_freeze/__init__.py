@@ -5,7 +5,7 @@ from importlib.metadata import version
 from lightning_freeze.audit.callback import GradientAudit
 from lightning_freeze.audit.findings import AuditError, Finding, Report
 from lightning_freeze.feature_cache.callback import FeatureCache
-from lightning_freeze.feature_cache.chain import FeatureStats
+from lightning_freeze.feature_cache.stats import FeatureStats
 from lightning_freeze.freezing.batchnorm import freeze_batchnorm, unfreeze_batchnorm
 from lightning_freeze.freezing.callback import FreezeBatchNorm
 from lightning_freeze.freezing.parameter_groups import parameter_groups

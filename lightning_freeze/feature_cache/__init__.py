@@ -1,1 +1,1 @@
-"""A cache of what frozen modules give."""
+"""A cache of the outputs of frozen modules: everything an output depends on is in its key."""

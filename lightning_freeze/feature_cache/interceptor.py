@@ -1,44 +1,85 @@
-"""Answers the calls of a module, and gets out of the way of whatever reads, copies, exports or compiles it."""
+"""Answers the calls of a module, and stays out of the way of whatever reads, copies, exports or compiles it.
+
+The one file of this wing with private names of torch, which has no public way to answer a module's calls in the place of
+its forward, to see versions of tensors, or to ask who is tracing.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from types import FunctionType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import fx, nn
 from torch.nn.modules import module as nn_module
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+__all__ = ["TreeSpec", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten"]
 
 Run: TypeAlias = Callable[..., Any]
+T = TypeVar("T", bound=torch.Tensor)
 
 _PLACES = ("_compiled_call_impl", "_call_impl")
 
+version_of = attrgetter("_version")  # counts writes; tensors made in inference mode have none
+OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+BatchNormBase, InstanceNormBase = nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm
 
-class StandIn:
+
+def parts_of(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Return the dictionaries of a module's parameters, buffers and children, which are read at every call."""
+    return module._parameters, module._buffers, module._modules
+
+
+def forward_hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Return the dictionaries of a module's hooks around ``forward``."""
+    return module._forward_hooks, module._forward_pre_hooks
+
+
+def empty_of(kind: type[T]) -> T:
+    """Return an empty tensor of a class of one's own."""
+    made: T = kind._make_subclass(kind, torch.empty(0, device="meta"))
+    return made
+
+
+def is_observed() -> bool:
+    """Whether somebody traces, exports, counts or transforms what runs: then everything has to run."""
+    return bool(
+        torch._C._get_tracing_state() is not None
+        or torch.compiler.is_exporting()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+    )
+
+
+class Interceptor:
     """Takes the calls of a module until it is removed: ``module(x)``, not ``module.forward(x)``.
 
-    It stands where ``module.compile()`` puts a compiled call. PyTorch leaves that out of copies and pickles, and what
+    It is where ``module.compile()`` puts a compiled call. PyTorch leaves that out of copies and pickles, and what
     exports or compiles the module reads its ``forward``, which is as it was. Hooks run as without it.
 
     Args:
         module: Any module.
-        call: Is given what would have run, ``args`` and ``kwargs``. What would have run is the module's ``forward`` as
+        call: Takes what would have run, ``args`` and ``kwargs``. What would have run is the module's ``forward`` as
             it is then, or its compiled call.
         compiled_around: Whether the module runs in something that is compiled; see :func:`is_compiled_around`. A
-            compiler passes over the usual place, so it stands in another one. Deep copies and pickles then have an
+            compiler passes over the usual place, so another one is taken. Deep copies and pickles then have an
             attribute that has no effect; a shallow copy is answered like the module.
 
     Raises:
-        ValueError: If something stands in for the module already.
+        ValueError: If the module's calls are intercepted already.
 
     Example:
         >>> net = nn.Linear(2, 1)
-        >>> stand_in = StandIn(net, lambda run, args, kwargs: "an answer")
+        >>> interceptor = Interceptor(net, lambda run, args, kwargs: "an answer")
         >>> net(torch.zeros(1, 2)), "forward" in vars(net)
         ('an answer', False)
-        >>> stand_in.remove()
+        >>> interceptor.remove()
     """
 
     def __init__(
@@ -48,15 +89,14 @@ class StandIn:
         *,
         compiled_around: bool = False,
     ) -> None:
-        if has_stand_in(module):
-            raise ValueError(f"Something stands in for this {type(module).__name__} already.")
+        if is_intercepted(module):
+            raise ValueError(f"The calls of this {type(module).__name__} are intercepted already.")
         self.module, self._call = module, call
         self._compiled: Run | None = module._compiled_call_impl
         # Of an fx.GraphModule a compiler reads no place but its class.
         elsewhere = compiled_around and self._compiled is None and not isinstance(module, fx.GraphModule)
         self._attribute = _PLACES[elsewhere]
         self._before = {key: value for key, value in vars(module).items() if key == self._attribute}
-        # Not for a compiler to trace.
         self._untraced = torch.compiler.disable(self._answer)  # type: ignore[no-untyped-call]
         vars(module)[self._attribute] = self
 
@@ -82,7 +122,7 @@ class StandIn:
     def _answer(self, *args: Any, **kwargs: Any) -> Any:
         if self._compiled is not None or not _is_more_than_forward(self.module):
             return self._call(self.plain, args, kwargs)
-        # The answer takes the place of forward, until that is called.
+        # The answer takes the place of forward until that is called, so that hooks run around it.
         attributes = vars(self.module)
         before = {key: value for key, value in attributes.items() if key == "forward"}
 
@@ -106,7 +146,7 @@ class StandIn:
         # torch.jit.script fails on whatever is in this place, unless it is a function, which it passes over.
         asking = sys._getframe(1).f_back  # of inspect.isfunction
         is_script = asking is not None and asking.f_globals.get("__name__") == "torch.jit._recursive"
-        return FunctionType if is_script else StandIn
+        return FunctionType if is_script else Interceptor
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self._attribute == "_call_impl":
@@ -114,15 +154,15 @@ class StandIn:
         return type(None), ()
 
 
-def has_stand_in(module: nn.Module) -> bool:
-    """Whether something stands in for a module."""
-    return any(isinstance(vars(module).get(place), StandIn) for place in _PLACES)
+def is_intercepted(module: nn.Module) -> bool:
+    """Whether a module's calls are intercepted."""
+    return any(isinstance(vars(module).get(place), Interceptor) for place in _PLACES)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` has put a compiled call before a module, also where something stands before that."""
+    """Whether ``module.compile()`` has put a compiled call before a module, also where that is intercepted."""
     call = getattr(module, "_compiled_call_impl", None)
-    return call._compiled is not None if isinstance(call, StandIn) else call is not None
+    return call._compiled is not None if isinstance(call, Interceptor) else call is not None
 
 
 def is_compiled_around(model: nn.Module, modules: Iterable[nn.Module]) -> bool:

@@ -1,10 +1,10 @@
-"""Whether modules are frozen and give each sample the same output every time, and whether they are still the same."""
+"""What a frozen module's outputs depend on beside its arguments: why they may not be reused, and a key of the rest."""
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any
 
@@ -13,26 +13,27 @@ import xxhash
 from torch import Tensor, fx, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils._pytree import tree_leaves
 
-from lightning_freeze.feature_cache.features import byte_digest, byte_rows
-from lightning_freeze.feature_cache.interceptor import is_compiled
+from lightning_freeze.feature_cache.hashing import Hash
+from lightning_freeze.feature_cache.interceptor import (
+    BatchNormBase,
+    InstanceNormBase,
+    forward_hooks_of,
+    is_compiled,
+    parts_of,
+    version_of,
+)
+from lightning_freeze.feature_cache.keys import is_half, why_no_key
 
-_version = attrgetter("_version")
-_requires_grad = attrgetter("requires_grad")
-_training = attrgetter("training")
-_code = attrgetter("code")
+_training, _code, _trains = attrgetter("training"), attrgetter("code"), attrgetter("requires_grad")
 
 # Where classes that are random in train mode keep the probability, by the names torch, torchvision and timm use.
 _PROBABILITIES = ("p", "drop_prob", "dropout")
-_LARGE = 1 << 20  # bytes: less is read faster than another thread is asked to
-# What every module keeps itself.
-_OWN = frozenset(vars(nn.Module()))
 _RANDOM_NAMES = ("Dropout", "DropPath", "StochasticDepth", "DropBlock")
 
 
 def why_not_reusable(name: str, module: nn.Module) -> str | None:
-    """Say why a module's outputs must not be reused, or None if nothing that can be seen speaks against it.
+    """Return why a module's outputs must not be reused, or None if nothing that can be seen speaks against it.
 
     Args:
         name: How the module is called in the sentence.
@@ -49,190 +50,176 @@ def why_not_reusable(name: str, module: nn.Module) -> str | None:
         if parameter.requires_grad:
             return f"{below} trains"
     for below, layer in module.named_modules(prefix=name):
-        if isinstance(layer, torch.jit.ScriptModule):
-            return f"{below} is TorchScript, whose code cannot be looked into"
-        if isinstance(layer, FSDPModule):
-            return f"{below} is sharded over ranks (FSDP2)"
-        if (layer is not module or is_compiled(layer)) and (layer._forward_hooks or layer._forward_pre_hooks):
-            return f"{below} has forward hooks, which would not be called"
-        if reason := _why_mode_matters(below, layer):
+        if reason := _why_not_layer(below, layer, is_inner=layer is not module):
             return reason
-    if any(tensor.is_inference() or tensor.is_meta for tensor in _tensors(module)):
-        return f"{name} has tensors whose changes cannot be seen (made in inference mode, or without data)"
+    for below, tensor in chain(module.named_parameters(name), module.named_buffers(name)):
+        if tensor.is_inference():
+            return f"{below} was made in inference mode, where changes cannot be seen"
+        if reason := why_no_key(tensor):
+            return f"{below} is {reason}"
     return None
 
 
-def _why_mode_matters(name: str, layer: nn.Module) -> str | None:
-    if isinstance(layer, nn.modules.batchnorm._NormBase):
-        per_sample = isinstance(layer, nn.modules.instancenorm._InstanceNorm)
-        if layer.running_mean is None and not per_sample:
-            return f"{name} ({type(layer).__name__}) has no running statistics: its output depends on the batch"
-        if layer.running_mean is not None and layer.training:
-            return f"{name} ({type(layer).__name__}) is in train mode: its running statistics move"
-    if not layer.training:
-        return None
+def _why_not_layer(name: str, layer: nn.Module, *, is_inner: bool) -> str | None:
+    if isinstance(layer, torch.jit.ScriptModule):
+        return f"{name} is TorchScript, whose code cannot be looked into"
+    if isinstance(layer, FSDPModule):
+        return f"{name} is sharded over ranks (FSDP2)"
+    if any(isinstance(value, torch.ScriptObject) for value in vars(layer).values()):
+        return f"{name} ({type(layer).__name__}) keeps weights that cannot be looked into"
+    if (is_inner or is_compiled(layer)) and any(forward_hooks_of(layer)):
+        return f"{name} has forward hooks, which would not be called"
     kind = type(layer).__name__
-    if isinstance(layer, nn.RReLU):
+    if isinstance(layer, BatchNormBase):
+        if layer.running_mean is None and not isinstance(layer, InstanceNormBase):
+            return f"{name} ({kind}) has no running statistics: its output depends on the batch"
+        if layer.running_mean is not None and layer.training:
+            return f"{name} ({kind}) is in train mode: its running statistics move"
+    if layer.training and isinstance(layer, nn.RReLU):
         return f"{name} ({kind}) is in train mode: its output is random"
-    if isinstance(layer, nn.MultiheadAttention | nn.RNNBase) or any(part in kind for part in _RANDOM_NAMES):
-        for attribute in _PROBABILITIES:
-            p = getattr(layer, attribute, None)
-            if isinstance(p, float | int) and p > 0:
-                return f"{name} ({kind}, {attribute}={p:g}) is in train mode: its output is random"
+    is_random = isinstance(layer, nn.MultiheadAttention | nn.RNNBase) or any(part in kind for part in _RANDOM_NAMES)
+    for attribute in _PROBABILITIES if layer.training and is_random else ():
+        p = getattr(layer, attribute, None)
+        if isinstance(p, float | int) and p > 0:
+            return f"{name} ({kind}, {attribute}={p:g}) is in train mode: its output is random"
     return None
 
 
-class Conditions:
-    """Reads cheaply what decides whether outputs may be reused: what trains and runs, train modes, forward hooks.
+class State:
+    """All that a module's outputs depend on beside arguments, read anew only where something has moved.
 
-    What runs are functions, which can be replaced. The modules torch.fx makes are given a new one all the time, mostly
-    the same, so these are told apart by their code.
-
-    Args:
-        modules: The modules.
-    """
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        modules = list(modules)
-        # What TorchScript keeps are no dicts.
-        layers = [layer for layer in _layers(modules) if not isinstance(layer, torch.jit.ScriptModule)]
-        self._dicts: list[dict[str, Any]] = [
-            d for layer in layers for d in (layer._parameters, layer._buffers, layer._modules)
-        ]
-        self._empty = [d for d in self._dicts if not d]
-        self._dicts = [d for d in self._dicts if d]
-        self._objects = self._gather()
-        self._hooks = [d for layer in layers for d in (layer._forward_hooks, layer._forward_pre_hooks)]
-        self._layers = layers
-        self._parameters = [list(module.parameters()) for module in modules]
-        self._graphs = [layer for layer in layers if isinstance(layer, fx.GraphModule)]
-        self._outer = _readable(layer for layer in layers if layer in modules)
-        self._inner = _readable(layer for layer in layers if layer not in modules)
-        self._outer_functions, self._inner_functions = map(_functions, (self._outer, self._inner))
-
-    def hold(self) -> bool:
-        """Whether every parameter, buffer and module is the object it was, and so are the modules' functions."""
-        objects = self._gather()
-        same = len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
-        return same and not any(self._empty) and _functions(self._outer) == self._outer_functions
-
-    def rewritten(self) -> bool:
-        """Whether the function of a module below is not the object it was."""
-        return _functions(self._inner) != self._inner_functions
-
-    def trains(self) -> tuple[bool, ...]:
-        """Give for each module whether one of its parameters requires grad."""
-        return tuple(any(map(_requires_grad, parameters)) for parameters in self._parameters)
-
-    def modes(self) -> tuple[bool | str, ...]:
-        """Give the train mode of each module, since any code can read it, which have forward hooks, and fx code."""
-        return (*map(_training, self._layers), *map(bool, self._hooks), *map(_code, self._graphs))
-
-    def program(self) -> str:
-        """Give text that is the same only if the code of modules that torch.fx made is; empty without such modules."""
-        codes = [*map(_code, self._graphs)]
-        return xxhash.xxh3_128_hexdigest(repr(codes).encode()) if codes else ""
-
-    def _gather(self) -> tuple[Any, ...]:
-        return tuple(chain.from_iterable(map(dict.values, self._dicts)))
-
-
-class Weights:
-    """Sees cheaply whether parameters and buffers still have the content they had.
-
-    Content is compared where PyTorch's version counter or the address moved: DDP writes buffers anew in every step,
-    mostly the same. A write through ``tensor.data`` moves neither and is seen by :meth:`content_changed` alone.
+    The content of a tensor is read where PyTorch's version counter or the address moved. A write through
+    ``tensor.data`` moves neither and is seen after :meth:`recheck`.
 
     Args:
-        modules: The modules.
+        name: How the module is called in sentences.
+        module: The module.
+        hashing: Hashes its tensors.
+
+    Attributes:
+        why: Why outputs may not be reused, None if they may.
+        key: Of everything, the same in every run, if they may.
+        has_half: Whether one of its tensors has less than 32 bits a number.
 
     Example:
-        >>> net = nn.Linear(2, 2)
-        >>> weights = Weights([net])
-        >>> net.load_state_dict(net.state_dict()), weights.changed()
-        (<All keys matched successfully>, False)
+        >>> net = nn.Linear(2, 2).requires_grad_(False)
+        >>> state = State("net", net, Hash())
+        >>> key = state.read().key
+        >>> net.load_state_dict(net.state_dict()), state.read().key == key
+        (<All keys matched successfully>, True)
         >>> _ = nn.init.zeros_(net.bias)
-        >>> weights.changed()
-        True
+        >>> state.read().key == key, state.why
+        (False, None)
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._layers = _layers(modules)
-        self._tensors = list(dict.fromkeys(chain.from_iterable(map(_tensors, self._layers))))
-        self.take()
+    def __init__(self, name: str, module: nn.Module, hashing: Hash) -> None:
+        self.why: str | None = ""
+        self.key, self.has_half = b"", False
+        self._name, self._module, self._hash = name, module, hashing
+        self._parts: _Parts | None = None
+        self._must_recheck = False
+        self._digests: dict[int, tuple[Any, bytes]] = {}
+        self._programs: list[tuple[list[Any], bytes]] = []
 
-    def take(self) -> None:
-        """Take the content that there is now for what it was."""
-        self._marks = self._read_marks()
-        self._contents = _contents(self._tensors)
+    def recheck(self, written: Iterable[Tensor] | None = None) -> None:
+        """Read all tensors at the next call if one of those ``written`` is among them, or if none is named."""
+        ids = set(map(id, self._parts.tensors)) if self._parts is not None else ()
+        self._must_recheck = self._must_recheck or written is None or any(id(tensor) in ids for tensor in written)
 
-    def changed(self) -> bool:
-        """Whether a tensor has been written to and has other content now."""
-        before, self._marks = self._marks, self._read_marks()
-        if before == self._marks:
-            return False
-        pairs = zip(zip(*before, strict=True), zip(*self._marks, strict=True), strict=True)
-        moved = [i for i, (old, new) in enumerate(pairs) if old != new]
-        return any(_content(self._tensors[i]) != self._contents[i] for i in moved)
+    def read(self) -> State:
+        """Bring the attributes up to date."""
+        if self._parts is None or not self._parts.hold():
+            self._parts = _Parts(self._module)
+            self._digests.clear()  # another tensor may have the id and the address of one that is gone
+        changed, written = self._parts.moved()
+        if (written or self._must_recheck) and not changed and self.why is None:
+            changed = not self._is_as_read(self._parts)
+        elif self._must_recheck:
+            self._digests.clear()
+        self._must_recheck = False
+        if changed:
+            self.why = why_not_reusable(self._name, self._module)
+            self.has_half = any(map(is_half, self._parts.tensors))
+            self.key = b"" if self.why is not None else self._fingerprint(self._parts)
+        return self
 
-    def content_changed(self) -> bool:
-        """Whether a tensor has other content, however it was written. Reads all of it."""
-        return _contents(self._tensors) != self._contents
+    def _is_as_read(self, parts: _Parts) -> bool:
+        """Whether tensors hold what they did, though they have been written to: DDP writes buffers in every step."""
+        before = [self._digests[id(tensor)][1] for tensor in parts.tensors]
+        if self._must_recheck:
+            self._digests.clear()
+        return before == self._contents(parts)
 
-    def fingerprint(self) -> bytes:
-        """Give 16 bytes for all that the tensors hold, the same in every run."""
-        return xxhash.xxh3_128_digest(repr(self._contents).encode())
+    def _contents(self, parts: _Parts) -> list[bytes]:
+        """Return a hash of each tensor, computed anew where something was written to it."""
+        marks = {id(t): (version_of(t), t.data_ptr(), t.shape, t.stride(), t.device) for t in parts.tensors}
+        moved = [t for t in parts.tensors if self._digests.get(id(t), (None,))[0] != marks[id(t)]]
+        for tensor, digest in zip(moved, self._hash.tensors(moved), strict=True):
+            self._digests[id(tensor)] = marks[id(tensor)], f"{tensor.stride()}{tensor.device}".encode() + digest
+        return [self._digests[id(tensor)][1] for tensor in parts.tensors]
 
-    def aside(self) -> dict[str, list[Tensor]]:
-        """Give the tensors that layers keep in attributes which are neither parameters nor buffers."""
-        return {
-            f"{type(layer).__name__}.{name}": tensors
-            for layer in self._layers
-            for name, value in vars(layer).items()
-            if name not in _OWN and (tensors := [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)])
-        }
+    def _fingerprint(self, parts: _Parts) -> bytes:
+        contents = b"".join(self._contents(parts))
+        kinds = [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in parts.layers]
+        modes, codes = list(map(_training, parts.layers)), list(map(_code, parts.graphs))
+        text = f"{self._module!r}{kinds}{modes}{codes}".encode()
+        return xxhash.xxh3_128_digest(text + self._program(parts.functions()) + contents)
 
-    def _read_marks(self) -> tuple[list[int], list[int]]:
-        return list(map(_version, self._tensors)), list(map(Tensor.data_ptr, self._tensors))
-
-
-def structure_text(modules: Iterable[nn.Module]) -> str:
-    """Give text that tells apart modules of other classes or settings, the same in every run."""
-    modules = list(modules)
-    kinds = [f"{type(layer).__module__}.{type(layer).__qualname__}" for module in modules for layer in module.modules()]
-    return f"{modules!r}{kinds}"
-
-
-def _layers(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    return list(dict.fromkeys(layer for module in modules for layer in module.modules()))
-
-
-def _tensors(module: nn.Module) -> Iterable[Tensor]:
-    return chain(module.parameters(), module.buffers())
-
-
-def _contents(tensors: Iterable[Tensor]) -> list[tuple[Any, ...]]:
-    """Give the content of each tensor. Large ones are read by several threads: hashing lets others run."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        # Those on a device are copied to be read: one at a time.
-        found = [pool.submit(_content, t) if t.is_cpu and t.nbytes >= _LARGE else _content(t) for t in tensors]
-    return [content.result() if isinstance(content, Future) else content for content in found]
-
-
-def _content(tensor: Tensor) -> tuple[Any, ...]:
-    """Give form and hash of a tensor; those of equal ones have equal text, in every run."""
-    digest = byte_digest(byte_rows(tensor.detach().unsqueeze(0)))
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, digest
+    def _program(self, functions: list[Any]) -> bytes:
+        """Return nothing for the functions that the layers had at first, and random bytes for each other set."""
+        for known, key in self._programs:
+            if len(known) == len(functions) and all(map(is_, known, functions)):
+                return key
+        self._programs.append((functions, secrets.token_bytes(16) if self._programs else b""))
+        return self._programs[-1][1]
 
 
-def _functions(modules: Iterable[nn.Module]) -> list[tuple[Any, Any]]:
-    """Give what a call of each module runs: the forward of its own, and that of its class if it is no fx graph's."""
-    return [
-        (vars(module).get("forward"), None if isinstance(module, fx.GraphModule) else type(module).forward)
-        for module in modules
-    ]
+class _Parts:
+    """The layers and tensors of a module, and cheap marks of what can move about them."""
 
+    def __init__(self, module: nn.Module) -> None:
+        self.layers = list(module.modules())
+        # What TorchScript keeps are no dictionaries.
+        plain = [layer for layer in self.layers if not isinstance(layer, torch.jit.ScriptModule)]
+        self.graphs = [layer for layer in plain if isinstance(layer, fx.GraphModule)]
+        self.tensors: list[Tensor] = [*dict.fromkeys(chain(module.parameters(), module.buffers()))]
+        self._counted = [t for t in self.tensors if not t.is_inference() and why_no_key(t) is None]
+        self._dicts = [part for layer in plain for part in parts_of(layer)]
+        self._hooks = [hooks for layer in plain for hooks in forward_hooks_of(layer)]
+        self._own = list(map(vars, plain))
+        # Not of torch.fx's modules, nor what a descriptor makes anew whenever it is read.
+        classes = dict.fromkeys(type(layer) for layer in plain if not isinstance(layer, fx.GraphModule))
+        self._classes = [c for c in classes if getattr(c, "forward", None) is getattr(c, "forward", None)]
+        self._objects = self._gather()
+        self._marks: Any = (None, None)
 
-def _readable(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Give those that give the same functions whenever they are read, which a descriptor need not do."""
-    return [module for module in modules if _functions([module]) == _functions([module])]
+    def hold(self) -> bool:
+        """Whether every layer, parameter and buffer is the object it was."""
+        objects = self._gather()
+        return len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
+
+    def functions(self) -> list[Any]:
+        """Return what calls of the layers run: the ``forward`` of their own, and those of their classes."""
+        return [
+            *map(dict.get, self._own, repeat("forward")),
+            *map(getattr, self._classes, repeat("forward"), repeat(None)),
+        ]
+
+    def moved(self) -> tuple[bool, bool]:
+        """Return whether something is other than at the last time, and whether tensors were written to.
+
+        Writes through ``tensor.data`` cannot be seen here.
+        """
+        form = (
+            list(map(_training, self.layers)),
+            list(map(bool, self._hooks)),
+            list(map(_code, self.graphs)),
+            self.functions(),
+            list(map(_trains, self.tensors)),
+        )
+        writes = list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted))
+        before, self._marks = self._marks, (form, writes)
+        return bool(before[0] != form), bool(before[1] != writes)
+
+    def _gather(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._dicts)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_freeze.feature_cache.interceptor import Run, StandIn, has_stand_in, is_compiled, is_compiled_around
+from lightning_freeze.feature_cache.interceptor import Interceptor, Run, is_compiled, is_compiled_around, is_intercepted
 
 
 def doubled(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -25,7 +25,7 @@ def test_what_runs_is_the_function_of_that_moment(place: str) -> None:
             return x + 1
 
     module: Any = fx.symbolic_trace(Module()) if place == "graph" else Module()
-    stand_in = StandIn(module, doubled)
+    interceptor = Interceptor(module, doubled)
     assert torch.equal(module(X), (X + 1) * 2)
     if place == "graph":
         first, add, *_ = module.graph.nodes
@@ -36,7 +36,7 @@ def test_what_runs_is_the_function_of_that_moment(place: str) -> None:
     else:
         module.forward = lambda x: x + 2
     assert torch.equal(module(X), (X + 2) * 2)
-    stand_in.remove()
+    interceptor.remove()
     assert torch.equal(module(X), X + 2)
     assert ("forward" in vars(module)) == (place == "module")
 
@@ -63,14 +63,14 @@ def test_hooks_run_around_the_answer(own: bool, error: str | None) -> None:
     module.register_forward_pre_hook(before)
     module.register_forward_hook(lambda _, __, output: output + 3)
     attributes = dict(vars(module))
-    stand_in = StandIn(module, answer)
+    interceptor = Interceptor(module, answer)
     if error is None:
         assert torch.equal(module(X), nn.functional.linear(X + 1, module.weight, module.bias) * 2 + 3)
         assert seen == [X]
     else:
         with pytest.raises(RuntimeError, match="lost"):
             module(X)
-    stand_in.remove()
+    interceptor.remove()
     assert vars(module) == attributes
 
 
@@ -79,27 +79,27 @@ def test_what_was_there_is_put_back_unless_somebody_else_has(attribute: Any) -> 
     module: Any = nn.Linear(4, 4)
     module._compiled_call_impl = attribute and module._call_impl
     before = dict(vars(module))
-    stand_in = StandIn(module, doubled)
-    assert has_stand_in(module)
+    interceptor = Interceptor(module, doubled)
+    assert is_intercepted(module)
     assert is_compiled(module) == (attribute is not None)
     assert torch.equal(module(X), module.forward(X) * 2)
-    stand_in.remove()
+    interceptor.remove()
     assert vars(module) == before
-    assert not has_stand_in(module)
-    stand_in = StandIn(module, doubled)
+    assert not is_intercepted(module)
+    interceptor = Interceptor(module, doubled)
     module.compile(backend="eager")
     compiled = module._compiled_call_impl
-    stand_in.remove()
+    interceptor.remove()
     assert module._compiled_call_impl is compiled
 
 
 @pytest.mark.parametrize("compiled_around", [False, True])
 def test_two_for_one_module_are_refused(compiled_around: bool) -> None:
     module = nn.Linear(4, 4)
-    stand_in = StandIn(module, doubled, compiled_around=compiled_around)
-    with pytest.raises(ValueError, match="Linear already"):
-        StandIn(module, doubled)
-    stand_in.remove()
+    interceptor = Interceptor(module, doubled, compiled_around=compiled_around)
+    with pytest.raises(ValueError, match="intercepted already"):
+        Interceptor(module, doubled)
+    interceptor.remove()
     assert torch.equal(module(X), module.forward(X))
 
 
@@ -121,9 +121,9 @@ class Everything(nn.Module):
 @pytest.mark.parametrize("make", [nn.Linear, Everything])
 def test_copies_run_by_themselves(make: Any, compiled_around: bool) -> None:
     module = nn.Linear(4, 4) if make is nn.Linear else Everything()
-    StandIn(module, doubled, compiled_around=compiled_around)
+    Interceptor(module, doubled, compiled_around=compiled_around)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.deepcopy(copy.deepcopy(module))):
-        assert not has_stand_in(twin)
+        assert not is_intercepted(twin)
         assert "forward" not in vars(twin)
         assert torch.equal(twin(X), module.forward(X))
         nn.init.zeros_(next(iter(twin.parameters())))

@@ -10,7 +10,8 @@ import torchvision
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, fx, nn
 
-from lightning_freeze.feature_cache.state import Conditions, Weights, structure_text, why_not_reusable
+from lightning_freeze.feature_cache.hashing import DeviceHash, Hash
+from lightning_freeze.feature_cache.state import State, why_not_reusable
 
 
 def frozen(net: nn.Module, training: bool = False) -> nn.Module:
@@ -45,31 +46,60 @@ def test_dropout_of_nothing_may_be_in_train_mode() -> None:
     assert why_not_reusable("net", nn.Sequential(nn.Dropout(0.0)).train()) is None
 
 
-def test_conditions_see_what_counts() -> None:
+def state_of(net: nn.Module) -> State:
+    return State("net", net, Hash()).read()
+
+
+def test_what_counts_is_in_the_key() -> None:
     net = frozen(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Dropout()))
-    conditions = Conditions([net])
-    modes = conditions.modes()
+    state = state_of(net)
+    keys = [state.key]
     net[0].training = True  # it does not read it, but whoever calls it can
-    assert conditions.modes() != modes
-    assert conditions.trains() == (False,)
+    keys.append(state.read().key)
     net[1].weight.requires_grad_(True)
-    assert conditions.trains() == (True,)
-    assert conditions.hold()
-    net[1].bias = nn.Parameter(net[1].bias.detach().clone())
-    assert not conditions.hold()
+    assert state.read().why == "net.1.weight trains"
+    net[1].weight.requires_grad_(False)
+    net[1].bias = nn.Parameter(net[1].bias.detach() + 1, requires_grad=False)
+    keys.append(state.read().key)
+    net[1].running_mean += 1
+    keys.append(state.read().key)
+    net[0].weight.data.mul_(2)
+    state.recheck()
+    keys.append(state.read().key)
+    net.append(nn.ReLU())
+    keys.append(state.read().key)
+    assert len(set(keys)) == 6
+
+
+def test_where_weights_lie_is_in_the_key_and_what_is_written_back_is_no_change() -> None:
+    net = frozen(nn.Conv2d(3, 4, 2))
+    state = state_of(net)
+    key = state.key
+    net.load_state_dict(net.state_dict())
+    assert state.read().key == key
+    net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    assert state.read().key != key
+    net.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    assert state.read().key == key
+    net.double()
+    assert state.read().key != key
 
 
 @pytest.mark.parametrize("where", ["class", "module", "below"])
-def test_conditions_see_another_function(where: str) -> None:
+def test_another_function_is_another_key_and_the_first_one_is_known_again(where: str) -> None:
     class Module(nn.Sequential):
         pass
 
-    net: Any = Module(nn.Linear(2, 2))
-    conditions = Conditions([net])
+    net: Any = frozen(Module(nn.Linear(2, 2)))
+    state = state_of(net)
+    keys = [state.key]
     target = {"class": Module, "module": net, "below": net[0]}[where]
-    target.forward = lambda *args: args[-1]
-    assert conditions.hold() == (where == "below")
-    assert conditions.rewritten() == (where == "below")
+    for factor in (1, 2):
+        target.forward = lambda *args, factor=factor: args[-1] * factor
+        keys.append(state.read().key)
+    del target.forward
+    assert state.read().key == keys[0]
+    assert len(set(keys)) == 3
 
 
 def test_a_forward_that_is_made_anew_whenever_it_is_read_is_no_change() -> None:
@@ -79,25 +109,20 @@ def test_a_forward_that_is_made_anew_whenever_it_is_read_is_no_change() -> None:
 
         forward = functools.partialmethod(run, scale=2)  # type: ignore[assignment]
 
-    conditions = Conditions([Module(), nn.Sequential(Module())])
-    assert conditions.hold()
-    assert not conditions.rewritten()
+    state = state_of(nn.Sequential(Module()))
+    assert state.read().key == state.key
 
 
-def test_conditions_tell_programs_of_fx_apart_by_their_code() -> None:
-    net = fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
-    conditions = Conditions([nn.Sequential(net)])
-    modes, program = conditions.modes(), conditions.program()
+def test_programs_of_fx_are_told_apart_by_their_code() -> None:
+    net = frozen(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
+    state = state_of(nn.Sequential(net))
+    key = state.key
     net.recompile()
-    assert conditions.hold()
-    assert not conditions.rewritten()
-    assert (conditions.modes(), conditions.program()) == (modes, program)
+    assert state.read().key == key
     (*_, relu, output) = net.graph.nodes
     output.args = (relu.args[0],)
     net.recompile()
-    assert conditions.modes() != modes
-    assert conditions.program() != program
-    assert Conditions([nn.Linear(2, 2)]).program() == ""
+    assert state.read().key != key
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -105,8 +130,30 @@ def test_torchscript_cannot_be_looked_into() -> None:
     net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), nn.ReLU())
     for parameter in net.parameters():
         parameter.requires_grad_(False)
-    assert why_not_reusable("net", net) == "net.0 is TorchScript, whose code cannot be looked into"
-    assert Conditions([net]).hold()
+    assert state_of(net).why == "net.0 is TorchScript, whose code cannot be looked into"
+
+
+class Marked(Tensor):
+    """Is more than its bytes, as what torchao makes of weights is."""
+
+
+def test_weights_that_are_more_than_their_bytes_are_left_alone() -> None:
+    net = frozen(nn.Sequential(nn.Linear(2, 2)))
+    net[0].weight = nn.Parameter(torch.ones(2, 2).as_subclass(Marked), requires_grad=False)
+    assert state_of(net).why == "net.0.weight is a Marked, which is more than its bytes"
+    net[0].weight = nn.Parameter(torch.eye(2).to_sparse(), requires_grad=False)
+    assert "sparse" in str(state_of(net).why)
+    with torch.inference_mode():
+        made = nn.Linear(2, 2)
+    assert "inference mode" in str(state_of(frozen(made)).why)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_weights_that_an_observer_has_packed_are_left_alone() -> None:
+    if not torch.backends.quantized.supported_engines:
+        pytest.skip("this build of torch quantizes nothing")
+    net = torch.ao.nn.quantized.Linear(2, 2)
+    assert "cannot be looked into" in str(state_of(nn.Sequential(net)).why)
 
 
 def test_hooks_that_are_compiled_with_a_module_matter() -> None:
@@ -117,17 +164,22 @@ def test_hooks_that_are_compiled_with_a_module_matter() -> None:
     assert why_not_reusable("net", net) == "net has forward hooks, which would not be called"
 
 
-def test_fingerprints_are_those_of_the_content() -> None:
+@pytest.mark.parametrize("hashing", [Hash(), DeviceHash()], ids=lambda one: type(one).__name__)
+def test_keys_are_those_of_the_content(hashing: Hash) -> None:
     torch.manual_seed(0)
-    one, other = nn.Linear(3, 4), nn.Linear(3, 4)
-    assert Weights([one]).fingerprint() != Weights([other]).fingerprint()
+    one, other = frozen(nn.Linear(3, 4)), frozen(nn.Linear(3, 4))
+
+    def keys_differ() -> bool:
+        first, second = (State("net", net, hashing).read() for net in (one, other))
+        return first.key != second.key
+
+    assert keys_differ()
     other.load_state_dict(one.state_dict())
-    assert Weights([one]).fingerprint() == Weights([other]).fingerprint()
-    with torch.no_grad():
-        other.bias[2] = torch.nextafter(other.bias[2], torch.tensor(9.0))
-    assert Weights([one]).fingerprint() != Weights([other]).fingerprint()
+    assert not keys_differ()
+    other.bias[2] = torch.nextafter(other.bias[2], torch.tensor(9.0))  # type: ignore[index,operator]
+    assert keys_differ()
 
 
-def test_structure_tells_settings_apart() -> None:
-    texts = {structure_text([net]) for net in (nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Dropout(0.1), nn.Dropout(0.2))}
-    assert len(texts) == 5
+def test_settings_are_in_the_key() -> None:
+    nets = (nn.GELU(), nn.GELU("tanh"), nn.ReLU(), nn.Dropout(0.1), nn.Dropout(0.2))
+    assert len({state_of(net.eval()).key for net in nets}) == 5

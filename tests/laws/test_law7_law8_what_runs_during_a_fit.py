@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from lightning_freeze import FeatureCache, FreezeSchedule, Phase
-from lightning_freeze.feature_cache.chain import sequential_links
+from lightning_freeze.feature_cache.links import sequential_links
 from tests.laws.test_law8_feature_cache_of_odd_modules import WIDE, Net, Plain, block, check, data
 from tests.nets import trainer
 

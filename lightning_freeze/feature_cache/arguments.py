@@ -1,0 +1,106 @@
+"""The arguments of a FeatureCache: what they may be, and the modules that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_freeze.selectors import clean_name
+from lightning_freeze.words import one_of, suggestion, whole_number
+
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
+def modules_by_name(model: nn.Module, names: str | list[str]) -> dict[str, nn.Module]:
+    """Return modules by name, the outermost one where ``torch.compile`` put one around another.
+
+    Raises:
+        ValueError: If a name is that of no module, of one that is never called, or of the same module as another.
+    """
+    modules: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(clean_name(path), module)
+    wanted = [names] if isinstance(names, str) else names
+    found: dict[str, nn.Module] = {}
+    for name in wanted:
+        if not name or name not in modules:
+            tops = ", ".join(top for top, _ in model.named_children()) or "none"
+            raise ValueError(
+                f'FeatureCache(module="{name}") names no module of {type(model).__name__}.'
+                f"{suggestion(name, [path for path in modules if path])}\nTop-level modules: {tops}."
+            )
+        found |= _called(name, modules[name])
+    if len(set(found.values())) < len(found):
+        raise ValueError(f"FeatureCache(module={wanted!r}): two of these names are the same module. Name each once.")
+    return found
+
+
+def _called(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Return a module, or those in an ``nn.ModuleList``, which is not called itself."""
+    if isinstance(module, nn.ModuleList) and len(module):
+        return {below: m for i, child in enumerate(module) for below, m in _called(f"{name}.{i}", child).items()}
+    # TorchScript's classes raise AttributeError.
+    if getattr(type(module), "forward", None) is nn.Module.forward and "forward" not in vars(module):
+        raise ValueError(
+            f'FeatureCache(module="{name}") names a {type(module).__name__}, which is never called. Name the modules '
+            "in it, in the order in which they run."
+        )
+    return {name: module}
+
+
+def check_module(module: Any) -> str | list[str]:
+    """Return the name of a module, or a list of several."""
+    if isinstance(module, str):
+        return module
+    if not isinstance(module, Sequence) or not all(isinstance(name, str) for name in module):
+        raise TypeError(f'FeatureCache(module={module!r}): it is a dotted name such as "backbone", or a list of them.')
+    if not module:
+        raise ValueError('FeatureCache(module=[]) names nothing. Name a module, such as "backbone".')
+    for name in module:
+        if list(module).count(name) > 1:
+            raise ValueError(f'FeatureCache(module={module!r}): "{name}" is there twice. Name each once.')
+        if outer := [other for other in module if name.startswith(f"{other}.")]:
+            where = f'FeatureCache(module={module!r}): "{name}" is inside "{outer[0]}".'
+            raise ValueError(f"{where} Name modules that run one after the other.")
+    return list(module)
+
+
+def check_max_bytes(max_bytes: Any) -> int | None:
+    """Return a number of bytes."""
+    if isinstance(max_bytes, float) and max_bytes.is_integer():  # 4e9
+        max_bytes = int(max_bytes)
+    return None if max_bytes is None else whole_number("FeatureCache", "max_bytes", max_bytes)
+
+
+def check_storage(storage: Any) -> str | Path:
+    """Return a folder as a path that stays the same wherever the user goes."""
+    if not isinstance(storage, str | Path):
+        raise TypeError(f'FeatureCache(storage={storage!r}): it is "memory" or the path of a folder.')
+    if storage == "":
+        raise ValueError('FeatureCache(storage=""): it is "memory" or the path of a folder, such as "features".')
+    return storage if storage == "memory" else Path(storage).expanduser().absolute()
+
+
+def check_dtype(dtype: Any) -> torch.dtype | None:
+    """Return a dtype, also if it is named."""
+    if not isinstance(dtype, torch.dtype | str | None):
+        raise TypeError(f"FeatureCache(dtype={dtype!r}): it is a dtype, such as torch.float16.")
+    name = str(dtype).removeprefix("torch.")
+    return None if dtype is None else getattr(torch, one_of("FeatureCache", "dtype", name, _DTYPES))
+
+
+def refuse_twice(first: str | list[str], second: str | list[str], twice: list[str]) -> None:
+    """Raise an error if two caches would answer for the same modules.
+
+    Raises:
+        ValueError: If ``twice`` names any.
+    """
+    if twice:
+        raise ValueError(
+            f"FeatureCache(module={first!r}) and FeatureCache(module={second!r}) would both remember what {twice[0]} "
+            "gives. Leave one of them out; one with a list of modules caches as many of them as are frozen."
+        )

@@ -1,0 +1,72 @@
+"""What a module does beside returning an output, which would be missing where the output comes from memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_freeze.feature_cache.hashing import Hash
+from lightning_freeze.feature_cache.interceptor import OWN_ATTRIBUTES, tree_leaves, version_of
+
+
+class SideEffects:
+    """Compares what there was before a run with what there is after it.
+
+    Args:
+        given: All tensors that the module is given.
+        module: To see which tensors it keeps in attributes; None to leave that out.
+        hashing: Hashes tensors that do not count what is written to them.
+
+    Example:
+        >>> x = torch.zeros(2)
+        >>> before = SideEffects([x], None, Hash())
+        >>> before.found(nn.functional.dropout(x))
+        'it draws random numbers'
+    """
+
+    def __init__(self, given: Sequence[Tensor], module: nn.Module | None, hashing: Hash) -> None:
+        self._given, self._module, self._hash = given, module, hashing
+        self._written, self._generators, self._kept = self._read_given(), self._read_generators(), self._read_kept()
+
+    def found(self, output: Any) -> str | None:
+        """Return what has happened, None if nothing has."""
+        if self._written != self._read_given():
+            return "it writes into what it is given"
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
+            return "what it gives requires grad though no parameter in it does: something else trains with it"
+        if self._generators != self._read_generators():
+            return "it draws random numbers"
+        for place, tensors in self._read_kept().items():
+            if list(map(id, tensors)) != list(map(id, self._kept.get(place, []))):
+                name = place[1]
+                return f"it puts what it computes into {name}, too, where others could look for it"
+        return None
+
+    def _read_given(self) -> list[Any]:
+        return marks_of(self._given, self._hash)
+
+    def _read_generators(self) -> tuple[Any, ...]:
+        devices = {leaf.device for leaf in self._given if leaf.device.type == "cuda"}
+        states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
+        legacy: Any = np.random.get_state()
+        return [state.numpy().tobytes() for state in states], random.getstate(), legacy[1].tobytes(), legacy[2:]
+
+    def _read_kept(self) -> dict[tuple[int, str], list[Tensor]]:
+        """Return the tensors in attributes that are neither parameters nor buffers."""
+        return {
+            (i, f"{type(layer).__name__}.{name}"): [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+            for i, layer in enumerate(self._module.modules() if self._module is not None else ())
+            for name, value in vars(layer).items()
+            if name not in OWN_ATTRIBUTES
+        }
+
+
+def marks_of(tensors: Sequence[Tensor], hashing: Hash) -> list[Any]:
+    """Return what is other once a tensor has been written to: its version, or a hash where writes do not count."""
+    uncounted = [tensor for tensor in tensors if tensor.is_inference()]
+    return [*hashing.tensors(uncounted), *(version_of(tensor) for tensor in tensors if not tensor.is_inference())]

@@ -1,0 +1,217 @@
+"""Rows in a folder: SQLite, one file a rank, each row with a checksum; ranks read each other's files."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+
+from lightning_freeze.feature_cache.rows import Entry
+from lightning_freeze.tensors import shared_bytes
+
+_APPLICATION = 0x4C465A46
+_PAGE = 4096
+_SETUP = f"""
+PRAGMA page_size = {_PAGE};
+PRAGMA journal_mode = TRUNCATE;
+PRAGMA synchronous = OFF;
+PRAGMA application_id = {_APPLICATION};
+CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, batch INTEGER, place INTEGER, row BLOB, checksum BLOB);
+"""
+_FIND = "SELECT batch, place, row, checksum FROM rows WHERE key = ?"
+_BAN = "DELETE FROM rows WHERE substr(key, 1, 16) = ? AND batch >> 32 = ?"
+_BESIDE = 150  # bytes that a row takes in the file beside its content, about
+
+
+class FolderRows:
+    """Rows in a folder that one run uses at a time; what other runs have left there is checked before it serves.
+
+    The run keeps a write transaction open, which SQLite grants to one process a file, also after a run was killed.
+
+    Args:
+        path: The folder; it is made if there is none.
+        rank: Of this process.
+
+    Raises:
+        ValueError: If the folder holds something else, or cannot be made or written to.
+        RuntimeError: If another run uses it.
+    """
+
+    remedy = "dtype=torch.float16, or removing features of other weights from the folder"
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        self.path, self.room, self.count = path, 0, 0
+        self.error: str | None = None  # why nothing is written any more
+        self.refused: str | None = None  # why the file of an earlier run was not used
+        self._file = path / f"features-{rank}.sqlite"
+        self._others: dict[Path, sqlite3.Connection] = {}
+        self._banned: set[tuple[bytes, int]] = set()
+        try:
+            self._check_folder()
+            self._own = self._open()
+        except (OSError, sqlite3.OperationalError) as error:
+            if "locked" in str(error):
+                raise RuntimeError(
+                    f'storage="{path}" is in use by another run or FeatureCache. Wait for it, or name another folder.'
+                ) from None
+            why = getattr(error, "strerror", None) or error
+            raise ValueError(
+                f'storage="{path}" cannot be used: {why}. Name a folder that can be made and written to.'
+            ) from error
+        self._size = self._own_size()
+
+    @property
+    def bytes_taken(self) -> int:
+        """The bytes that lie in the folder."""
+        return size_of(self.path)
+
+    def make_room(self, max_bytes: int | None, ranks: int) -> None:
+        """Let the folder grow to so many bytes; by default all ranks may use half of what is free without it."""
+        there = self.bytes_taken
+        with suppress(OSError):  # removed meanwhile
+            half = (shutil.disk_usage(self.path).free + there) // 2
+            self.room = max_bytes - there if max_bytes is not None else (half - there) // max(1, ranks)
+
+    def find(self, family: bytes, samples: Sequence[bytes], size: int, row_bytes: int) -> list[Entry | None]:
+        """Return the entries of samples that were computed in batches of one size."""
+        return [self._entry(_key(family, sample, size), family, size, row_bytes) for sample in samples]
+
+    def read(self, entries: Sequence[Entry], device: torch.device) -> Tensor:
+        """Return rows, uint8 of shape ``(entries, row_bytes)``."""
+        content = bytearray(b"".join(entry.where for entry in entries))
+        return torch.frombuffer(content, dtype=torch.uint8).view(len(entries), -1).to(device)
+
+    def put(self, family: bytes, samples: Sequence[bytes], batch: int, rows: Tensor, new: Sequence[int]) -> int:
+        """Keep the rows at ``new`` of a whole batch; return for how many there is room."""
+        each = rows.shape[1] + _BESIDE
+        kept = new[: max(0, self.room - (self._own_size() - self._size) - 2 * _PAGE) // each]
+        if self.error is not None or not kept:
+            return len(new) if self.error is not None else 0
+        content = shared_bytes(rows.cpu())
+        lines = []
+        for i in kept:
+            row = content[i * rows.shape[1] : (i + 1) * rows.shape[1]].tobytes()
+            key = _key(family, samples[i], len(rows))
+            lines.append((key, batch, i, row, _checksum(key, batch, i, row)))
+        try:
+            self._own.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", lines)
+            self._own.execute("COMMIT")
+            self._own.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:
+            self._fail(error)
+        self.count += len(kept)
+        return len(kept)
+
+    def ban(self, family: bytes, origin: int) -> None:
+        """Forget the rows of one fit; those in files of other ranks are passed over."""
+        self._banned.add((family, origin))
+        with suppress(sqlite3.Error):
+            self._own.execute(_BAN, (family, origin))
+
+    def forget(self, family: bytes) -> None:
+        """Leave the rows of other weights for later runs."""
+
+    def end_epoch(self) -> None:
+        """Look for files of other ranks."""
+        for path in self.path.glob("features-*.sqlite"):
+            if path != self._file and path not in self._others:
+                with suppress(sqlite3.Error):
+                    self._others[path] = _connect(path)
+
+    def close(self) -> None:
+        """Let others use the folder."""
+        for connection in (*self._others.values(), self._own):
+            with suppress(sqlite3.Error):
+                connection.commit()
+            connection.close()
+
+    def _check_folder(self) -> None:
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise ValueError(f'storage="{path}" is a file. Name a folder.')
+        path.mkdir(parents=True, exist_ok=True)
+        if not all(file.name.startswith("features-") and ".sqlite" in file.name for file in path.iterdir()):
+            raise ValueError(f'storage="{path}" holds something that is no feature store. Name a folder of its own.')
+
+    def _open(self) -> sqlite3.Connection:
+        self._file.touch()
+        connection = _connect(self._file)
+        try:
+            connection.execute("PRAGMA journal_mode = TRUNCATE")
+            owner = connection.execute("PRAGMA application_id").fetchone()[0]
+            if self._file.stat().st_size and owner != _APPLICATION:
+                raise ValueError(f"{self._file} is a database of something else. Name a folder of its own.")
+            connection.executescript(_SETUP)
+            connection.execute("BEGIN IMMEDIATE")
+            self.count = connection.execute("SELECT COUNT(*) FROM rows").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            if "full" not in str(error) and "I/O" not in str(error):
+                raise
+            self.error = str(error)
+        except sqlite3.DatabaseError as error:  # not of SQLite, or cut off
+            return self._replace(connection, error)
+        connection.execute("PRAGMA busy_timeout = 5000")
+        return connection
+
+    def _replace(self, connection: sqlite3.Connection, error: sqlite3.Error) -> sqlite3.Connection:
+        """Make a damaged file anew."""
+        connection.close()
+        self.refused = f"{self._file}: {error}"
+        for name in (self._file, Path(f"{self._file}-journal")):
+            name.unlink(missing_ok=True)
+        return self._open()
+
+    def _entry(self, key: bytes, family: bytes, size: int, row_bytes: int) -> Entry | None:
+        for connection in (self._own, *self._others.values()):
+            for batch, place, row, checksum in self._rows(connection, key):
+                right = len(row) == row_bytes and checksum == _checksum(key, batch, place, row)
+                if right and (family, batch >> 32) not in self._banned:
+                    return Entry(batch, place, size, row)
+        return None
+
+    def _rows(self, connection: sqlite3.Connection, key: bytes) -> list[tuple[int, int, bytes, bytes]]:
+        try:
+            return connection.execute(_FIND, (key,)).fetchall()
+        except sqlite3.OperationalError:  # somebody is writing there right now
+            return []
+        except sqlite3.DatabaseError as error:
+            if connection is self._own and self.refused is None:
+                self._own = self._replace(connection, error)
+            return []
+
+    def _fail(self, error: sqlite3.Error) -> None:
+        self.error = str(error)
+        with suppress(sqlite3.Error):
+            self._own.rollback()
+
+    def _own_size(self) -> int:
+        with suppress(sqlite3.Error):
+            return int(self._own.execute("PRAGMA page_count").fetchone()[0]) * _PAGE
+        return 0
+
+
+def size_of(folder: Path) -> int:
+    """Return the bytes that lie in a folder."""
+    size = 0
+    for path in folder.glob("*") if folder.exists() else ():
+        with suppress(OSError):  # removed meanwhile
+            size += path.stat().st_size
+    return size
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(f"{path.as_uri()}?mode=rw", uri=True, timeout=0, isolation_level=None)
+
+
+def _key(family: bytes, sample: bytes, size: int) -> bytes:
+    return family + size.to_bytes(4, "big") + sample
+
+
+def _checksum(key: bytes, batch: int, place: int, row: bytes) -> bytes:
+    return xxhash.xxh3_64_digest(b"%b%d %d " % (key, batch, place) + row)

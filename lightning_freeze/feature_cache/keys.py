@@ -1,0 +1,173 @@
+"""Keys of a call: what all its samples have in common, and 128 bits for all that each sample holds."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from lightning_freeze.feature_cache.hashing import Hash
+from lightning_freeze.feature_cache.interceptor import TreeSpec
+
+#: What may stand in arguments and outputs beside tensors: equal values have equal text, in every run.
+_PLAIN = (bool, int, float, complex, str, bytes, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class NotPerSample(ValueError):  # noqa: N818 - a finding about a call, not a fault
+    """Says why samples of a call cannot be told apart."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What the samples of a call are known by.
+
+    Args:
+        family: 16 bytes for all that they have in common, but for the size of the batch.
+        samples: 16 bytes for all that each sample holds.
+        is_rounded: Whether numbers are rounded to less than 32 bits before or while the module runs.
+        places: Which leaves of the arguments have an entry for each sample.
+    """
+
+    family: bytes
+    samples: list[bytes]
+    is_rounded: bool
+    places: frozenset[int]
+
+
+def read_keys(
+    leaves: Sequence[Any],
+    spec: TreeSpec,
+    *,
+    hashing: Hash,
+    state: bytes = b"",
+    chained: Callable[[Any], Keys | None] = lambda leaf: None,
+) -> Keys:
+    """Return the keys of a call's samples; the first dimension of the first tensor is the batch.
+
+    Args:
+        leaves: Tensors and plain values among the arguments. A tensor of another length is shared by all samples.
+        spec: How they stand in ``(args, kwargs)``.
+        hashing: Hashes tensors.
+        state: What is called, as bytes.
+        chained: Returns the keys by which a tensor is known already, if it is.
+
+    Raises:
+        NotPerSample: If there is no batch, or no key can be made of an argument, or it requires grad.
+
+    Example:
+        >>> from lightning_freeze.feature_cache.interceptor import tree_flatten
+        >>> leaves, spec = tree_flatten(((torch.zeros(4, 7),), {"mask": torch.ones(4, 1), "scale": 2}))
+        >>> keys = read_keys(leaves, spec, hashing=Hash())
+        >>> len(keys.samples), sorted(keys.places)
+        (4, [0, 1])
+    """
+    known = {i: keys for i, leaf in enumerate(leaves) if (keys := chained(leaf)) is not None}
+    size = 0
+    for i, leaf in enumerate(leaves):
+        if i not in known:
+            _check(leaf)
+        if not size and (i in known or (isinstance(leaf, Tensor) and leaf.dim())):
+            size = len(known[i].samples) if i in known else leaf.shape[0]
+    if size == 0:
+        raise NotPerSample("it is called without a tensor that has a batch dimension")
+    tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in known}
+    if len(tensors) + len(known) < len(leaves) and _has_plain_list(size, *spec.unflatten(leaves)):
+        raise NotPerSample(f"it is called with {size} samples and a list of {size} plain values, which may be theirs")
+    places = [i for i, leaf in tensors.items() if leaf.dim() and leaf.shape[0] == size]
+    shared = [leaf for i, leaf in tensors.items() if i not in places]
+    texts = [known[i].family.hex() if i in known else _text(leaf, int(i in places)) for i, leaf in enumerate(leaves)]
+    casts = autocast_states()
+    family = xxhash.xxh3_128_digest(state + f"{spec!r}{texts}{casts}{_settings()}".encode())
+    columns = [keys.samples for keys in known.values()]
+    if places or shared:
+        # Chained samples are known by what they hold and by the shared tensors that an earlier link was given.
+        columns.append(_tensor_keys(hashing, [tensors[i] for i in places], shared, size))
+    pairs = zip(*columns, strict=True)
+    samples = columns[0] if len(columns) == 1 else [xxhash.xxh3_128_digest(b"".join(pair)) for pair in pairs]
+    is_rounded = any(on for _, on, _ in casts) or any(map(is_half, tensors.values()))
+    is_rounded = is_rounded or any(keys.is_rounded for keys in known.values())
+    return Keys(family, samples, is_rounded, frozenset([*places, *known]))
+
+
+def _tensor_keys(hashing: Hash, columns: list[Tensor], shared: list[Tensor], size: int) -> list[bytes]:
+    return hashing.samples(columns, shared) if columns else [b"".join(hashing.tensors(shared))] * size
+
+
+def autocast_states() -> list[tuple[str, bool, torch.dtype]]:
+    """Return each kind of device there is, with whether autocast is on there and its dtype."""
+    return [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _kinds()]
+
+
+@lru_cache
+def _kinds() -> list[str]:
+    accelerator = torch.accelerator.current_accelerator()
+    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+
+
+def why_no_key(tensor: Tensor) -> str | None:
+    """Return what a tensor is if its bytes are not all that it is, else None.
+
+    Example:
+        >>> why_no_key(torch.eye(2)), why_no_key(torch.eye(2).to_sparse())
+        (None, 'a tensor that is sparse, quantized or without data')
+    """
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}, which is more than its bytes"
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        return "a tensor that is sparse, quantized or without data"
+    return None
+
+
+def is_plain(leaf: Any) -> bool:
+    """Whether a leaf is no tensor, and equal ones have equal text."""
+    return leaf is None or isinstance(leaf, enum.Enum) or type(leaf) in _PLAIN
+
+
+def is_half(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers are rounded to less than 32 bits."""
+    return tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize
+
+
+def _check(leaf: Any) -> None:
+    if isinstance(leaf, Tensor):
+        if reason := why_no_key(leaf):
+            raise NotPerSample(f"it is called with {reason}")
+        if leaf.requires_grad and torch.is_grad_enabled():
+            raise NotPerSample("its input requires grad")
+    elif not is_plain(leaf):
+        raise NotPerSample(f"it is called with a {type(leaf).__name__}, of which no key can be made")
+
+
+def _has_plain_list(size: int, *nests: Any) -> bool:
+    """Whether there is a list or tuple of so many plain values somewhere."""
+    for nest in nests:
+        inside = list(nest.values()) if isinstance(nest, dict) else nest
+        if not isinstance(inside, list | tuple):
+            continue
+        if (inside is nest and len(nest) == size and all(map(is_plain, nest))) or _has_plain_list(size, *inside):
+            return True
+    return False
+
+
+def _text(leaf: Any, first: int) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{tuple(leaf.shape[first:])}{leaf.stride()}{leaf.dtype}{leaf.device}"
+    return f"{type(leaf).__name__} {leaf!r}"
+
+
+def _settings() -> tuple[Any, ...]:
+    return (
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+    )

@@ -1,0 +1,181 @@
+"""What a module returned for a batch, as one row of bytes a sample, and back: the same nest, bits and strides."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_freeze.feature_cache.interceptor import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+from lightning_freeze.feature_cache.keys import NotPerSample, is_half, is_plain, why_no_key
+
+
+@dataclass(frozen=True)
+class TensorForm:
+    """One tensor of an output; shape and strides are those of the whole batch.
+
+    Args:
+        shape: Its shape.
+        strides: Its strides.
+        dtype: As the module returns it.
+        stored: As it is kept.
+        device: Where the module returns it.
+        is_dense: Whether its samples lie in memory one after the other, without gaps: rows are its memory then.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    stored: torch.dtype
+    device: torch.device
+    is_dense: bool
+
+    @property
+    def numel(self) -> int:
+        """Numbers of one sample."""
+        return math.prod(self.shape[1:])
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """Return the bytes of each sample."""
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        size = self.shape[0], self.numel
+        flat = plain.as_strided(size, (self.numel, 1)) if self.is_dense else plain.reshape(size)
+        return flat.to(self.stored).contiguous().view(torch.uint8)
+
+    def tensor(self, rows: Tensor) -> Tensor:
+        """Return the tensor whose samples' bytes are ``rows``, of which it may take the memory."""
+        numbers = rows.contiguous().view(self.stored).to(device=self.device, dtype=self.dtype)
+        if self.is_dense:
+            return numbers.as_strided(self.shape, self.strides)
+        empty = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+        return empty.copy_(numbers.view(self.shape))
+
+
+@dataclass(frozen=True)
+class _Again:
+    """A tensor that is in an output before, at ``place`` among its leaves."""
+
+    place: int
+
+
+@dataclass(frozen=True)
+class OutputForm:
+    """All that the outputs of one context have in common: the nest, its plain values and the form of each tensor."""
+
+    spec: TreeSpec
+    leaves: tuple[Any, ...]
+
+    @property
+    def tensors(self) -> list[TensorForm]:
+        """The forms of the tensors."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, TensorForm)]
+
+    def decode(self, rows: Tensor) -> Any:
+        """Return the output whose samples' bytes are ``rows``, uint8 ``(samples, bytes)``, which it may take over."""
+        widths = [form.numel * form.stored.itemsize for form in self.tensors]
+        columns = iter(torch.split_with_sizes(rows, widths, 1) if len(widths) > 1 else [rows])
+        leaves: list[Any] = []
+        for leaf in self.leaves:
+            if isinstance(leaf, TensorForm):
+                leaf = leaf.tensor(next(columns))
+            leaves.append(leaves[leaf.place] if isinstance(leaf, _Again) else leaf)
+        return tree_unflatten(leaves, self.spec)
+
+
+def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[OutputForm, Tensor]:
+    """Return the form of an output and one row of bytes for each sample, on the device of its first tensor.
+
+    Args:
+        output: What a module returned for a batch.
+        size: The number of samples.
+        dtype: Keep wider floating numbers in this dtype.
+
+    Raises:
+        NotPerSample: If not every tensor in it has one entry for each sample, or one requires grad.
+
+    Example:
+        >>> form, rows = encode({"a": torch.ones(2, 3), "b": None}, 2, torch.float16)
+        >>> rows.shape, form.decode(rows)
+        (torch.Size([2, 6]), {'a': tensor([[1., 1., 1.],
+                [1., 1., 1.]]), 'b': None})
+    """
+    leaves, spec = tree_flatten(output)
+    places = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves)))}
+    forms: list[Any] = []
+    for place, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            first = places[id(leaf)]
+            forms.append(_Again(first) if first < place else _form(leaf, size, dtype))
+        elif is_plain(leaf):
+            forms.append(leaf)
+        else:
+            raise NotPerSample(f"it returns a {type(leaf).__name__}")
+    own = [(form, leaf) for form, leaf in zip(forms, leaves, strict=True) if isinstance(form, TensorForm)]
+    if _share_memory([leaf for _, leaf in own]):
+        raise NotPerSample("it returns tensors of which one is a view into another, or into itself")
+    if not any(form.numel for form, _ in own):
+        raise NotPerSample("it returns no numbers")
+    columns = [form.rows(leaf) for form, leaf in own]
+    rows = torch.cat([column.to(columns[0].device) for column in columns], 1) if len(columns) > 1 else columns[0]
+    return OutputForm(spec, tuple(forms)), rows
+
+
+def is_rounded(form: OutputForm | None) -> bool:
+    """Whether something in an output is rounded to less than 32 bits."""
+    dtypes = [dtype for one in (form.tensors if form is not None else ()) for dtype in (one.dtype, one.stored)]
+    return any(is_half(torch.empty(0, dtype=dtype)) for dtype in dtypes)
+
+
+def difference(a: Any, b: Any) -> float:
+    """Return the largest difference of two outputs in parts of the largest number, infinite if they have no numbers.
+
+    Example:
+        >>> difference(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])), difference(torch.ones(1), torch.ones(1))
+        (0.2, 0.0)
+    """
+    worst = 0.0
+    for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
+        if isinstance(x, Tensor) and not torch.equal(x, y):
+            if not x.is_floating_point() or not (x.isfinite().all() and y.isfinite().all()):
+                return math.inf
+            apart, largest = (x.double() - y.double()).abs().max(), torch.maximum(x.abs().max(), y.abs().max())
+            worst = max(worst, float(apart / largest))
+    return worst
+
+
+def _form(tensor: Tensor, size: int, dtype: torch.dtype | None) -> TensorForm:
+    if reason := why_no_key(tensor):
+        raise NotPerSample(f"it is returning {reason}")
+    if tensor.requires_grad:
+        raise NotPerSample("what it returns requires grad")
+    if tensor.dim() == 0 or tensor.shape[0] != size:
+        raise NotPerSample(f"it returns a tensor of shape {tuple(tensor.shape)} for a batch of {size}")
+    narrows = dtype is not None and tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize
+    shape, strides = tuple(tensor.shape), tensor.stride()
+    inner = tensor[0].permute(sorted(range(tensor.dim() - 1), key=lambda d: -strides[d + 1]))
+    is_dense = inner.is_contiguous() and strides[0] == max(1, inner.numel())
+    stored: Any = dtype if narrows else tensor.dtype
+    return TensorForm(shape, strides, tensor.dtype, stored, tensor.device, is_dense)
+
+
+def _share_memory(tensors: list[Tensor]) -> bool:
+    """Whether two numbers of tensors lie in the same place."""
+    owners: dict[int, list[Tensor]] = {}
+    for tensor in tensors:
+        reach = 1
+        for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            if n > 1 and stride < reach:
+                return True
+            reach += stride * (n - 1)
+        owners.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    for views in (views for views in owners.values() if len(views) > 1):
+        taken = torch.zeros(views[0].untyped_storage().nbytes() // views[0].itemsize, dtype=torch.bool)
+        for view in views:
+            mine = taken.as_strided(view.shape, view.stride(), view.storage_offset())
+            if view.itemsize != views[0].itemsize or mine.any():
+                return True
+            mine.fill_(True)
+    return False

@@ -1,0 +1,146 @@
+"""What a cache has done, stage by stage, and whether it is worth going on."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+_WORTH = 0.02  # of the samples of an epoch have to come back, or keys cost more than they save
+
+
+@dataclass(frozen=True)
+class FeatureStats:
+    """What a cache has done, and whether it works now.
+
+    Args:
+        active: Whether outputs are remembered now.
+        why: Why not, or why only a part of a chain; None if all is.
+        covers: The names of the modules whose outputs are remembered.
+        hits: Samples whose features were there.
+        misses: Samples whose features were computed.
+        samples: Samples that are kept now.
+        bytes: Bytes taken for them, in memory or in the folder.
+        seconds_saved: Time that computing the hits would have taken, less what keys, checks and copies took.
+        difference: The largest difference seen between two computations of the same, in parts of the largest number; 0
+            if every bit was the same.
+    """
+
+    active: bool = False
+    why: str | None = "it has not begun"
+    covers: tuple[str, ...] = ()
+    hits: int = 0
+    misses: int = 0
+    samples: int = 0
+    bytes: int = 0
+    seconds_saved: float = 0.0
+    difference: float = 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        """The share of samples whose features were there."""
+        return self.hits / max(1, self.hits + self.misses)
+
+
+@dataclass
+class Counts:
+    """What the calls of one stage have come to.
+
+    Args:
+        hits: Samples whose output was there.
+        misses: Samples whose output was computed.
+        known: Samples that had been there before, whether or not what was there could serve.
+        run_seconds: Time in the modules for the misses.
+        all_seconds: Time in all, keys and checks included.
+        difference: The largest difference between two computations of the same, in parts of the largest number.
+        off: Why nothing is remembered in this stage any more.
+    """
+
+    hits: int = 0
+    misses: int = 0
+    known: int = 0
+    run_seconds: float = 0.0
+    all_seconds: float = 0.0
+    difference: float = 0.0
+    off: str | None = None
+    _epochs: int = 0
+    _before: tuple[int, int] = (0, 0)
+    _covers: tuple[str, ...] = ()
+
+    @property
+    def seconds_saved(self) -> float:
+        """Time that computing the hits would have taken, less what keys, checks and copies took."""
+        if self.misses == 0:
+            return 0.0
+        return self.hits * self.run_seconds / self.misses - (self.all_seconds - self.run_seconds)
+
+    def end_epoch(self, stage: str, refused: str | None) -> None:
+        """Set :attr:`off` if samples have not come back, though for a second epoch they could have.
+
+        Args:
+            stage: For the sentence.
+            refused: Why outputs could not be kept, if so.
+        """
+        samples, known = self.hits + self.misses - self._before[0], self.known - self._before[1]
+        self._before = self.hits + self.misses, self.known
+        if self._epochs >= 1 and samples and known < _WORTH * samples:
+            self.off = refused or (
+                f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they "
+                "are augmented at random, or there is too little room for them"
+            )
+        self._epochs += samples > 0
+
+    def restart(self) -> None:
+        """Do not count on samples to come back of which nothing is known any more."""
+        self._epochs = -1 if self.hits + self.misses > self._before[0] else 0
+
+    def follow(self, covers: tuple[str, ...]) -> None:
+        """Restart if outputs of other modules are remembered from now on."""
+        if covers != self._covers:
+            self._covers = covers
+            self.restart()
+
+
+class Stages:
+    """What has been done in training, validation and so on.
+
+    Args:
+        name: Returns what is going on now.
+    """
+
+    def __init__(self, name: Callable[[], str] = str) -> None:
+        self.name = name
+        self._counts: defaultdict[str, Counts] = defaultdict(Counts)
+
+    def __getitem__(self, stage: str) -> Counts:
+        return self._counts[stage]
+
+    def now(self) -> Counts:
+        """Return the counts of what is going on now."""
+        return self._counts[self.name()]
+
+    def begin(self, name: Callable[[], str]) -> None:
+        """Go on in another fit, where samples may come back again."""
+        self.name = name
+        for counts in self._counts.values():
+            counts.off = None
+            counts.restart()
+
+    def off(self) -> str | None:
+        """Return why nothing is remembered in training any more; without training, in any stage."""
+        used = {stage: counts for stage, counts in self._counts.items() if counts.misses and "sanity" not in stage}
+        training = [counts.off for stage, counts in used.items() if stage.startswith("train")]
+        reasons = training or [counts.off for counts in used.values()]
+        return reasons[0] if reasons and all(reasons) else None
+
+    def stats(self, **now: Any) -> FeatureStats:
+        """Return the sums over all stages, with what holds ``now``."""
+        counts = self._counts.values()
+        return FeatureStats(
+            hits=sum(one.hits for one in counts),
+            misses=sum(one.misses for one in counts),
+            seconds_saved=sum(one.seconds_saved for one in counts),
+            difference=max((one.difference for one in counts), default=0.0),
+            **now,
+        )
