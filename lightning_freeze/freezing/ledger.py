@@ -164,6 +164,7 @@ class Ledger:
     def close(self) -> None:
         """Restore flags and modes; what was learned stays. Calling it again does nothing."""
         self.steps.close()
+        self._frozen.drop()
         reshard(self.strategy, self.module)
         release_eval(self._in_eval, training=self.module.training)
         by_hand = affine_frozen_by_hand(self._found.layers)
