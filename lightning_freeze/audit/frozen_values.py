@@ -51,7 +51,9 @@ class FrozenValues(Check):
         """Return a finding for all that was frozen at the last look, is frozen now, and has another value."""
         if now.at == "phase start":
             self._switched = set()
-        averages = any(isinstance(one, WeightAveraging | StochasticWeightAveraging) for one in callbacks_of(now.trainer))
+        averages = any(
+            isinstance(one, WeightAveraging | StochasticWeightAveraging) for one in callbacks_of(now.trainer)
+        )
         if averages and now.at in ("phase start", "epoch start", "epoch skipped", "train end"):
             self._seen = {}  # averages were put in the place of the weights
         if now.at == "train end" and self._since == now.step:
