@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -31,8 +31,6 @@ from lightning_freeze.logs import get_logger
 from lightning_freeze.ranks import from_all
 from lightning_freeze.selectors import Selector, resolve
 from lightning_freeze.words import one_of, whole_number
-
-OnViolation = Literal["warn", "raise"]
 
 _log = get_logger(__name__)
 
@@ -88,12 +86,12 @@ class GradientAudit(Callback):
     def __init__(
         self,
         *,
-        on_violation: OnViolation = "warn",
+        on_violation: Literal["warn", "raise"] = "warn",
         every_n_epochs: int = 1,
         first_n_steps: int = 3,
         ignore: Selector | None = None,
     ) -> None:
-        self.on_violation = one_of("GradientAudit", "on_violation", on_violation, get_args(OnViolation))
+        self.on_violation = one_of("GradientAudit", "on_violation", on_violation, ("warn", "raise"))
         self.every_n_epochs = whole_number("GradientAudit", "every_n_epochs", every_n_epochs)
         self.first_n_steps = whole_number("GradientAudit", "first_n_steps", first_n_steps)
         self.ignore = ignore
@@ -101,18 +99,16 @@ class GradientAudit(Callback):
         self._fit: _Fit | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be audited, and begin a new report."""
-        if stage != "fit":
-            return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        """Refuse what cannot be audited."""
+        if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise MisconfigurationException(
                 f"GradientAudit does not work with {type(trainer.strategy).__name__}: between steps a process has only "
                 "a part of the parameters. Audit a short run on one device or with strategy='ddp'."
             )
-        self.report = Report()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the checks."""
+        """Begin a new report, and make the checks."""
+        self.report = Report()
         ignored = resolve(pl_module, self.ignore, given="GradientAudit(ignore={})") if self.ignore is not None else ()
         start = Moment(trainer, pl_module, frozenset(ignored))
         frozen, gradients = FrozenValues(), Gradients(self.first_n_steps)

@@ -31,7 +31,7 @@ class Finding:
     """One thing that is not as it should be.
 
     Args:
-        kind: What is wrong, one of :data:`Kind`.
+        kind: What is wrong, see :class:`GradientAudit`.
         name: The parameter's or buffer's dotted name; for ``"graph_kept"`` the way to it, such as ``self.losses[3]``.
         cause: Why it most likely is so.
         fix: What to do about it.
