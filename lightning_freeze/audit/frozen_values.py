@@ -22,6 +22,8 @@ from lightning_freeze.tensors import digest, has_values
 #: version counter would be cheaper, but a write to ``.data`` does not raise it.
 Seen: TypeAlias = tuple[nn.Parameter | None, bytes, list[bytes]]
 
+_AVERAGERS = (WeightAveraging, StochasticWeightAveraging)
+
 
 class FrozenValues(Check):
     """Finds frozen parameters, and buffers of frozen modules, that move, and optimizers that step what is frozen."""
@@ -51,9 +53,7 @@ class FrozenValues(Check):
         """Return a finding for all that was frozen at the last look, is frozen now, and has another value."""
         if now.at == "phase start":
             self._switched = set()
-        averages = any(
-            isinstance(one, WeightAveraging | StochasticWeightAveraging) for one in callbacks_of(now.trainer)
-        )
+        averages = any(isinstance(one, _AVERAGERS) for one in callbacks_of(now.trainer))
         if averages and now.at in ("phase start", "epoch start", "epoch skipped", "train end"):
             self._seen = {}  # averages were put in the place of the weights
         if now.at == "train end" and self._since == now.step:
@@ -72,11 +72,14 @@ class FrozenValues(Check):
         ]
 
     def tensors(self, now: Moment) -> dict[str, tuple[nn.Module, Tensor]]:
-        """Return what must not move now, by name, each with its module."""
-        trains = {id(p) for name, p in now.parameters.items() if p.requires_grad or name in self._switched}
-        modes = [schedule.frozen_mode for schedule in now.schedules]
-        found, moves = frozen_tensors(now.module, trains, held_only="train" in modes), _move_by_design(now)
-        return {name: (layer, t) for name, (layer, t) in found.items() if id(t) not in moves and has_values(t)}
+        """Return what must not move now, by name, each with its module; what is ignored may, like what trains."""
+        may_move = self._switched.union(now.requires_grad, now.ignored)
+        trains = {id(parameter) for name, parameter in now.parameters.items() if name in may_move}
+        held_only = any(schedule.frozen_mode == "train" for schedule in now.schedules)
+        found = frozen_tensors(now.module, trains, held_only=held_only)
+        ledger = ledger_of(now.trainer)
+        alone = ledger.left_alone() if ledger is not None else set()  # what callbacks move, as TargetNetwork its target
+        return {name: (layer, t) for name, (layer, t) in found.items() if layer not in alone and has_values(t)}
 
 
 def look(tensor: Tensor, optimizers: Iterable[Optimizer] = ()) -> Seen:
@@ -116,16 +119,6 @@ def frozen_tensors(
                 seen.add(id(tensor))
                 found[clean_name(f"{path}.{name}" if path else name)] = (layer, tensor)
     return found
-
-
-def _move_by_design(now: Moment) -> set[int]:
-    """Return the identities of what callbacks move, as TargetNetwork its target, and of what the user ignores."""
-    ledger = ledger_of(now.trainer)
-    modules = list(ledger.left_alone()) if ledger is not None else []
-    ignored = {id(parameter) for name, parameter in now.parameters.items() if name in now.ignored}
-    if ignored:
-        modules += wholly_frozen(now.module, set(map(id, now.parameters.values())) - ignored)
-    return ignored | {id(t) for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
 
 
 _IN_STEP = (

@@ -99,9 +99,9 @@ def tensors_with_graph(roots: Iterable[tuple[str, object]]) -> dict[str, Tensor]
     """Return the tensors with a graph that named roots hold, by the shortest way there as one would write it."""
     ahead, found = deque((way, root, False) for way, root in roots), dict[str, Tensor]()
     seen = {id(root) for _, root, _ in ahead}
-    for _ in range(_THINGS):
-        if not ahead:
-            break
+    left = _THINGS
+    while ahead and left:
+        left -= 1
         way, thing, in_library = ahead.popleft()
         if _is_users(type(thing)) or issubclass(type(thing), nn.Module):
             in_library = False

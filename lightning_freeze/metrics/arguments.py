@@ -21,7 +21,7 @@ Inputs: TypeAlias = Callable[[Any, Any], Sequence[Any] | Mapping[str, Any]]
 
 def as_collection(metrics: Any) -> MetricCollection:
     """Return a copy of what was given as metrics; raise if it is something else, or nothing."""
-    if isinstance(metrics, Mapping) and not isinstance(metrics, MetricCollection):
+    if isinstance(metrics, Mapping):
         for name, metric in metrics.items():
             _check_metric(f"metrics[{name!r}]", metric)
         collection = MetricCollection({name: metric.clone() for name, metric in metrics.items()})
