@@ -31,15 +31,13 @@ class MetricLogger(Callback):
     """Compute torchmetrics over each epoch and log them, outside of the model and its graph.
 
     Each stage, and each dataloader of a stage, has a clone of the metrics: reset when an epoch starts, updated after
-    every step and logged when the epoch ends, joined over all processes, where ``self.log`` logs. Names are the prefix
-    and the metric's name: ``val/accuracy``, and with several dataloaders ``val/accuracy/dataloader_idx_0``.
+    every step and logged when the epoch ends, joined over all processes. As with ``self.log``, ModelCheckpoint,
+    EarlyStopping and LR schedulers can monitor the values. Names are the prefix and the metric's name:
+    ``val/accuracy``, and with several dataloaders ``val/accuracy/dataloader_idx_0``.
 
     A checkpoint from the middle of a training epoch holds what the metrics have seen so far, and what they keep from
     epoch to epoch, such as the extremes of ``MinMaxMetric``; a fit that resumes with as many processes goes on exactly
     there. Validation that was cut off starts anew.
-
-    A metric that takes logits, such as ``AUROC``, tells them from probabilities anew in each batch: a small batch of
-    logits that all lie from 0 to 1 counts as it is. Give it probabilities to be sure.
 
     Args:
         metrics: A torchmetrics ``Metric``, a ``MetricCollection`` or a dict of name to metric; they are cloned. What
@@ -47,7 +45,8 @@ class MetricLogger(Callback):
             says so once.
         stages: Which of ``"train"``, ``"val"`` and ``"test"`` to log.
         inputs: What to update the metrics with: called with what the step returned and its batch, it returns a tuple
-            ``(preds, target)``, or a dict of named arguments. By default, the step returns a dict with both.
+            ``(preds, target)``, or a dict of named arguments. By default, the step returns a dict with both. Prefer
+            probabilities to logits: ``AUROC`` and others tell them apart by the values of each batch.
         prefix: What names start with; ``{stage}`` becomes the stage.
         prog_bar: Whether the progress bar shows the values.
 
@@ -95,7 +94,7 @@ class MetricLogger(Callback):
         """Forget what an earlier fit has seen, before a checkpoint may be loaded; refuse another of the same names."""
         self._clones, self._of_sanity_check = (Clones(self.metrics, self.stages) for _ in range(2))
         self._missing = ""
-        self._check_others(trainer)
+        _refuse_same_names(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready; those from a checkpoint go on."""
@@ -206,7 +205,7 @@ class MetricLogger(Callback):
                 )
             self._left_out |= set(left_out)
             self._names |= set(values)
-            self._check_others(trainer)
+            _refuse_same_names(trainer)
             for name, value in values.items():
                 logged = f"{prefix}{name}" + (f"/dataloader_idx_{index}" if len(clones[stage]) > 1 else "")
                 if logged in taken:
@@ -219,13 +218,14 @@ class MetricLogger(Callback):
                 how: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max", "add_dataloader_idx": False}
                 pl_module.log(logged, value.to(pl_module.device), prog_bar=self.prog_bar, **how)
 
-    def _check_others(self, trainer: Trainer) -> None:
-        others = [one for one in callbacks_of(trainer) if isinstance(one, MetricLogger) and one is not self]
-        if both := self._logged_names() & {name for other in others for name in other._logged_names()}:
+
+def _refuse_same_names(trainer: Trainer) -> None:
+    taken: set[str] = set()
+    for logger in [one for one in callbacks_of(trainer) if isinstance(one, MetricLogger)]:
+        names = {f"{logger.prefix.format(stage=stage)}{name}" for stage in logger.stages for name in logger._names}
+        if both := names & taken:
             raise MisconfigurationException(
                 f"Two MetricLoggers log {min(both)!r}, and only one of the two values would show. Give one of them "
-                f'another prefix, such as MetricLogger(..., prefix="other/{self.prefix}").'
+                f'another prefix, such as MetricLogger(..., prefix="other/{logger.prefix}").'
             )
-
-    def _logged_names(self) -> set[str]:
-        return {f"{self.prefix.format(stage=stage)}{name}" for stage in self.stages for name in self._names}
+        taken |= names
