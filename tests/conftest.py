@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.optim import optimizer
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +15,8 @@ def _quiet_and_deterministic() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+    hooks = (optimizer._global_optimizer_pre_hooks, optimizer._global_optimizer_post_hooks)
+    left = [hook for hooks_of in hooks for hook in hooks_of.values()]
+    for hooks_of in hooks:
+        hooks_of.clear()
+    assert not left, f"hooks around every optimizer's step stayed behind: {left}"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,8 +20,8 @@ from lightning_freeze._lightning import (
     optimizers_of,
     without_fit,
 )
-from lightning_freeze.audit.checks import At, Check, Moment, schedules_of
-from lightning_freeze.audit.findings import AuditError, Report, alike, described
+from lightning_freeze.audit.checks import At, Check, Moment
+from lightning_freeze.audit.findings import AuditError, Finding, Report, alike, described
 from lightning_freeze.audit.frozen_values import FrozenValues
 from lightning_freeze.audit.gradients import Gradients
 from lightning_freeze.audit.graphs import Graphs, container
@@ -29,10 +29,8 @@ from lightning_freeze.audit.optimizers import Membership
 from lightning_freeze.audit.replicas import Replicas
 from lightning_freeze.logs import get_logger
 from lightning_freeze.ranks import from_all
-from lightning_freeze.selectors import Selector, named_unique_parameters, resolve
+from lightning_freeze.selectors import Selector, resolve
 from lightning_freeze.words import one_of, whole_number
-
-OnViolation = Literal["warn", "raise"]
 
 _log = get_logger(__name__)
 
@@ -50,23 +48,20 @@ class GradientAudit(Callback):
     The first batches of a fit, of a phase of :class:`FreezeSchedule` and of every ``every_n_epochs``-th epoch are
     audited; values, graphs and replicas also at that epoch's end. Training is the same to the bit; a batch that is not
     audited costs next to nothing, an audited one a hash of the frozen values and a look at every operation. After an
-    error or Ctrl-C, only completed steps count.
-
-    What moves by design is left alone: a :class:`TargetNetwork`'s target, networks of a GAN that are switched inside of
-    the step, buffers under ``frozen_mode="train"``, replicas between two averages of post-local SGD. A parameter that
-    got a gradient earlier in the phase (dropped at random), or whose optimizer manual optimization has not stepped yet,
-    is given ten times as many batches.
+    error or Ctrl-C, only completed steps count. What moves by design is left alone, such as a :class:`TargetNetwork`'s
+    target.
 
     Args:
         on_violation: ``"warn"`` logs each finding once; ``"raise"`` raises at the audited point, on all processes.
-        every_n_epochs: Audit every so many epochs, at least 1.
-        first_n_steps: How many batches are audited each time, at least 1.
+        every_n_epochs: Audit every so many epochs.
+        first_n_steps: How many batches are audited each time; for a parameter that may get its gradient later, because
+            it did so earlier in the phase or manual optimization has not stepped its optimizer yet, ten times as many.
         ignore: Parameters that no finding shall be about, see :func:`select_parameters`, for example a momentum encoder
             that your own code moves; buffers of a module that is ignored as a whole are, too.
 
     Attributes:
-        report: The findings of the last fit, a list of :class:`Finding`; print it for a readable text. Under
-            ``ddp_spawn`` and ``ddp_fork`` it stays in the processes that train.
+        report: The :class:`Report` of the last fit. Under ``ddp_spawn`` and ``ddp_fork`` it stays in the processes that
+            train.
 
     Raises:
         ValueError: If an argument has a value that it cannot have; at fit start, if ``ignore`` matches nothing.
@@ -91,12 +86,12 @@ class GradientAudit(Callback):
     def __init__(
         self,
         *,
-        on_violation: OnViolation = "warn",
+        on_violation: Literal["warn", "raise"] = "warn",
         every_n_epochs: int = 1,
         first_n_steps: int = 3,
         ignore: Selector | None = None,
     ) -> None:
-        self.on_violation = one_of("GradientAudit", "on_violation", on_violation, get_args(OnViolation))
+        self.on_violation = one_of("GradientAudit", "on_violation", on_violation, ("warn", "raise"))
         self.every_n_epochs = whole_number("GradientAudit", "every_n_epochs", every_n_epochs)
         self.first_n_steps = whole_number("GradientAudit", "first_n_steps", first_n_steps)
         self.ignore = ignore
@@ -104,51 +99,49 @@ class GradientAudit(Callback):
         self._fit: _Fit | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be audited, and begin a new report."""
-        if stage != "fit":
-            return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        """Refuse what cannot be audited."""
+        if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise MisconfigurationException(
                 f"GradientAudit does not work with {type(trainer.strategy).__name__}: between steps a process has only "
                 "a part of the parameters. Audit a short run on one device or with strategy='ddp'."
             )
-        self.report = Report()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the checks."""
-        ignored = resolve(pl_module, self.ignore, given="GradientAudit(ignore={})") if self.ignore is not None else {}
-        late = {name for name, parameter in named_unique_parameters(pl_module).items() if not parameter.requires_grad}
+        """Begin a new report, and make the checks."""
+        self.report = Report()
+        ignored = resolve(pl_module, self.ignore, given="GradientAudit(ignore={})") if self.ignore is not None else ()
+        start = Moment(trainer, pl_module, frozenset(ignored))
         frozen, gradients = FrozenValues(), Gradients(self.first_n_steps)
-        start = Moment(trainer, pl_module, ignored, "phase start")
-        checks = [Graphs(start), frozen, Membership(), Replicas(frozen, late), gradients]
-        self._fit = _Fit(set(ignored), checks, gradients)
+        replicas = Replicas(frozen, late=start.parameters.keys() - start.requires_grad)
+        self._fit = _Fit(start, [Graphs(start), frozen, Membership(), replicas, gradients], gradients)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Check at the start of phases and epochs, and begin an audited batch."""
         fit = self._current()
-        phase, epoch = sum(len(schedule.history) for schedule in schedules_of(trainer)), trainer.current_epoch
+        phase, epoch = sum(len(schedule.history) for schedule in fit.start.schedules), trainer.current_epoch
         if phase != fit.phase:
             fit.audited = 0
-            self._check(trainer, pl_module, "phase start")
+            self._check("phase start")
         elif epoch != fit.epoch:
-            self._check(trainer, pl_module, "epoch start" if self._is_due(trainer) else "epoch skipped")
+            self._check("epoch start" if self._is_due(trainer) else "epoch skipped")
         fit.phase, fit.epoch = phase, epoch
         if not fit.gradients.waiting:
             return
         fit.audited += 1
         fit.end_step()
         fit.step = ExitStack()
-        now = Moment(trainer, pl_module, fit.ignored, "step", batch=batch)
+        now = fit.now("step", batch=batch)
         for check in fit.checks:
             check.begin(now, fit.step)
         for optimizer in optimizers_of(trainer):
             # After the step: before it, with a closure, there are no gradients, and others may still drop some.
-            hook = optimizer.register_step_post_hook(lambda one, *_: self._note(trainer, pl_module, one))
+            hook = optimizer.register_step_post_hook(lambda one, *_: fit.note(one))
             fit.step.callback(hook.remove)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note what requires grad for the backward."""
-        self._note(trainer, pl_module, None)
+        if self._fit is not None:
+            self._fit.note()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -157,31 +150,32 @@ class GradientAudit(Callback):
         fit = self._current()
         if fit.step is not None:
             fit.end_step()
-            self._check(trainer, pl_module, "first steps end" if fit.audited == self.first_n_steps else "step end")
+            self._check("first steps end" if fit.audited == self.first_n_steps else "step end")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check at the end of an audited epoch."""
-        if self._fit is not None and self._fit.audited and self._is_due(trainer):
-            self._check(trainer, pl_module, "epoch end")
+        if self._current().audited and self._is_due(trainer):
+            self._check("epoch end")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is left, and log how it was."""
         if self._current().audited:
-            self._check(trainer, pl_module, "train end")
+            self._check("train end")
         if trainer.is_global_zero:
             _log.info(self.report.summary)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Report gradients that were missing, which may have led to an error; leave nothing behind."""
-        fit = self._fit
-        if fit is not None and fit.step is not None and isinstance(exception, Exception):
-            fit.end_step()
-            self._check(trainer, pl_module, "exception", exception)
-        self._release()
+        if self._fit is not None and self._fit.step is not None and isinstance(exception, Exception):
+            self._fit.end_step()
+            self._check("exception", exception)
+        self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave nothing behind."""
-        self._release()
+        if self._fit is not None:
+            self._fit.end_step()
+        self._fit = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
@@ -190,59 +184,57 @@ class GradientAudit(Callback):
     def _is_due(self, trainer: Trainer) -> bool:
         return trainer.current_epoch % self.every_n_epochs == 0
 
-    def _note(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer | None) -> None:
-        fit = self._fit
-        if fit is not None and fit.step is not None:
-            now = Moment(trainer, pl_module, fit.ignored, "step")
-            for check in fit.checks:
-                check.note(now, optimizer)
-
-    def _check(self, trainer: Trainer, pl_module: LightningModule, at: At, error: BaseException | None = None) -> None:
-        fit = self._current()
-        now = Moment(trainer, pl_module, fit.ignored, at, error=error)
-        checks = [check for check in fit.checks if at in check.moments]
-        mine = [check.observe(now) for check in checks]
-        # After an error, other processes may never answer.
-        by_rank = from_all(mine) if trainer.world_size > 1 and error is None else [mine]
-        new = []
-        for check, facts in zip(checks, zip(*by_rank, strict=True), strict=True):
-            for finding in check.decide(now, facts):
-                key = (finding.kind, container(finding.name))
-                new += [finding] if key not in fit.reported else []
-                fit.reported.add(key)
-        self.report.extend(new)
-        self.report.parameters = len(now.parameters)
-        self.report.checks += at not in ("epoch skipped", "train end", "exception")
-        if new and self.on_violation == "raise" and error is None:
-            raise AuditError(self.report)
-        for group in alike(new) if trainer.is_global_zero else ():
-            _log.warning("audit, step %d: %s", group[0].step, described(group))
-
     def _current(self) -> _Fit:
         assert self._fit is not None
         return self._fit
 
-    def _release(self) -> None:
-        fit, self._fit = self._fit, None
-        if fit is not None:
-            fit.end_step()
+    def _check(self, at: At, error: BaseException | None = None) -> None:
+        fit = self._current()
+        now = fit.now(at, error=error)
+        checks = [check for check in fit.checks if at in check.moments]
+        mine = [check.observe(now) for check in checks]
+        by_rank = from_all(mine) if error is None else [mine]  # after an error, other processes may never answer
+        known, new = {_subject(finding) for finding in self.report}, dict[tuple[str, str], Finding]()
+        for check, facts in zip(checks, zip(*by_rank, strict=True), strict=True):
+            for finding in check.decide(now, facts):
+                if _subject(finding) not in known:
+                    new.setdefault(_subject(finding), finding)
+        self.report.extend(new.values())
+        self.report.parameters = len(now.parameters)
+        self.report.checks += at not in ("epoch skipped", "train end", "exception")
+        if new and self.on_violation == "raise" and error is None:
+            raise AuditError(self.report)
+        for group in alike(new.values()) if now.trainer.is_global_zero else ():
+            _log.warning("audit, step %d: %s", group[0].step, described(group))
+
+
+def _subject(finding: Finding) -> tuple[str, str]:
+    """Return what of two findings only one is reported for."""
+    return finding.kind, container(finding.name)
 
 
 @dataclass
 class _Fit:
     """What the callback holds on to during one fit; ``step`` undoes what was put in place for an audited batch."""
 
-    ignored: set[str]
+    start: Moment
     checks: list[Check]
     gradients: Gradients
-    reported: set[tuple[str, str]] = field(default_factory=set)
     phase: int = -1
     epoch: int = -1
     audited: int = 0  # batches, in this phase
     step: ExitStack | None = None
 
+    def now(self, at: At, **more: Any) -> Moment:
+        return replace(self.start, at=at, **more)
+
+    def note(self, optimizer: Optimizer | None = None) -> None:
+        if self.step is not None:
+            now = self.now("step")
+            for check in self.checks:
+                check.note(now, optimizer)
+
     def end_step(self) -> None:
-        """Undo what was put in place for an audited batch, if one is going on."""
         step, self.step = self.step, None
         if step is not None:
             step.close()

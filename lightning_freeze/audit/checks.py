@@ -30,7 +30,7 @@ class Moment:
     trainer: Trainer
     module: LightningModule
     ignored: Collection[str]
-    at: At
+    at: At = "phase start"
     batch: Any = None
     error: BaseException | None = None
 
@@ -40,15 +40,20 @@ class Moment:
         return named_unique_parameters(self.module)
 
     @property
+    def requires_grad(self) -> set[str]:
+        """The names of all that requires grad now."""
+        return {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+
+    @property
     def trainable(self) -> dict[str, nn.Parameter]:
         """What requires grad now, has values and is not ignored."""
         names = self.requires_grad.difference(self.ignored)
         return {name: p for name, p in self.parameters.items() if name in names and has_values(p)}
 
     @property
-    def requires_grad(self) -> set[str]:
-        """The names of all that requires grad now."""
-        return {name for name, parameter in self.parameters.items() if parameter.requires_grad}
+    def schedules(self) -> list[Any]:
+        """The callbacks that freeze in phases: FreezeSchedule, by its attributes ``frozen_mode`` and ``history``."""
+        return [callback for callback in callbacks_of(self.trainer) if hasattr(callback, "frozen_mode")]
 
     @property
     def step(self) -> int:
@@ -58,11 +63,7 @@ class Moment:
 
 
 class Check(Protocol):
-    """One thing that can be wrong: it observes facts in each process, and decides from those of all.
-
-    Attributes:
-        moments: When it observes and decides.
-    """
+    """One thing that can be wrong: at its moments it observes facts in each process, and decides from those of all."""
 
     moments: tuple[At, ...]
 
@@ -80,8 +81,3 @@ class Check(Protocol):
     def decide(self, now: Moment, facts: Sequence[Any]) -> list[Finding]:
         """Return findings from what each process has observed."""
         return merged(facts)
-
-
-def schedules_of(trainer: Trainer) -> list[Any]:
-    """Return the callbacks that freeze in phases: FreezeSchedule, by its attributes ``frozen_mode`` and ``history``."""
-    return [callback for callback in callbacks_of(trainer) if hasattr(callback, "frozen_mode")]

@@ -31,7 +31,7 @@ class Finding:
     """One thing that is not as it should be.
 
     Args:
-        kind: What is wrong, one of :data:`Kind`.
+        kind: What is wrong, see :class:`GradientAudit`.
         name: The parameter's or buffer's dotted name; for ``"graph_kept"`` the way to it, such as ``self.losses[3]``.
         cause: Why it most likely is so.
         fix: What to do about it.
@@ -102,7 +102,7 @@ class AuditError(MisconfigurationException):
 
 
 def alike(findings: Iterable[Finding]) -> list[list[Finding]]:
-    """Return findings in groups of one kind, cause and fix, so that a text says it once for all of them."""
+    """Return findings in groups of one kind, cause and fix."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
     for finding in findings:
         groups.setdefault((finding.kind, finding.cause, finding.fix), []).append(finding)
@@ -117,16 +117,16 @@ def described(findings: Sequence[Finding]) -> str:
 
 def merged(by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
     """Return the findings of all processes, each once, with the ranks that made it if not all did."""
-    ranks: dict[tuple[str, str], list[int]] = {}
-    first: dict[tuple[str, str], Finding] = {}
+    made: dict[tuple[str, str], dict[str, Finding]] = {}
     for rank, findings in enumerate(by_rank):
         for finding in findings:
-            ranks.setdefault((finding.kind, finding.name), []).append(rank)
-            first.setdefault((finding.kind, finding.name), finding)
-    for key, some in ranks.items():
-        if len(some) < len(by_rank):
-            first[key] = replace(first[key], cause=f"{first[key].cause} (On rank {', '.join(map(str, some))} only.)")
-    return list(first.values())
+            made.setdefault((finding.kind, finding.name), {})[str(rank)] = finding
+    found = []
+    for ranks in made.values():
+        first = next(iter(ranks.values()))
+        only = f" (On rank {', '.join(ranks)} only.)" if len(ranks) < len(by_rank) else ""
+        found.append(replace(first, cause=first.cause + only))
+    return found
 
 
 def _counted(number: int, noun: str) -> str:

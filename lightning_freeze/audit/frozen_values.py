@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import StochasticWeightAveraging, WeightAveraging, callbacks_of, optimizers_of
-from lightning_freeze.audit.checks import At, Check, Moment, schedules_of
+from lightning_freeze.audit.checks import At, Check, Moment
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.freezing.batchnorm import has_running_statistics
 from lightning_freeze.freezing.eval_mode import is_held, wholly_frozen
@@ -22,6 +22,8 @@ from lightning_freeze.tensors import digest, has_values
 #: version counter would be cheaper, but a write to ``.data`` does not raise it.
 Seen: TypeAlias = tuple[nn.Parameter | None, bytes, list[bytes]]
 
+_AVERAGERS = (WeightAveraging, StochasticWeightAveraging)
+
 
 class FrozenValues(Check):
     """Finds frozen parameters, and buffers of frozen modules, that move, and optimizers that step what is frozen."""
@@ -31,11 +33,11 @@ class FrozenValues(Check):
     )
 
     def __init__(self) -> None:
-        self._seen: dict[str, Seen] = {}
+        self._seen: dict[str, Seen] = {}  # at the last look, which was at step `_since`
         self._since = 0
         self._at_begin: set[str] = set()
         self._switched: set[str] = set()  # requires grad inside of a step only, as networks of a GAN
-        self._stepped: dict[str, None] = {}
+        self._stepped: dict[str, None] = {}  # although frozen
 
     def begin(self, now: Moment, undo: ExitStack) -> None:
         """Note what requires grad before the step."""
@@ -51,7 +53,8 @@ class FrozenValues(Check):
         """Return a finding for all that was frozen at the last look, is frozen now, and has another value."""
         if now.at == "phase start":
             self._switched = set()
-        if now.at in ("phase start", "epoch start", "epoch skipped", "train end") and _averages(now):
+        averages = any(isinstance(one, _AVERAGERS) for one in callbacks_of(now.trainer))
+        if averages and now.at in ("phase start", "epoch start", "epoch skipped", "train end"):
             self._seen = {}  # averages were put in the place of the weights
         if now.at == "train end" and self._since == now.step:
             return []
@@ -69,11 +72,14 @@ class FrozenValues(Check):
         ]
 
     def tensors(self, now: Moment) -> dict[str, tuple[nn.Module, Tensor]]:
-        """Return what must not move now, by name, each with its module."""
-        trains = {id(p) for name, p in now.parameters.items() if p.requires_grad or name in self._switched}
-        modes = [schedule.frozen_mode for schedule in schedules_of(now.trainer)]
-        found, moves = frozen_tensors(now.module, trains, held_only="train" in modes), _move_by_design(now)
-        return {name: (layer, t) for name, (layer, t) in found.items() if id(t) not in moves and has_values(t)}
+        """Return what must not move now, by name, each with its module; what is ignored may, like what trains."""
+        may_move = self._switched.union(now.requires_grad, now.ignored)
+        trains = {id(parameter) for name, parameter in now.parameters.items() if name in may_move}
+        held_only = any(schedule.frozen_mode == "train" for schedule in now.schedules)
+        found = frozen_tensors(now.module, trains, held_only=held_only)
+        ledger = ledger_of(now.trainer)
+        alone = ledger.left_alone() if ledger is not None else set()  # what callbacks move, as TargetNetwork its target
+        return {name: (layer, t) for name, (layer, t) in found.items() if layer not in alone and has_values(t)}
 
 
 def look(tensor: Tensor, optimizers: Iterable[Optimizer] = ()) -> Seen:
@@ -84,19 +90,13 @@ def look(tensor: Tensor, optimizers: Iterable[Optimizer] = ()) -> Seen:
 
 
 def has_moved(before: Seen, after: Seen, *, stepped: bool = False) -> bool:
-    """Whether a tensor that was frozen at two looks has moved in between while it was frozen.
-
-    Another parameter under the name has not moved; another buffer has. What an optimizer with a state has stepped was
-    unfrozen for a while, unless ``stepped`` says that it was frozen then.
-    """
+    """Whether a tensor that was frozen at two looks has moved in between while it was frozen."""
+    # What an optimizer with a state has stepped was unfrozen for a while, unless `stepped` says that it was frozen.
     return before[0] is after[0] and before[1] != after[1] and (stepped or before[2] == after[2])
 
 
 def moved_by(optimizer: Optimizer) -> set[int]:
-    """Return the identities of the frozen parameters that a step moves: those that have a gradient all the same.
-
-    Momentum and weight decay move them also where that gradient is zero.
-    """
+    """Return the identities of the frozen parameters that a step moves: those with a gradient, be it zero."""
     moving = [parameter for group in optimizer.param_groups if group.get("lr", 1) != 0 for parameter in group["params"]]
     return {id(parameter) for parameter in moving if not parameter.requires_grad and parameter.grad is not None}
 
@@ -106,15 +106,7 @@ def frozen_tensors(
 ) -> dict[str, tuple[nn.Module, Tensor]]:
     """Return the parameters that do not train and the buffers of frozen modules, by name, each with its module.
 
-    Args:
-        module: Any module.
-        trains: The identity of every parameter that trains.
-        held_only: Take buffers only of modules that are kept in eval mode by a callback or ``freeze_batchnorm``.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-        >>> list(frozen_tensors(net, trains=set(map(id, net[0].parameters()))))
-        ['1.weight', '1.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked']
+    With ``held_only``, buffers count only in modules that a callback or ``freeze_batchnorm`` keeps in eval mode.
     """
     frozen = set() if held_only else set(wholly_frozen(module, trains))
     found: dict[str, tuple[nn.Module, Tensor]] = {}
@@ -127,20 +119,6 @@ def frozen_tensors(
                 seen.add(id(tensor))
                 found[clean_name(f"{path}.{name}" if path else name)] = (layer, tensor)
     return found
-
-
-def _move_by_design(now: Moment) -> set[int]:
-    """Return the identities of what callbacks move, as TargetNetwork its target, and of what the user ignores."""
-    ledger = ledger_of(now.trainer)
-    modules = list(ledger.left_alone()) if ledger is not None else []
-    ignored = {id(parameter) for name, parameter in now.parameters.items() if name in now.ignored}
-    if ignored:
-        modules += wholly_frozen(now.module, set(map(id, now.parameters.values())) - ignored)
-    return ignored | {id(t) for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False))}
-
-
-def _averages(now: Moment) -> bool:
-    return any(isinstance(one, WeightAveraging | StochasticWeightAveraging) for one in callbacks_of(now.trainer))
 
 
 _IN_STEP = (

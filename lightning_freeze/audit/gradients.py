@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -22,12 +22,7 @@ _PATIENCE = 10
 
 
 class Received:
-    """Notes which parameters a backward reaches, until ``undo`` is closed.
-
-    Hooks see each gradient, also where it is taken and cleared at once. What is left over from an earlier step does not
-    count, nor a backward that comes to a parameter with no gradient for it, as that of a ``torch.autograd.Function``
-    that returns None.
-    """
+    """Notes which parameters a backward reaches, also where their gradients are cleared at once, until ``undo``."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], undo: ExitStack) -> None:
         self.names: set[str] = set()
@@ -51,7 +46,7 @@ class Received:
                 self.names |= {name} if dense.any() else set()
 
     def _note(self, name: str, gradient: Tensor | None) -> None:
-        self.names |= {name} if gradient is not None else set()
+        self.names |= {name} if gradient is not None else set()  # a torch.autograd.Function may return None
 
 
 @dataclass
@@ -67,9 +62,7 @@ class Facts:
 class Gradients(Check):
     """Finds trainable parameters without gradient in ``first_n_steps`` batches, and says what cuts them off."""
 
-    moments: tuple[At, ...] = (
-        *("phase start", "epoch start", "step end", "first steps end", "train end", "exception"),
-    )
+    moments: tuple[At, ...] = ("phase start", "epoch start", "step end", "first steps end", "train end", "exception")
 
     def __init__(self, first_n_steps: int) -> None:
         self.waiting = False  # whether more batches have to be audited
@@ -101,12 +94,13 @@ class Gradients(Check):
         """Return the facts of the batch that ends; none at other moments."""
         batch, self._batch = self._batch, Facts()
         if now.error is None:
-            return replace(
-                batch, trainable=batch.trainable & now.requires_grad, steps=batch.steps or bool(batch.received)
-            )
-        # A step that is cut short proves nothing, unless the error is that nothing has a graph. Flags count as they
-        # were when it began: others may have given theirs back since.
-        return replace(batch, steps="does not require grad" in str(now.error))
+            batch.trainable &= now.requires_grad
+            batch.steps = batch.steps or bool(batch.received)
+        else:
+            # A step that is cut short proves nothing, unless the error is that nothing has a graph. Flags count as
+            # they were when it began: others may have given theirs back since.
+            batch.steps = "does not require grad" in str(now.error)
+        return batch
 
     def decide(self, now: Moment, facts: Sequence[Facts]) -> list[Finding]:
         """Return a finding for each parameter that got no gradient for long enough."""
@@ -128,9 +122,12 @@ class Gradients(Check):
         missing = row.trainable - row.received - self._reported
         later = self._may_come_later(now, missing)
         self.waiting = bool(later) and not last
-        names = [name for name in now.parameters if name in missing - later]
-        self._reported |= set(names)
-        return [_finding(name, self._uses.get(name), row.steps, now.step) for name in names]
+        self._reported |= missing - later
+        seen = "the step that was audited" if row.steps == 1 else f"any of the {row.steps} steps that were audited"
+        whys = [(name, *_why(self._uses.get(name))) for name in now.parameters if name in missing - later]
+        return [
+            Finding("no_gradient", n, f"{why} It got no gradient in {seen}.", fix, now.step) for n, why, fix in whys
+        ]
 
     def _may_come_later(self, now: Moment, missing: set[str]) -> set[str]:
         """Return what got a gradient before, or is in an optimizer of the user's that has not stepped yet."""
@@ -142,12 +139,6 @@ class Gradients(Check):
             held = {id(p) for optimizer in resting for group in optimizer.param_groups for p in group["params"]}
             later |= {name for name in missing if id(now.parameters[name]) in held}
         return later
-
-
-def _finding(name: str, uses: Mapping[str, str] | None, steps: int, step: int) -> Finding:
-    cause, fix = _why(uses)
-    seen = "the step that was audited" if steps == 1 else f"any of the {steps} steps that were audited"
-    return Finding("no_gradient", name, f"{cause} It got no gradient in {seen}.", fix, step)
 
 
 def _why(uses: Mapping[str, str] | None) -> tuple[str, str]:

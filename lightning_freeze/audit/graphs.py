@@ -7,7 +7,7 @@ import sys
 import types
 import weakref
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -51,32 +51,26 @@ class Graphs(Check):
     def _search(self, now: Moment) -> list[Finding]:
         fine = by_design(now.module) | {id(tensor) for reference in self._before if (tensor := reference()) is not None}
         apply_to_collection(now.batch, Tensor, lambda tensor: fine.add(id(tensor)))
-        return kept_graphs(tensors_with_graph(_roots(now)), fine, now.step)
+        places: dict[str, list[str]] = {}
+        for way, tensor in tensors_with_graph(_roots(now)).items():
+            if id(tensor) not in fine:
+                places.setdefault(container(way), []).append(way)
+        return [_finding(place, ways, now.step) for place, ways in places.items()]
 
 
 def _roots(now: Moment) -> list[tuple[str, object]]:
     """Return where to search: the module, the callbacks and the user's own Python modules."""
     callbacks = [(type(callback).__name__, callback) for callback in callbacks_of(now.trainer)]
     modules = [(name, module) for name, module in list(sys.modules.items()) if type(module) is types.ModuleType]
-    users = [
-        (name, module) for name, module in modules if name == "__main__" or is_users(module.__dict__.get("__file__"))
-    ]
+    users = [(name, m) for name, m in modules if name == "__main__" or is_users(vars(m).get("__file__"))]
     return [("self", now.module), *callbacks, *users]
 
 
-def kept_graphs(found: Mapping[str, Tensor], fine: Container[int], step: int) -> list[Finding]:
-    """Return a finding for each place that keeps tensors with a graph; its name is the way to the last of them."""
-    places: dict[str, list[str]] = {}
-    for way, tensor in found.items():
-        if id(tensor) not in fine:
-            places.setdefault(container(way), []).append(way)
-    findings = []
-    for place, ways in places.items():
-        what = f"{place} holds {len(ways)} tensors" if len(ways) > 1 else f"{ways[0]} is a tensor"
-        cause = f"After the step {what} with a graph behind it, so all that the graph needs stays in memory."
-        fix = "Keep loss.detach() instead, or drop the tensor at the end of the step."
-        findings.append(Finding("graph_kept", max(ways, key=lambda way: (len(way), way)), cause, fix, step))
-    return findings
+def _finding(place: str, ways: list[str], step: int) -> Finding:
+    what = f"{place} holds {len(ways)} tensors" if len(ways) > 1 else f"{ways[0]} is a tensor"
+    cause = f"After the step {what} with a graph behind it, so all that the graph needs stays in memory."
+    fix = "Keep loss.detach() instead, or drop the tensor at the end of the step."
+    return Finding("graph_kept", max(ways, key=lambda way: (len(way), way)), cause, fix, step)  # the last of them
 
 
 def container(way: str) -> str:
@@ -90,11 +84,8 @@ def container(way: str) -> str:
 
 
 def by_design(module: nn.Module) -> set[int]:
-    """Return the identities of tensors that a module computes from others in every forward, and so have a graph.
-
-    The classic weight and spectral normalisation and pruning keep ``weight``, computed from ``weight_g``,
-    ``weight_orig`` and so on, as an attribute until the next forward; an LSTM lists them once more.
-    """
+    """Return the identities of tensors that a module computes from others in every forward, and so have a graph."""
+    # Weight norm, spectral norm and pruning keep `weight`, made from `weight_g` or `weight_orig`; an LSTM lists it.
     return {
         id(tensor)
         for child in module.modules()
@@ -105,17 +96,7 @@ def by_design(module: nn.Module) -> set[int]:
 
 
 def tensors_with_graph(roots: Iterable[tuple[str, object]]) -> dict[str, Tensor]:
-    """Return the tensors with a graph that named roots hold, by the shortest way there as one would write it.
-
-    Attributes, also of the user's classes, dicts, sequences, sets, closures, bound arguments and what a tensor is a
-    view of are followed; no property is read, and the Trainer is left out.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> net.history = {"loss": [net(torch.ones(1, 2)).sum()]}
-        >>> list(tensors_with_graph([("self", net)]))
-        ["self.history['loss'][0]"]
-    """
+    """Return the tensors with a graph that named roots hold, by the shortest way there as one would write it."""
     ahead, found = deque((way, root, False) for way, root in roots), dict[str, Tensor]()
     seen = {id(root) for _, root, _ in ahead}
     left = _THINGS

@@ -7,7 +7,6 @@ import os
 import site
 import sysconfig
 from functools import cache
-from importlib.metadata import distributions
 
 import torch
 
@@ -19,7 +18,7 @@ _LIBRARIES = tuple(
         *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
         *site.getsitepackages(),  # several with --system-site-packages
         site.getusersitepackages(),
-        *(str(torch_itself.locate_file("")) for torch_itself in distributions(name="torch")),  # pip --target
+        os.path.dirname(os.path.dirname(torch.__file__)),  # pip --target
     }
 )
 # Their frames are around every operation and say nothing, not even where no line is the user's own.
@@ -31,12 +30,7 @@ _MACHINERY = tuple(
 
 @cache
 def is_users(file: str | None) -> bool:
-    """Whether a source file is the user's own: not of a library, of this package, or made up such as ``<string>``.
-
-    Example:
-        >>> is_users("/home/me/train.py"), is_users(torch.__file__), is_users("<frozen importlib>"), is_users(None)
-        (True, False, False, False)
-    """
+    """Whether a source file is the user's own: not of a library, of this package, or made up such as ``<string>``."""
     return file is not None and not file.startswith(("<", *_LIBRARIES, *_MACHINERY))
 
 

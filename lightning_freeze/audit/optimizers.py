@@ -32,14 +32,7 @@ class Membership(Check):
 
 
 def places_of(optimizers: Iterable[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, list[str]]:
-    """Return where optimizers hold each parameter, compared by identity; an optimizer that comes twice counts once.
-
-    Example:
-        >>> import torch
-        >>> net = nn.Linear(2, 1)
-        >>> places_of([torch.optim.SGD([net.bias]), torch.optim.Adam([net.bias])], dict(net.named_parameters()))
-        {'weight': [], 'bias': ['SGD 0, group 0', 'Adam 1, group 0']}
-    """
+    """Return where optimizers hold each parameter, such as ``"SGD 0, group 1"``; an optimizer twice counts once."""
     places: dict[int, list[str]] = {id(parameter): [] for parameter in parameters.values()}
     for index, optimizer in enumerate(dict.fromkeys(optimizers)):
         for number, group in enumerate(optimizer.param_groups):

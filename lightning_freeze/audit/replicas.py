@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_freeze._lightning import DDPStrategy, averages_models
-from lightning_freeze.audit.checks import At, Check, Moment, schedules_of
+from lightning_freeze.audit.checks import At, Check, Moment
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.frozen_values import FrozenValues
 from lightning_freeze.tensors import digest, has_values
@@ -17,9 +17,7 @@ from lightning_freeze.tensors import digest, has_values
 class Replicas(Check):
     """Finds parameters, and buffers of frozen modules, whose values differ between processes.
 
-    Args:
-        frozen: Knows what is frozen: buffers of a layer that trains differ rightly.
-        late: The names of parameters that were frozen when DDP was set up.
+    Buffers of a layer that trains differ rightly. ``late`` are the parameters that were frozen when DDP was set up.
     """
 
     moments: tuple[At, ...] = ("first steps end", "epoch end")
@@ -40,23 +38,20 @@ class Replicas(Check):
 
     def decide(self, now: Moment, facts: Sequence[Mapping[str, bytes]]) -> list[Finding]:
         """Return a finding for each name under which not all have the same digest."""
-        late = set() if schedules_of(now.trainer) else now.requires_grad.intersection(self._late)
+        late = set() if now.schedules else now.requires_grad.intersection(self._late)
         names = dict.fromkeys(name for one in facts for name in one)
         differ = [name for name in names if len({one.get(name) for one in facts}) > 1]
-        return [_finding(name, name in late, now.step) for name in differ]
+        whys = [(name, _LATE if name in late else _ALONE) for name in differ]
+        return [Finding("replicas_differ", name, cause, fix, now.step) for name, (cause, fix) in whys]
 
 
-def _finding(name: str, late: bool, step: int) -> Finding:
-    if late:
-        cause = (
-            "It was frozen when DDP was set up and unfrozen later, and DDP never reduces the gradient of such a "
-            "parameter, so each process trains its own."
-        )
-        fix = "Unfreeze it with FreezeSchedule, which sets DDP up again."
-    else:
-        cause = (
-            "One process wrote to it alone: code that depends on the rank or on unequal random numbers, or a step "
-            "under no_sync."
-        )
-        fix = "Do the same on every process, or broadcast the result."
-    return Finding("replicas_differ", name, cause, fix, step)
+_LATE = (
+    "It was frozen when DDP was set up and unfrozen later, and DDP never reduces the gradient of such a parameter, so "
+    "each process trains its own.",
+    "Unfreeze it with FreezeSchedule, which sets DDP up again.",
+)
+_ALONE = (
+    "One process wrote to it alone: code that depends on the rank or on unequal random numbers, or a step under "
+    "no_sync.",
+    "Do the same on every process, or broadcast the result.",
+)

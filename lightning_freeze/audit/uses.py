@@ -27,15 +27,7 @@ _NODES = 200_000
 
 @contextmanager
 def watching(module: nn.Module, method: str, parameters: Mapping[str, nn.Parameter], uses: Uses) -> Iterator[None]:
-    """Note in ``uses`` what becomes of parameters in calls of a method inside a ``with`` block. It changes no result.
-
-    Example:
-        >>> net, uses = nn.Linear(2, 2), {}
-        >>> with watching(net, "forward", dict(net.named_parameters()), uses), torch.no_grad():
-        ...     _ = net(torch.ones(1, 2))
-        >>> list(uses["weight"])
-        ['unlinked']
-    """
+    """Note in ``uses`` what becomes of parameters in calls of a method inside of the block; results do not change."""
     original, own = getattr(module, method), vars(module).get(method)
     uses.update({name: uses.get(name, {}) for name in parameters})
 
@@ -75,23 +67,19 @@ class _Watch(TorchFunctionMode):
         if torch.compiler.is_compiling():  # the compiler traces this function, and the rest of it cannot be traced
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        is_access = name in ("__get__", "__set__")
         cut = _CUTS.get(getattr(func.__self__, "__name__", "") if name == "__get__" else name)
         if cut and args and isinstance(args[0], Tensor):
             for tensor in (args[0], *self._behind(args[0].grad_fn)):
                 self._note(tensor, "cut", f"{cut} at ")
         result = func(*args, **kwargs)
-        if not cut and not is_access:
-            self._note_use(args, kwargs, result)
-        return result
-
-    def _note_use(self, args: Any, kwargs: Any, result: Any) -> None:
-        used = [tensor for tensor in _tensors((args, kwargs)) if id(tensor) in self._uses]
+        if cut or name in ("__get__", "__set__"):
+            return result
         results = [t for t in _tensors(result) if id(t) not in self._uses and t.dtype.to_real().is_floating_point]
         linked = any(tensor.requires_grad for tensor in results)
         if linked or (results and not torch.is_grad_enabled()):
-            for tensor in used:
+            for tensor in _tensors((args, kwargs)):
                 self._note(tensor, "linked" if linked else "unlinked")
+        return result
 
     def _note(self, tensor: Tensor, kind: str, prefix: str = "") -> None:
         if kind not in self._uses.get(id(tensor), (kind,)):

@@ -20,16 +20,14 @@ Inputs: TypeAlias = Callable[[Any, Any], Sequence[Any] | Mapping[str, Any]]
 
 
 def as_collection(metrics: Any) -> MetricCollection:
-    """Return a copy of what was given as metrics; it raises TypeError or ValueError if there are none in it."""
-    if isinstance(metrics, MetricCollection):
-        collection = metrics.clone()
-    elif isinstance(metrics, Mapping):
+    """Return a copy of what was given as metrics; raise if it is something else, or nothing."""
+    if isinstance(metrics, Mapping):
         for name, metric in metrics.items():
             _check_metric(f"metrics[{name!r}]", metric)
         collection = MetricCollection({name: metric.clone() for name, metric in metrics.items()})
     else:
         _check_metric("metrics", metrics)
-        collection = MetricCollection([metrics.clone()])
+        collection = metrics.clone() if isinstance(metrics, MetricCollection) else MetricCollection([metrics.clone()])
     if not len(collection):
         raise ValueError("MetricLogger(metrics=…) is empty: there is nothing to log.")
     return collection
@@ -55,23 +53,22 @@ def _check_metric(given: str, metric: Any) -> None:
 
 
 def as_stages(stages: Any) -> tuple[Stage, ...]:
-    """Return stages as a tuple, each once; it raises TypeError or ValueError if something else was given."""
+    """Return stages as a tuple, each once; raise if something else was given."""
     if isinstance(stages, str):
         raise TypeError(f"MetricLogger(stages={stages!r}): it is a tuple. Write stages=({stages!r},).")
     known = get_args(Stage)
     choices = ", ".join(map(repr, known))
-    for stage in stages:
-        if stage not in known:
-            meant = next((one for one in known if str(stage).startswith(one)), stage)  # validation, training, testing
-            hint = suggestion(meant, known)
-            raise ValueError(f"MetricLogger(stages=…) has {stage!r}; a stage is one of {choices}.{hint}")
+    if unknown := [stage for stage in stages if stage not in known]:
+        meant = next((one for one in known if str(unknown[0]).startswith(one)), unknown[0])  # validation, training
+        hint = suggestion(meant, known)
+        raise ValueError(f"MetricLogger(stages=…) has {unknown[0]!r}; a stage is one of {choices}.{hint}")
     if not stages:
         raise ValueError(f"MetricLogger(stages=()) logs nothing: give one of {choices}.")
     return tuple(dict.fromkeys(stages))
 
 
 def as_prefix(prefix: Any, stages: Sequence[Stage]) -> str:
-    """Return the prefix; it raises TypeError or ValueError if names of different stages would not differ by it."""
+    """Return the prefix; raise if names of different stages would not differ by it."""
     if not isinstance(prefix, str):
         raise TypeError(f'MetricLogger(prefix={prefix!r}): it is a string, such as "{{stage}}/".')
     try:
@@ -87,18 +84,3 @@ def as_prefix(prefix: Any, stages: Sequence[Stage]) -> str:
             f'Did you mean "{{stage}}/{prefix}"?'
         )
     return prefix
-
-
-def as_inputs(inputs: Inputs | None) -> Inputs | None:
-    """Return the function, or None; it raises TypeError if something else was given."""
-    if inputs is not None and not callable(inputs):
-        right = "lambda outputs, batch: (outputs['logits'], batch[1])"
-        raise TypeError(f"MetricLogger(inputs={inputs!r}): it is a function, such as {right}.")
-    return inputs
-
-
-def as_flag(name: str, value: bool) -> bool:
-    """Return the flag; it raises TypeError if something else was given."""
-    if not isinstance(value, bool):
-        raise TypeError(f"MetricLogger({name}={value!r}): it is True or False.")
-    return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchmetrics import Metric, MetricCollection
@@ -18,7 +18,7 @@ from lightning_freeze._lightning import (
     without_fit,
 )
 from lightning_freeze.logs import get_logger
-from lightning_freeze.metrics.arguments import Inputs, Stage, as_collection, as_flag, as_inputs, as_prefix, as_stages
+from lightning_freeze.metrics.arguments import Inputs, Stage, as_collection, as_prefix, as_stages
 from lightning_freeze.metrics.clones import Clones
 from lightning_freeze.metrics.values import preds_and_target, scalars, update
 from lightning_freeze.ranks import from_all
@@ -30,26 +30,23 @@ _log = get_logger(__name__)
 class MetricLogger(Callback):
     """Compute torchmetrics over each epoch and log them, outside of the model and its graph.
 
-    Each stage, and each dataloader of a stage, has a clone of the metrics. It is reset when an epoch starts, updated
-    after every step and logged when the epoch ends, joined over all processes. As with ``self.log``, values are in
-    ``trainer.callback_metrics``, where ModelCheckpoint, EarlyStopping and LR schedulers can monitor them, in the
-    Trainer's loggers and in what ``trainer.validate`` and ``trainer.test`` return. Names are the prefix and the
-    metric's name: ``val/accuracy``, and with several dataloaders ``val/accuracy/dataloader_idx_0``.
+    Each stage, and each dataloader of a stage, has a clone of the metrics: reset when an epoch starts, updated after
+    every step and logged when the epoch ends, joined over all processes. As with ``self.log``, ModelCheckpoint,
+    EarlyStopping and LR schedulers can monitor the values. Names are the prefix and the metric's name:
+    ``val/accuracy``, and with several dataloaders ``val/accuracy/dataloader_idx_0``.
 
-    A checkpoint from the middle of a training epoch holds what the metrics have seen so far, and a fit that resumes
-    with as many processes goes on exactly there; validation that was cut off starts anew. What a metric keeps from
-    epoch to epoch, such as the extremes of ``MinMaxMetric``, goes on too, without the sanity check.
-
-    A metric that takes logits, such as ``AUROC``, tells them from probabilities anew in each batch: a small batch of
-    logits that all lie from 0 to 1 counts as it is. Give it probabilities to be sure.
+    A checkpoint from the middle of a training epoch holds what the metrics have seen so far, and what they keep from
+    epoch to epoch, such as the extremes of ``MinMaxMetric``; a fit that resumes with as many processes goes on exactly
+    there. Validation that was cut off starts anew.
 
     Args:
-        metrics: A torchmetrics ``Metric``, a ``MetricCollection`` or a dict of name to metric. They are cloned, and
-            themselves never updated. What they compute that is no scalar, such as the ``classes`` of torchmetrics'
-            ``MeanAveragePrecision``, is left out, and the log says so once.
+        metrics: A torchmetrics ``Metric``, a ``MetricCollection`` or a dict of name to metric; they are cloned. What
+            they compute that is no scalar, such as ``classes`` of ``MeanAveragePrecision``, is left out, and the log
+            says so once.
         stages: Which of ``"train"``, ``"val"`` and ``"test"`` to log.
         inputs: What to update the metrics with: called with what the step returned and its batch, it returns a tuple
-            ``(preds, target)``, or a dict of named arguments. By default, the step returns a dict with both.
+            ``(preds, target)``, or a dict of named arguments. By default, the step returns a dict with both. Prefer
+            probabilities to logits: ``AUROC`` and others tell them apart by the values of each batch.
         prefix: What names start with; ``{stage}`` becomes the stage.
         prog_bar: Whether the progress bar shows the values.
 
@@ -76,9 +73,13 @@ class MetricLogger(Callback):
     ) -> None:
         self.metrics = as_collection(metrics)
         self.stages = as_stages(stages)
-        self.inputs = as_inputs(inputs)
         self.prefix = as_prefix(prefix, self.stages)
-        self.prog_bar = as_flag("prog_bar", prog_bar)
+        self.inputs, self.prog_bar = inputs, prog_bar
+        if inputs is not None and not callable(inputs):
+            right = "lambda outputs, batch: (outputs['logits'], batch[1])"
+            raise TypeError(f"MetricLogger(inputs={inputs!r}): it is a function, such as {right}.")
+        if not isinstance(prog_bar, bool):
+            raise TypeError(f"MetricLogger(prog_bar={prog_bar!r}): it is True or False.")
         self._clones = self._of_sanity_check = Clones(self.metrics, self.stages)
         self._names = set(map(str, self.metrics))  # MinMaxMetric shows others when it computes them
         self._left_out: set[str] = set()
@@ -93,7 +94,7 @@ class MetricLogger(Callback):
         """Forget what an earlier fit has seen, before a checkpoint may be loaded; refuse another of the same names."""
         self._clones, self._of_sanity_check = (Clones(self.metrics, self.stages) for _ in range(2))
         self._missing = ""
-        self._check_others(trainer)
+        _refuse_same_names(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready; those from a checkpoint go on."""
@@ -161,10 +162,11 @@ class MetricLogger(Callback):
         entry = checkpoint["callbacks"].get(self.state_key, {})
         ranks = entry.get("ranks", [{}])
         same = len(ranks) == trainer.world_size
-        given = f"(stages={self.stages!r}, prefix={self.prefix!r}) with the metrics {', '.join(map(str, self.metrics))}"
         if entry and "ranks" not in entry:
             self._missing = "has the state of MetricLogger in the form of another version"
         elif not any(theirs.get("train") for theirs in ranks):
+            names = ", ".join(map(str, self.metrics))
+            given = f"(stages={self.stages!r}, prefix={self.prefix!r}) with the metrics {names}"
             self._missing = f"has no state of MetricLogger{given}"
         elif not same:
             self._missing = f"is from {len(ranks)} processes, and there are {trainer.world_size} now"
@@ -197,7 +199,13 @@ class MetricLogger(Callback):
         prefix, taken = self.prefix.format(stage=stage), epoch_names(trainer)
         for index, clone in clones.updated(stage):
             values, left_out = scalars(clone)
-            self._note_names(trainer, values, left_out)
+            if not self._left_out.issuperset(left_out) and trainer.is_global_zero:
+                _log.info(
+                    "MetricLogger logs scalars only, and leaves out what else metrics compute: %s", listed(left_out)
+                )
+            self._left_out |= set(left_out)
+            self._names |= set(values)
+            _refuse_same_names(trainer)
             for name, value in values.items():
                 logged = f"{prefix}{name}" + (f"/dataloader_idx_{index}" if len(clones[stage]) > 1 else "")
                 if logged in taken:
@@ -210,20 +218,14 @@ class MetricLogger(Callback):
                 how: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max", "add_dataloader_idx": False}
                 pl_module.log(logged, value.to(pl_module.device), prog_bar=self.prog_bar, **how)
 
-    def _note_names(self, trainer: Trainer, values: Iterable[str], left_out: Iterable[str]) -> None:
-        self._names |= set(values)
-        self._check_others(trainer)
-        if not self._left_out.issuperset(left_out) and trainer.is_global_zero:
-            _log.info("MetricLogger logs scalars only, and leaves out what else metrics compute: %s", listed(left_out))
-        self._left_out |= set(left_out)
 
-    def _check_others(self, trainer: Trainer) -> None:
-        others = [one for one in callbacks_of(trainer) if isinstance(one, MetricLogger) and one is not self]
-        if both := self._logged_names() & {name for other in others for name in other._logged_names()}:
+def _refuse_same_names(trainer: Trainer) -> None:
+    taken: set[str] = set()
+    for logger in [one for one in callbacks_of(trainer) if isinstance(one, MetricLogger)]:
+        names = {f"{logger.prefix.format(stage=stage)}{name}" for stage in logger.stages for name in logger._names}
+        if both := names & taken:
             raise MisconfigurationException(
                 f"Two MetricLoggers log {min(both)!r}, and only one of the two values would show. Give one of them "
-                f'another prefix, such as MetricLogger(..., prefix="other/{self.prefix}").'
+                f'another prefix, such as MetricLogger(..., prefix="other/{logger.prefix}").'
             )
-
-    def _logged_names(self) -> set[str]:
-        return {f"{self.prefix.format(stage=stage)}{name}" for stage in self.stages for name in self._names}
+        taken |= names

@@ -18,12 +18,7 @@ _CACHES = ("_computed", "_forward_cache")
 
 
 class Clones:
-    """Holds, for each stage, a clone of the metrics for each dataloader.
-
-    Args:
-        metrics: They are cloned, and themselves never updated.
-        stages: Those that have metrics.
-    """
+    """Holds, for each stage, a clone of the metrics for each dataloader."""
 
     def __init__(self, metrics: MetricCollection, stages: Collection[str]) -> None:
         self._metrics, self._stages = metrics, stages
@@ -50,29 +45,16 @@ class Clones:
         return ((i, clone) for i, clone in enumerate(self[stage]) if any(theirs[i] for theirs in seen))
 
     def saved(self) -> dict[str, list[Any]]:
-        """Return what metrics of training have gathered, and what all keep longer, as the extremes of ``MinMaxMetric``.
-
-        Only types that ``torch.load(weights_only=True)`` accepts, on the CPU.
-        """
+        """Return what metrics of training have gathered, and what all keep longer, as ``weights_only`` can load it."""
         fresh = _metrics_in(self._metrics)
-        held = {
-            stage: [
-                {
-                    path: {"state": metric.metric_state if stage == "train" else {}, "kept": _kept(metric, fresh[path])}
-                    for path, metric in _metrics_in(clone).items()
-                }
-                for clone in self[stage]
-            ]
-            for stage in ("train", "val")
-        }
+        held: dict[str, list[Any]] = {"train": [], "val": []}
+        for stage, clones in held.items():
+            for clone in self[stage]:
+                clones.append({path: _held(one, fresh[path], stage) for path, one in _metrics_in(clone).items()})
         return dict(_copied(held, "cpu"))
 
     def load(self, saved: Mapping[str, list[Any]], device: torch.device, *, states: bool) -> None:
-        """Go on where the metrics that were saved were.
-
-        Raises:
-            MisconfigurationException: If what was gathered does not fit a metric.
-        """
+        """Go on where the metrics that were saved were; raise if what they had gathered does not fit."""
         for stage, held in saved.items():
             self.prepare(stage, len(held), device)
             for clone, entry in zip(self[stage], held, strict=False):
@@ -94,8 +76,8 @@ def _copied(nest: Any, device: Any) -> Any:
     return apply_to_collection(nest, Tensor, Tensor.to, device, copy=True)
 
 
-def _kept(metric: Metric, fresh: Metric) -> dict[str, Any]:
-    """Return plain attributes that are not those of a fresh metric: what it keeps longer, and its number of updates."""
+def _held(metric: Metric, fresh: Metric, stage: str) -> dict[str, Any]:
+    """Return a metric's state, in training, and what it keeps longer: plain attributes unlike those of a fresh one."""
 
     def changed(name: str, value: Any) -> bool:
         other = vars(fresh).get(name)
@@ -103,8 +85,9 @@ def _kept(metric: Metric, fresh: Metric) -> dict[str, Any]:
             return not torch.equal(value.cpu(), other.cpu())
         return isinstance(value, Tensor) or (type(value) in (bool, int, float) and value != other)
 
-    own = {name: value for name, value in vars(metric).items() if name not in (*metric.metric_state, *_CACHES)}
-    return {name: value for name, value in own.items() if changed(name, value)}
+    state, own = metric.metric_state, vars(metric).items()
+    kept = {name: value for name, value in own if name not in (*state, *_CACHES) and changed(name, value)}
+    return {"state": state if stage == "train" else {}, "kept": kept}
 
 
 def _check_fits(path: str, metric: Metric, saved: Mapping[str, Any]) -> None:

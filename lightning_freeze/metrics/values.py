@@ -14,6 +14,10 @@ from torchmetrics.wrappers import ClasswiseWrapper
 from lightning_freeze._lightning import MisconfigurationException
 
 _STEPS = {"train": "training_step", "val": "validation_step", "test": "test_step"}
+_FOR_VECTORS = "Let it average, or wrap it in torchmetrics.ClasswiseWrapper, which gives each class or output a name."
+_FOR_OTHERS = (
+    "Give one that sums it up in a number, such as an area under a curve, or a torchmetrics.Metric of your own."
+)
 
 
 def preds_and_target(outputs: Any, stage: str) -> tuple[Any, Any]:
@@ -30,7 +34,7 @@ def preds_and_target(outputs: Any, stage: str) -> tuple[Any, Any]:
 
 @torch.no_grad()
 def update(collection: MetricCollection, given: Any) -> None:
-    """Update metrics with positional arguments, or named ones, without a graph; raise if ``given`` is neither."""
+    """Update metrics with positional or named arguments, without a graph; raise if ``given`` is neither."""
     given = apply_to_collection(given, Tensor, Tensor.detach)
     if isinstance(given, Mapping):
         collection.update(**given)
@@ -45,18 +49,7 @@ def update(collection: MetricCollection, given: Any) -> None:
 
 @torch.no_grad()
 def scalars(collection: MetricCollection) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the scalars that metrics compute, as floating tensors, and the names of what is no scalar.
-
-    Raises:
-        ValueError: If a metric computes no scalar at all.
-
-    Example:
-        >>> from torchmetrics import MeanMetric
-        >>> mean = MetricCollection({"mean": MeanMetric()})
-        >>> mean.update(torch.ones(2))
-        >>> scalars(mean)
-        ({'mean': tensor(1.)}, [])
-    """
+    """Return the scalars that metrics compute, as floating tensors, and the names of what is no scalar."""
     values = dict(_flat(collection.compute()))
     if any(_scalar(value) is None for value in values.values()):
         values = _with_scalars(values, {name: _computed(one) for name, one in collection.items(copy_state=False)})
@@ -70,7 +63,8 @@ def _with_scalars(values: dict[str, Any], computed: Mapping[str, Any]) -> dict[s
         parts = [part for _, part in _flat({name: value})]
         if parts and all(_scalar(part) is None for part in parts):
             shown = f"The metric {name!r} computes {_describe(parts[0])}"
-            raise ValueError(f"{shown}, and only scalars can be logged. {_advice(parts[0])}")
+            advice = _FOR_VECTORS if isinstance(parts[0], Tensor) and parts[0].ndim == 1 else _FOR_OTHERS
+            raise ValueError(f"{shown}, and only scalars can be logged. {advice}")
     if any(isinstance(value, str) for value in values.values()):
         dicts = [value for value in computed.values() if isinstance(value, Mapping)]
         values = {name: value for name, value in values.items() if not isinstance(value, str)}
@@ -99,12 +93,6 @@ def _scalar(value: Any) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError):
         return None
     return tensor.reshape(()).to(torch.promote_types(tensor.dtype, torch.half)) if tensor.numel() == 1 else None
-
-
-def _advice(value: Any) -> str:
-    if isinstance(value, Tensor) and value.ndim == 1:
-        return "Let it average, or wrap it in torchmetrics.ClasswiseWrapper, which gives each class or output a name."
-    return "Give one that sums it up in a number, such as an area under a curve, or a torchmetrics.Metric of your own."
 
 
 def _describe(value: Any) -> str:

@@ -45,21 +45,17 @@ class NormLogger(Callback):
     ``norm/weight``              the weights before the step
     ``norm/update``              what the step changed: weights after it less weights before it
     ``norm/update_ratio``        nothing: it is ``norm/update`` divided by ``norm/weight``
-    ``norm/grad/backbone``       the same for one module (``per="module"``): a top-level one, or, where all parameters
-                                 are below one module, a child of that
+    ``norm/grad/backbone``       the same for one module (``per="module"``): a top-level one, or a child of the one
+                                 that all parameters are below
     ``norm/grad/backbone.bias``  the same for one parameter (``per="parameter"``)
     ``norm/optimizer_1/grad``    the same for the second optimizer, where there are several
     ============================ ===================================================================================
 
-    Of what an optimizer holds, that counts which requires grad or has a gradient; where no gradient is, the update is
-    zero, and so it is where AMP skips the step. Values go to the Trainer's loggers, ``trainer.logged_metrics`` and
-    ``trainer.callback_metrics``.
-
-    A logged step costs two passes over the gradients and two over the parameters, a copy of the parameters (for
-    ``"update"``) until the optimizer has stepped, and one wait for the device at the end of the batch. With manual
-    optimization every backward of a batch that may be logged is measured, because clipping there comes before the step:
-    call ``self.manual_backward(loss)``, as Lightning does not see ``loss.backward()``. Where an optimizer steps several
-    times in a batch, or calls its closure several times, the first is shown.
+    Of what an optimizer holds, that counts which requires grad or has a gradient. Values go to the Trainer's loggers,
+    ``trainer.logged_metrics`` and ``trainer.callback_metrics``. A logged step costs two passes over the gradients and
+    two over the parameters, a copy of the parameters (for ``"update"``) until the optimizer has stepped, and one wait
+    for the device. With manual optimization call ``self.manual_backward(loss)``: Lightning does not see
+    ``loss.backward()``. Where an optimizer steps or calls its closure several times in a batch, the first is shown.
 
     Args:
         every_n_steps: Log every so many batches that step; if None, as often as the Trainer's ``log_every_n_steps``.
@@ -94,9 +90,9 @@ class NormLogger(Callback):
     ) -> None:
         if isinstance(what, str):
             raise TypeError(f"NormLogger(what={what!r}): it is a tuple. Write what=({what!r},).")
-        if every_n_steps is not None:
-            every_n_steps = whole_number("NormLogger", "every_n_steps", every_n_steps)
         self.every_n_steps = every_n_steps
+        if every_n_steps is not None:
+            self.every_n_steps = whole_number("NormLogger", "every_n_steps", every_n_steps)
         self.per: Per = one_of("NormLogger", "per", per, get_args(Per))
         self.what: tuple[What, ...] = tuple(one_of("NormLogger", "what", one, get_args(What)) for one in what)
         if not self.what:
@@ -113,12 +109,11 @@ class NormLogger(Callback):
                 f"NormLogger does not work with {type(trainer.strategy).__name__}: each process would show the norm of "
                 "its own shard only. Use ModelParallelStrategy (FSDP2), DDP or one device."
             )
-        for optimizer in trainer.optimizers:
-            if not isinstance(optimizer, Optimizer):
-                raise MisconfigurationException(
-                    f"NormLogger measures in the hooks of optimizers, and {type(optimizer).__name__} is not a "
-                    "torch.optim.Optimizer, which would have them. Derive it from that class."
-                )
+        if foreign := [type(one).__name__ for one in trainer.optimizers if not isinstance(one, Optimizer)]:
+            raise MisconfigurationException(
+                f"NormLogger measures in the hooks of optimizers, and {foreign[0]} is not a torch.optim.Optimizer, "
+                "which would have them. Derive it from that class."
+            )
         self.nonfinite, self._logged = (), {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -129,7 +124,7 @@ class NormLogger(Callback):
                 self._steps[index] = StepNorms(optimizer, self.what)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """With manual optimization, look at gradients that were measured: the user may have clipped them since."""
+        """With manual optimization, see which gradients the user has clipped since they were measured."""
         if self._measures_backward(pl_module):
             self._backwards.before(named_unique_parameters(pl_module), loss_scale(trainer))
 
@@ -162,7 +157,12 @@ class NormLogger(Callback):
                 for index, values in norms.items()
                 for name, value in named_metrics(values, self.what, places).items()
             }
-            _log_metrics(trainer, metrics)
+            # Not self.log: that would hold values back until the Trainer logs, and then repeat old ones.
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=logged_step(trainer))
+            tensors = {name: torch.tensor(value) for name, value in metrics.items()}
+            trainer.callback_metrics.update(tensors)
+            trainer.logged_metrics.update(tensors)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks of a batch that was left early."""
@@ -202,12 +202,3 @@ class NormLogger(Callback):
                 noun = "gradient is" if len(bad) == 1 else "gradients are"
                 _log.warning("step %d: %d %s not finite: %s", logged_step(trainer), len(bad), noun, listed(bad))
         return norms
-
-
-def _log_metrics(trainer: Trainer, metrics: dict[str, float]) -> None:
-    # Not self.log: that would hold values back until the Trainer logs, and then repeat old ones.
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=logged_step(trainer))
-    tensors = {name: torch.tensor(value) for name, value in metrics.items()}
-    trainer.callback_metrics.update(tensors)
-    trainer.logged_metrics.update(tensors)

@@ -1,7 +1,4 @@
-"""Norms of named tensors, from one scalar a tensor on its device to numbers for modules and for everything.
-
-Norms are Euclidean. Measuring changes nothing and does not wait for the device; only :func:`read` waits.
-"""
+"""Euclidean norms of named tensors, measured on their device; only :func:`read` waits for it."""
 
 from __future__ import annotations
 
@@ -22,17 +19,7 @@ Per: TypeAlias = Literal["total", "module", "parameter"]
 
 @torch.no_grad()
 def measure(tensors: Mapping[str, Tensor], *, scale: Tensor | None = None) -> dict[str, Tensor]:
-    """Return the norm of each tensor, on its device; half precision is summed up in float32.
-
-    Args:
-        tensors: Name to tensor: of any shape, floating or complex, on any device, sparse ones and DTensors too. For
-            DTensors every rank must call this, and each gets the norm of the whole tensor.
-        scale: What the tensors have been multiplied by, a scalar: the loss scale under AMP.
-
-    Example:
-        >>> read([measure({"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2, 2)})])
-        [{'a': 5.0, 'b': 0.0}]
-    """
+    """Return the norm of each tensor divided by ``scale``, of a whole DTensor if every rank calls this."""
     kinds: dict[Hashable, dict[str, Tensor]] = {}  # one `_foreach` call is many times slower on a mixed list
     for name, tensor in tensors.items():
         sharding = (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else None
@@ -62,10 +49,7 @@ def gradients(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def metric_places(names: Iterable[str], per: Per) -> dict[str, str]:
-    """Return for each parameter the name under which its norm is shown beside the total; none for ``"total"``.
-
-    With ``"module"`` these are the top-level modules, or where all parameters are below one module, such as
-    ``self.model``, that module's children. A parameter that is in none of them stands for itself.
+    """Return for each parameter the module, or itself, under which its norm is shown beside the total.
 
     Example:
         >>> metric_places(["model.body.0.weight", "model.body.1.weight", "model.scale"], "module")
@@ -82,12 +66,7 @@ def metric_places(names: Iterable[str], per: Per) -> dict[str, str]:
 
 
 def spread(norms: Mapping[str, float], places: Mapping[str, str]) -> dict[str, float]:
-    """Return the norm of everything, under ``""``, and of each place, see :func:`metric_places`.
-
-    Example:
-        >>> spread({"a.weight": 3.0, "b.weight": 4.0}, {"a.weight": "a", "b.weight": "b"})
-        {'': 5.0, 'a': 3.0, 'b': 4.0}
-    """
+    """Return the norm of everything, under ``""``, and of each place, see :func:`metric_places`."""
     members: dict[str, list[float]] = {"": list(norms.values())}
     for name, norm in norms.items():
         if name in places:

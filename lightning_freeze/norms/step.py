@@ -49,20 +49,10 @@ class BackwardNorms:
 
 
 class StepNorms:
-    """Measures the next step of an optimizer: call :meth:`begins` before it; hooks do the rest.
-
-    From there to the end of the step it holds a copy of the parameters if ``what`` has ``"update"``.
-
-    Args:
-        optimizer: It has two hooks until :meth:`close`.
-        what: What to measure.
-
-    Attributes:
-        norms: For each quantity the norm of each parameter, to :func:`~lightning_freeze.norms.core.read`.
-    """
+    """Measures the next step of an optimizer: call :meth:`begins` before it; hooks do the rest until :meth:`close`."""
 
     def __init__(self, optimizer: Optimizer, what: Collection[What] = ("grad", "weight", "update")) -> None:
-        self.norms: dict[str, dict[str, Tensor]] = {}
+        self.norms: dict[str, dict[str, Tensor]] = {}  # for each quantity that of each parameter
         self._optimizer, self._what = optimizer, what
         self._parameters: dict[str, nn.Parameter] = {}
         self._copies: dict[str, Tensor] = {}
@@ -74,13 +64,7 @@ class StepNorms:
     def begins(
         self, named: Mapping[str, nn.Parameter], scale: Tensor | None = None, backwards: BackwardNorms | None = None
     ) -> None:
-        """Measure gradients, not yet clipped, and weights.
-
-        Args:
-            named: Names of parameters. Of them, those count that the optimizer holds and may change.
-            scale: What gradients have been multiplied by, if the optimizer divides them itself (a fused one under AMP).
-            backwards: Knows the gradients before clipping, where that may have happened already.
-        """
+        """Measure weights and gradients; ``backwards`` knows those that were clipped already."""
         held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         changing = {n: p for n, p in named.items() if id(p) in held and (p.requires_grad or p.grad is not None)}
         self._parameters, self._scale = changing, scale
@@ -94,7 +78,7 @@ class StepNorms:
     @torch.no_grad()
     def end(self) -> None:
         """Measure what the step has changed; AMP may have skipped it. A second call does nothing."""
-        self._gradients_are_ready()
+        self._measure_clipped()
         if "update" in self._what and "update" not in self.norms and self.norms:
             self.norms["update"] = measure({n: old.sub_(self._parameters[n]) for n, old in self._copies.items()})
             self._copies = {}
@@ -104,7 +88,7 @@ class StepNorms:
         for hook in self._hooks:
             hook.remove()
 
-    def _gradients_are_ready(self) -> None:
+    def _measure_clipped(self) -> None:
         if "grad" in self.norms and "grad_clipped" not in self.norms:
             self.norms["grad_clipped"] = measure(gradients(self._parameters), scale=self._scale)
 
@@ -115,38 +99,31 @@ class StepNorms:
         def then_measure(closure: Any) -> Any:
             def closure_and_measure() -> Any:
                 result = closure()
-                self._gradients_are_ready()
+                self._measure_clipped()
                 return result
 
             return closure_and_measure if callable(closure) else closure
 
         this, *others = args
         if not any(map(callable, [*others, *kwargs.values()])):
-            self._gradients_are_ready()
+            self._measure_clipped()
         return (this, *map(then_measure, others)), {name: then_measure(value) for name, value in kwargs.items()}
 
 
 def named_metrics(
     norms: Mapping[str, Mapping[str, float]], what: Collection[What], places: Mapping[str, str]
 ) -> dict[str, float]:
-    """Return what :class:`StepNorms` measured as metrics: ``grad``, ``grad/backbone``, ``update_ratio/backbone``, ….
-
-    Args:
-        norms: For each quantity the norm of each parameter.
-        what: What was asked for.
-        places: See :func:`~lightning_freeze.norms.core.metric_places`.
-    """
+    """Return what was measured as metrics: ``grad``, ``grad/backbone``, ``update_ratio/backbone``, …."""
     joined = {quantity: spread(values, places) for quantity, values in norms.items()}
     if "update" in joined:
         updates, weights = joined["update"], joined["weight"]
-        joined["update_ratio"] = {place: _ratio(norm, weights[place]) for place, norm in updates.items()}
+        joined["update_ratio"] = {
+            place: norm / weights[place] if weights[place] else math.inf if norm else 0.0
+            for place, norm in updates.items()
+        }
     if "weight" not in what:
         joined.pop("weight", None)
     metrics = {
         f"{quantity}/{place}".rstrip("/"): n for quantity, values in joined.items() for place, n in values.items()
     }
     return metrics | ({"nonfinite_grads": float(len(nonfinite(norms["grad"])))} if "grad" in norms else {})
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.inf if part else 0.0

@@ -76,7 +76,7 @@ def test_a_metric_of_validation_is_not_looked_at_twice_in_an_epoch() -> None:
     loops.validate(0.5)
     loops.end_epoch()
     assert loops.monitor.epoch_value(UNTIL, loops.metrics) is None
-    loops.monitor.begin_phase()  # the next phase may take its own from training
+    loops.monitor.by_validation = False  # the next phase may take its own from training
     assert loops.monitor.epoch_value(UNTIL, loops.metrics) == 0.5
     assert loops.monitor.epoch_value(None, loops.metrics) is None
 
