@@ -1,7 +1,7 @@
 """Answers the calls of a module, and stays out of the way of whatever reads, copies, exports or compiles it.
 
-The one file of this wing with private names of torch, which has no public way to answer a module's calls in the place of
-its forward, to see versions of tensors, or to ask who is tracing.
+The one file of this wing with private names of torch, which has no public way to answer a module's calls, to see
+versions of tensors, or to ask who is tracing.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ class Steps:
         self.after: list[Around] = []
         self.counted: list[Around] = []
         self._running: list[Optimizer] = []
+        self._waiting: list[Optimizer] = []  # for their closure
         self._paused = False
         self._handles = [
             register_optimizer_step_pre_hook(self._begin),
@@ -56,8 +57,8 @@ class Steps:
 
     def reset(self) -> None:
         """End the steps that are still on: one that raised has called no hook."""
-        while self._running:
-            self._pop()
+        self._waiting = []
+        self._stop()
 
     def close(self) -> None:
         """Forget everything."""
@@ -73,30 +74,36 @@ class Steps:
         if not callable(closure):
             self._push(optimizer)
             return None
-        self._running.append(optimizer)
-        outside = self._outside(closure)
+        self._waiting.append(optimizer)
+        outside = self._outside(optimizer, closure)
         return (
             (args, {**kwargs, "closure": outside}) if "closure" in kwargs else ((args[0], outside, *args[2:]), kwargs)
         )
 
-    def _outside(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+    def _outside(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Return a closure that runs as if no step was on: it is the user's code, and may save or end the fit."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             running = list(self._running)
-            self.reset()
+            self._stop()
             result = closure(*args, **kwargs)
-            for optimizer in running:
-                self._push(optimizer)
+            if any(waiting is optimizer for waiting in self._waiting):
+                self._waiting.remove(optimizer)
+                running.append(optimizer)
+            for one in running:
+                self._push(one)
             return result
 
         return run
 
     def _end(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._paused or not self._running:  # it was reset meanwhile
+        if self._paused or not (self._running or self._waiting):  # it was reset meanwhile
             return
-        self._pop()
-        if not self._running:
+        if any(waiting is optimizer for waiting in self._waiting):  # it has not called its closure
+            self._waiting.remove(optimizer)
+        else:
+            self._pop()
+        if not (self._running or self._waiting):
             self._call(self.counted, optimizer)
 
     # A class that calls super().step() has torch call the hooks twice, one within the other.
@@ -110,6 +117,10 @@ class Steps:
         optimizer = self._running.pop()
         if not any(running is optimizer for running in self._running):
             self._call(self.after, optimizer)
+
+    def _stop(self) -> None:
+        while self._running:
+            self._pop()
 
     @staticmethod
     def _call(functions: list[Around], optimizer: Optimizer) -> None:

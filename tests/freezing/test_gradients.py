@@ -29,12 +29,13 @@ def test_what_is_lent_stays_until_its_own_optimizer_steps() -> None:
     assert [p.grad is not None for p in net.parameters()] == [False, True, False, False, False, True]
     assert all(p.grad is None or not p.grad.any() for p in net.parameters())
     net[2].weight.grad = torch.ones(2, 2)
-    assert gradients.drop(optimizers[1]) == [net[2].weight]
+    assert gradients.begin_step(optimizers[1]) == [net[2].weight]
     assert net[0].bias.grad is not None
-    assert gradients.drop(optimizers[0]) == [net[0].bias]
+    assert gradients.begin_step(optimizers[0]) == []
+    assert net[0].bias.grad is None
     assert net[2].bias.grad is not None
     net[2].bias.grad = torch.ones(2)  # a backward has put another in its place
-    assert gradients.drop(optimizers[1]) == [net[2].bias]
+    assert gradients.begin_step(optimizers[1]) == [net[2].bias]
     gradients.lend(optimizers)
     assert gradients.drop() == [net[0].bias, net[2].bias]
 

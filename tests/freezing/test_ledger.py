@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -38,36 +39,37 @@ def test_a_parameter_trains_iff_nobody_holds_it(data: st.DataObject) -> None:
     flags = {key: p.requires_grad for key, p in parameters.items()}
     by_hand = {id(p) for m in layers if "train" in vars(m) for p in m.parameters(recurse=False)}
     holds: dict[str, Hold] = {}
-    ledger = Ledger(STRATEGY, module)
-    places = st.sets(st.integers(0, len(keys) - 1))
-    some = places.map(lambda chosen: {keys[place] for place in chosen})
-    for _ in range(data.draw(st.integers(1, 5))):
-        who = data.draw(st.sampled_from("abc"))
-        frozen, trains = data.draw(some), data.draw(some)
-        inside = data.draw(st.lists(st.sampled_from(range(1, len(layers))), unique=True)) if len(layers) > 1 else []
-        holds[who] = Hold(frozenset(frozen), tuple(layers[i] for i in inside), frozenset(trains))
-        for parameter in module.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        before = ledger.trains
-        ledger.hold(who, holds[who])
-        ledger.settle()
-        held = by_hand.union(*(hold.frozen for hold in holds.values()))
-        wanted = set().union(*(hold.trains for hold in holds.values()))
-        expected = {key for key in parameters if key not in held and (key in wanted or flags[key])}
-        assert ledger.trains == expected
-        assert {key for key, p in parameters.items() if p.requires_grad} == expected
-        assert all(parameters[key].grad is None for key in held | (expected - before))
-        in_eval = {child for hold in holds.values() for child in hold.eval_mode}
-        module.train()
-        assert all(not child.training for child in in_eval)
-        for key in (key for key in keys if key in held | (wanted & expected)):  # as for a GAN or an online evaluation
-            parameters[key].requires_grad = data.draw(st.booleans())
-            parameters[key].grad = torch.ones_like(parameters[key]) if parameters[key].requires_grad else None
-        ledger.drop_gradients()
-        assert all(parameters[key].grad is None for key in held)
-        ledger.settle()
-        assert {key for key, p in parameters.items() if p.requires_grad} == expected
-    ledger.close()
+    with closing(Ledger(STRATEGY, module)) as ledger:
+        places = st.sets(st.integers(0, len(keys) - 1))
+        some = places.map(lambda chosen: {keys[place] for place in chosen})
+        for _ in range(data.draw(st.integers(1, 5))):
+            who = data.draw(st.sampled_from("abc"))
+            frozen, trains = data.draw(some), data.draw(some)
+            inside = data.draw(st.lists(st.sampled_from(range(1, len(layers))), unique=True)) if len(layers) > 1 else []
+            holds[who] = Hold(frozenset(frozen), tuple(layers[i] for i in inside), frozenset(trains))
+            for parameter in module.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            before = ledger.trains
+            ledger.hold(who, holds[who])
+            ledger.settle()
+            held = by_hand.union(*(hold.frozen for hold in holds.values()))
+            wanted = set().union(*(hold.trains for hold in holds.values()))
+            expected = {key for key in parameters if key not in held and (key in wanted or flags[key])}
+            assert ledger.trains == expected
+            assert {key for key, p in parameters.items() if p.requires_grad} == expected
+            assert all(parameters[key].grad is None for key in held | (expected - before))
+            in_eval = {child for hold in holds.values() for child in hold.eval_mode}
+            module.train()
+            assert all(not child.training for child in in_eval)
+            for key in (
+                key for key in keys if key in held | (wanted & expected)
+            ):  # as for a GAN or an online evaluation
+                parameters[key].requires_grad = data.draw(st.booleans())
+                parameters[key].grad = torch.ones_like(parameters[key]) if parameters[key].requires_grad else None
+            ledger.drop_gradients()
+            assert all(parameters[key].grad is None for key in held)
+            ledger.settle()
+            assert {key for key, p in parameters.items() if p.requires_grad} == expected
     ledger.close()
     assert state(module)[0] == came[0]
     assert {name: has for name, (_, has) in state(module)[1].items()} == {n: has for n, (_, has) in came[1].items()}

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -99,6 +100,7 @@ def test_like_an_optimizer_for_each_parameter(data: st.DataObject) -> None:
             adopt={str(i): params[i] for i in adopted},
             optimizer_state=policy,
         )
+        stack.callback(phased.release)
         return params, optimizer, scheduler, phased
 
     def look(optimizer: Any, params: list[Any]) -> None:
@@ -109,41 +111,42 @@ def test_like_an_optimizer_for_each_parameter(data: st.DataObject) -> None:
         if named:
             assert [group["param_names"] for group in optimizer.param_groups] == [[str(i) for i in g] for g in whole]
 
-    start = [torch.randn(2) for _ in range(count)]
-    params, optimizer, scheduler, phased = build(start)
-    reference = Reference(
-        make, rate, [*groups, *([adopted] if adopted else [])], lrs, [nn.Parameter(w.clone()) for w in start]
-    )
-    for number in draw(st.permutations(range(len(phases)))):
-        trains, scales = phases[number]
-        phased.apply(number, {id(params[i]) for i in trains})
-        reference.freeze(set(range(count)) - trains, policy)
-        for _ in range(draw(st.integers(1, 3))):
-            if draw(st.booleans()):  # stop here and go on in another process
-                saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict(), phased.state()))
-                assert [len(group["params"]) for group in saved[0]["param_groups"]] == [len(g) for g in groups]
-                phased.release()
-                params, optimizer, scheduler, phased = build([p.detach() for p in params])
-                phased.apply(number, {id(params[i]) for i in trains})
-                optimizer.load_state_dict(saved[0])
-                scheduler.load_state_dict(saved[1])
-                phased.load_state(saved[2])
-                phased.apply(number, {id(params[i]) for i in trains})
-            look(optimizer, params)
-            for index in range(count):
-                gradient = torch.randn(2) if index in trains else None
-                params[index].grad = None if gradient is None else gradient.clone()
-                reference.params[index].grad = gradient
-            optimizer.step()
-            look(optimizer, params)
-            scheduler.step()
-            reference.step(trains, scales)
-            assert same(list(params), list(reference.params))
-    phased.release()
-    assert [len(group["params"]) for group in optimizer.param_groups] == [len(group) for group in groups]
-    optimizer.step()
-    scheduler.step()
-    assert not any(vars(optimizer)[name] for name in vars(optimizer) if name.endswith("_hooks"))
+    with ExitStack() as stack:  # an example may end early
+        start = [torch.randn(2) for _ in range(count)]
+        params, optimizer, scheduler, phased = build(start)
+        reference = Reference(
+            make, rate, [*groups, *([adopted] if adopted else [])], lrs, [nn.Parameter(w.clone()) for w in start]
+        )
+        for number in draw(st.permutations(range(len(phases)))):
+            trains, scales = phases[number]
+            phased.apply(number, {id(params[i]) for i in trains})
+            reference.freeze(set(range(count)) - trains, policy)
+            for _ in range(draw(st.integers(1, 3))):
+                if draw(st.booleans()):  # stop here and go on in another process
+                    saved = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict(), phased.state()))
+                    assert [len(group["params"]) for group in saved[0]["param_groups"]] == [len(g) for g in groups]
+                    phased.release()
+                    params, optimizer, scheduler, phased = build([p.detach() for p in params])
+                    phased.apply(number, {id(params[i]) for i in trains})
+                    optimizer.load_state_dict(saved[0])
+                    scheduler.load_state_dict(saved[1])
+                    phased.load_state(saved[2])
+                    phased.apply(number, {id(params[i]) for i in trains})
+                look(optimizer, params)
+                for index in range(count):
+                    gradient = torch.randn(2) if index in trains else None
+                    params[index].grad = None if gradient is None else gradient.clone()
+                    reference.params[index].grad = gradient
+                optimizer.step()
+                look(optimizer, params)
+                scheduler.step()
+                reference.step(trains, scales)
+                assert same(list(params), list(reference.params))
+        phased.release()
+        assert [len(group["params"]) for group in optimizer.param_groups] == [len(group) for group in groups]
+        optimizer.step()
+        scheduler.step()
+        assert not any(vars(optimizer)[name] for name in vars(optimizer) if name.endswith("_hooks"))
 
 
 @pytest.fixture
