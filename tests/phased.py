@@ -45,19 +45,18 @@ def rates_in_steps(module: nn.Module) -> Iterator[list[dict[str, float]]]:
 
     def note(optimizer: Optimizer, *_: Any) -> None:
         groups = optimizer.param_groups
-        row = {names[id(p)]: float(group["lr"]) for group in groups for p in group["params"] if id(p) in names}
-        if row:  # else one that is tried out
-            rates.append(row)
+        rates.append({names[id(p)]: float(group["lr"]) for group in groups for p in group["params"]})
 
     # An optimizer's own post hooks run before global ones, and so inside of the schedule's view.
-    handle = register_optimizer_step_pre_hook(lambda optimizer, *_: add(optimizer))
-    seen: set[int] = set()
+    seen: list[Optimizer] = []
 
-    def add(optimizer: Optimizer) -> None:
-        if id(optimizer) not in seen:
-            seen.add(id(optimizer))
+    def add(optimizer: Optimizer, *_: Any) -> None:
+        is_new = not any(one is optimizer for one in seen)
+        if is_new and all(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+            seen.append(optimizer)
             optimizer.register_step_post_hook(note)
 
+    handle = register_optimizer_step_pre_hook(add)
     try:
         yield rates
     finally:
