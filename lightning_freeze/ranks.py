@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -27,18 +28,19 @@ def from_all(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
-def check_agreement(strategy: Strategy, **facts: Any) -> None:
+def check_agreement(strategy: Strategy, tell: Callable[[], Mapping[str, Any]]) -> None:
     """Refuse ranks that are about to do different things.
 
     Args:
         strategy: Any strategy.
-        facts: What must be the same everywhere, by name; what is compared is its ``repr``.
+        tell: Returns what must be the same everywhere, by name; what is compared is its ``repr``.
 
     Raises:
         RuntimeError: On every rank, if one differs in a fact; it names the fact and what this rank has.
     """
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return
+    facts = tell()
     mine = torch.tensor([_digest(repr(fact)) for fact in facts.values()], device=strategy.root_device)
     greatest, least = strategy.reduce(torch.stack([mine, -mine]), reduce_op="max")
     differ = [name for name, same in zip(facts, (greatest == -least).tolist(), strict=True) if not same]
@@ -79,7 +81,7 @@ def refuse_differences(strategy: Strategy, why: str, **facts: Any) -> None:
         MisconfigurationException: On every rank, if one differs in a fact.
     """
     try:
-        check_agreement(strategy, **facts)
+        check_agreement(strategy, lambda: facts)
     except RuntimeError as error:
         raise MisconfigurationException(f"{why} {error}") from None
 

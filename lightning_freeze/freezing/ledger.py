@@ -80,7 +80,7 @@ class Ledger:
         self._frozen = FrozenGradients([])
         self._warned = False
         self.steps = Steps()
-        self.steps.before.append(lambda stepping: self._warn_of_switched(self._frozen.begin_step(stepping)))
+        self.steps.before.append(self._begin_step)
 
     @property
     def batchnorm(self) -> list[nn.Module]:
@@ -133,12 +133,13 @@ class Ledger:
             hold_eval(stay)
             self._in_eval = list(stay)
         if self.trains != before:
-            froze = [p for p in self.parameters.values() if id(p) in before - self.trains]
-            follow_trainable_set(self.strategy, froze)
+            froze = before - self.trains
+            follow_trainable_set(self.strategy, [p for p in self.parameters.values() if id(p) in froze])
 
     def drop_gradients(self) -> None:
         """Drop the gradients of what is frozen: they would count in a clip and move it in a step."""
-        self._warn_of_switched(self._frozen.drop())
+        if stray := self._frozen.drop():
+            self._warn_of_switched(stray)
 
     def lend_gradients(self, optimizers: Iterable[Optimizer]) -> None:
         """Have a GradScaler accept each optimizer of which nothing trains, until its step."""
@@ -172,6 +173,10 @@ class Ledger:
             if id(parameter) in self._found.touched and id(parameter) not in by_hand:
                 parameter.requires_grad = self._found.flags[id(parameter)]
         self._in_eval, self._found.touched, self._frozen = [], set(), FrozenGradients([])
+
+    def _begin_step(self, stepping: Optimizer) -> None:
+        if stray := self._frozen.begin_step(stepping):
+            self._warn_of_switched(stray)
 
     def _decide(self, parameter: nn.Parameter, *, frozen: bool, wanted: bool) -> None:
         key, found = id(parameter), self._found

@@ -80,12 +80,14 @@ class Course:
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
         # Every batch comes here: the cheap question first.
-        if self.progress.is_due(self.phases, self.step) and batch_idx % self.trainer.accumulate_grad_batches == 0:
+        counted = self.trainer.global_step
+        due = self.progress.is_due(self.phases, counted + self.progress.uncounted)
+        if due and batch_idx % self.trainer.accumulate_grad_batches == 0:
             # Where the user steps, only a step since then tells that no accumulation window is open.
             closed = pl_module.automatic_optimization or self.step != self.progress.plateau.ended_at
             if self._advance(pl_module, plateau=closed):
                 self._log_phase()
-        self.fit.begin_batch(self.trainer.global_step)
+        self.fit.stepped = (0, counted)
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
         logs = self.phase.scales and self.trainer.loggers
         if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -121,10 +123,12 @@ class Course:
         index, resolved = self.progress.index, self.fit.resolved
         check_agreement(
             self.trainer.strategy,
-            schedule=describe(self.phases),
-            epoch=self.trainer.current_epoch,
-            phase=index,
-            trains=[(name, tuple(p.shape)) for name, p in resolved.trains[index].items()],
+            lambda: {
+                "schedule": describe(self.phases),
+                "epoch": self.trainer.current_epoch,
+                "phase": index,
+                "trains": [(name, tuple(p.shape)) for name, p in resolved.trains[index].items()],
+            },
         )
         self.fit.ledger.hold(self.who, resolved.holds[index])
         self.fit.ledger.settle(modes=modes)
@@ -159,7 +163,7 @@ class Course:
 
     def _follow(self, optimizer: Optimizer) -> None:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
-        if self.fit.follow(self.trainer):
+        if not self.fit.follows(optimizer) and self.fit.follow(self.trainer):
             report.optimizers_exchanged(self.trainer)
             self.fit.apply(self.progress.index)
 

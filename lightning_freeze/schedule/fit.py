@@ -110,6 +110,10 @@ class Fit:
         steps.after.append(self._hide)
         steps.counted.append(self._count)
 
+    def follows(self, optimizer: Optimizer) -> bool:
+        """Return whether an optimizer is under the schedule."""
+        return any(phased.optimizer is optimizer for phased in self.optimizers)
+
     def follow(self, trainer: Trainer) -> bool:
         """Take optimizers over that somebody has put in the place of others; return whether there were any."""
         optimizers = optimizers_of(trainer)
@@ -144,10 +148,6 @@ class Fit:
         if len(states) == len(self.optimizers):
             for phased, state in zip(self.optimizers, states, strict=True):
                 phased.load_state(state)
-
-    def begin_batch(self, step: int) -> None:
-        """Count optimizer steps from here, at a ``trainer.global_step``."""
-        self.stepped = (0, step)
 
     def uncounted(self, step: int) -> int:
         """Return the steps since the batch began if ``trainer.global_step`` has counted none of them."""
