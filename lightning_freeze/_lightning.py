@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, StochasticWeightAveraging, WeightAveraging
 
 # What Lightning puts in the place of an optimizer where ``configure_optimizers`` returns none.
-from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -36,10 +36,8 @@ __all__ = [
     "EarlyStopping",
     "FSDPStrategy",
     "LightningModule",
-    "LightningOptimizer",
     "MisconfigurationException",
     "ModelParallelStrategy",
-    "Optimizer",
     "ParallelStrategy",
     "SingleDeviceStrategy",
     "SingleDeviceXLAStrategy",
@@ -48,7 +46,6 @@ __all__ = [
     "Trainer",
     "WeightAveraging",
     "XLAStrategy",
-    "_MockOptimizer",
     "averages_models",
     "callbacks_of",
     "epoch_names",

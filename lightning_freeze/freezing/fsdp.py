@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +97,17 @@ class CheckpointsByName:
             and saved is not None
             and not all(state["state"] for state in saved)
         )
+        load: Callable[[], dict[str, Any]]
+        load = partial(type(strategy).load_checkpoint, strategy, path, weights_only=weights_only)
+        if not one_by_one:
+            return load()
+        strategy.optimizers = []  # setting them wraps them anew, so only where it has to be
         try:
-            if one_by_one:
-                strategy.optimizers = []
-            checkpoint: dict[str, Any] = type(strategy).load_checkpoint(strategy, path, weights_only=weights_only)
+            checkpoint = load()
         finally:
             strategy.optimizers = optimizers
-        if one_by_one:
-            for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
-                _load_state(strategy, optimizer, state)
+        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+            _load_state(strategy, optimizer, state)
         return checkpoint
 
 

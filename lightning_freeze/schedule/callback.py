@@ -188,7 +188,7 @@ class FreezeSchedule(Holder):
         if self._course is not None:
             self.progress.unlooked = self._course.epoch_value()
             kept = weights_to_keep(pl_module, self._course.fit, self.history)
-            checkpoint["callbacks"][self.state_key] = self.state_dict() | {"trained": kept}
+            checkpoint["callbacks"][self.state_key].update(unlooked=self.progress.unlooked, trained=kept)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore weights that a trainable-only checkpoint lacks; refuse what version 0.1.0 adopted."""

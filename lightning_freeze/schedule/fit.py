@@ -41,6 +41,7 @@ class Resolved:
         held: The identities of what another callback keeps frozen in every phase.
         trains: For each phase, what trains, by name.
         scales: For each phase, the learning rate scales, by identity.
+        scaled: For each phase, the first parameter that trains of each selector of its scales.
         holds: For each phase, what the schedule asks the ledger for.
     """
 
@@ -48,6 +49,7 @@ class Resolved:
     held: set[int]
     trains: list[dict[str, nn.Parameter]]
     scales: list[dict[int, float]]
+    scaled: list[dict[str, nn.Parameter]]
     holds: list[Hold]
 
 
@@ -70,13 +72,16 @@ def resolve_phases(
     """
     sleeping = asleep(module, phases, came_frozen)
     trains = [phase_trains(module, phase, sleeping, held) for phase in phases]
-    holds = []
-    for selected in trains:
+    holds, scaled = [], []
+    for phase, selected in zip(phases, trains, strict=True):
         active = frozenset(map(id, selected.values()))
         frozen = frozenset(id(parameter) for parameter in parameters.values()) - active
         stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
         holds.append(Hold(frozen, tuple(stay), active))
-    return Resolved(came_frozen, set(held), trains, [phase_scales(module, phase) for phase in phases], holds)
+        owners = [(name, select) for name, select in scale_owners(module, phase).items() if name in selected]
+        scaled.append({selector_text(select): selected[name] for name, select in reversed(owners)})
+    scales = [phase_scales(module, phase) for phase in phases]
+    return Resolved(came_frozen, set(held), trains, scales, scaled, holds)
 
 
 @dataclass
@@ -121,6 +126,7 @@ class Fit:
             return False
         self._release_optimizers()
         adopt = self._to_adopt(trainer.strategy, optimizers)
+        sparse = _sparse(self.ledger.module) if adopt else []
         with self.ledger.steps.paused():  # throw-away optimizers step, and some fail
             for optimizer in optimizers:
                 phased = PhasedOptimizer(
@@ -128,7 +134,7 @@ class Fit:
                     scales=self.resolved.scales,
                     adopt=adopt,
                     optimizer_state=self.policy,
-                    sparse=_sparse(self.ledger.module),
+                    sparse=sparse,
                 )
                 self.optimizers.append(phased)
         return True
@@ -156,15 +162,12 @@ class Fit:
 
     def rates(self, index: int) -> dict[str, float]:
         """Return the learning rates of what the phase scales and trains, by selector."""
-        phase, trains = self.phases[index], self.resolved.trains[index]
-        found: dict[str, float] = {}
-        for name, select in scale_owners(self.ledger.module, phase).items() if phase.scales else ():
-            text = selector_text(select)
-            if name in trains and text not in found:
-                rates = [rate for phased in self.optimizers if (rate := phased.view.rate(trains[name])) is not None]
-                if rates:
-                    found[text] = rates[0]
-        return found
+        found = (
+            (select, phased.view.rate(parameter))
+            for select, parameter in self.resolved.scaled[index].items()
+            for phased in self.optimizers
+        )
+        return {select: rate for select, rate in found if rate is not None}
 
     def trainable(self) -> int:
         """Return how many scalars train."""

@@ -9,19 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_freeze.audit.uses import Uses, runs_in_python, watching
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(self.a(x))
-
-
-def named(net: nn.Module) -> dict[str, nn.Parameter]:
-    return dict(net.named_parameters())
+from tests.audit.test_gradients import Net, named
 
 
 def used(net: nn.Module, act: Any) -> Uses:
