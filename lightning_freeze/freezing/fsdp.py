@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,11 @@ class CheckpointsByName:
             and saved is not None
             and not all(state["state"] for state in saved)
         )
-        load: Callable[[], dict[str, Any]]
-        load = partial(type(strategy).load_checkpoint, strategy, path, weights_only=weights_only)
+
+        def load() -> dict[str, Any]:
+            checkpoint: dict[str, Any] = type(strategy).load_checkpoint(strategy, path, weights_only=weights_only)
+            return checkpoint
+
         if not one_by_one:
             return load()
         strategy.optimizers = []  # setting them wraps them anew, so only where it has to be
