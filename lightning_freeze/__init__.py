@@ -13,13 +13,15 @@ from lightning_freeze.functional import freeze, frozen, to_numpy, trainable_summ
 from lightning_freeze.metrics.callback import MetricLogger
 from lightning_freeze.norms.callback import NormLogger
 from lightning_freeze.schedule.callback import FreezeSchedule
-from lightning_freeze.schedule.phases import Phase, Plateau
+from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.schedule.plateau import Plateau
 from lightning_freeze.schedule.presets import (
     chain_thaw,
     gradual_unfreezing,
     layerwise_sampling,
     linear_probe_then_finetune,
 )
+from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import Selector, select_parameters
 from lightning_freeze.target.callback import TargetNetwork
 
@@ -37,6 +39,7 @@ __all__ = [
     "NormLogger",
     "Phase",
     "Plateau",
+    "Ramp",
     "Report",
     "Selector",
     "TargetNetwork",

@@ -103,19 +103,19 @@ class Course:
 
     def begin_validation(self) -> None:
         """Note what is logged before validation logs."""
-        self.monitor.begin_validation(self.phase.until, self.trainer.callback_metrics)
+        self.monitor.begin_validation(self.phase.plateau, self.trainer.callback_metrics)
 
     def end_validation(self) -> None:
         """Look at the phase's metric if validation has logged it."""
         if not self.trainer.sanity_checking:
-            value = self.monitor.end_validation(self.phase.until, self.trainer.callback_metrics, self.progress.index)
-            self._look(mean_over_ranks(self.trainer.strategy, value) if self.phase.until else None)
+            value = self.monitor.end_validation(self.phase.plateau, self.trainer.callback_metrics, self.progress.index)
+            self._look(mean_over_ranks(self.trainer.strategy, value) if self.phase.plateau else None)
 
     def epoch_value(self) -> float | None:
         """Return the metric's value that the next epoch's start will look at, the same on all ranks."""
-        if self.phase.until is None or not self.monitor.epoch_over:
+        if self.phase.plateau is None or not self.monitor.epoch_over:
             return self.progress.unlooked
-        value = self.monitor.epoch_value(self.phase.until, self.trainer.callback_metrics)
+        value = self.monitor.epoch_value(self.phase.plateau, self.trainer.callback_metrics)
         return mean_over_ranks(self.trainer.strategy, value)
 
     def apply(self, *, modes: bool = True) -> None:
@@ -153,7 +153,7 @@ class Course:
             "Give every rank as many, for example by limit_train_batches=….",
             batches=batches,
         )
-        if any(phase.until is not None for phase in self.phases):
+        if any(phase.plateau is not None for phase in self.phases):
             refuse_differences(
                 trainer.strategy,
                 "A rank has no validation batches, and those that have some would wait for it forever to agree on the "
@@ -180,15 +180,15 @@ class Course:
         return True
 
     def _look(self, value: float | None) -> None:
-        if self.phase.until is not None and value is not None:
-            self.progress.plateau.look(self.phase.until, value, self.step)
+        if self.phase.plateau is not None and value is not None:
+            self.progress.plateau.look(self.phase.plateau, value, self.step)
 
     def _check_metrics(self) -> None:
         """Raise for a plateau that can never come, as soon as every loop has run that could log its metric."""
         index, metrics = self.progress.index, self.trainer.callback_metrics
         epochs = self.trainer.current_epoch - self.progress.history[-1][0]
         for number in self.monitor.checkable(index, len(self.phases), epochs, self.trainer.enable_validation):
-            until = self.phases[number].until
+            until = self.phases[number].plateau
             if until is not None and only_true(self.trainer.strategy, until.monitor not in metrics):
                 report.metric_is_missing(self.trainer, self.phases, number, is_current=number == index)
 

@@ -102,7 +102,7 @@ def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float]:
     """
     parameters = named_unique_parameters(module)
     owner = scale_owners(module, phase)
-    return {id(parameters[name]): float(phase.scales[select]) for name, select in owner.items()}
+    return {id(parameters[name]): float(phase.scales[select]) for name, select in owner.items()}  # type: ignore[arg-type]
 
 
 def scale_owners(module: nn.Module, phase: Phase) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_freeze.schedule.phases import Plateau
+from lightning_freeze.schedule.plateau import Plateau
 from lightning_freeze.words import suggestion
 
 Metrics = Mapping[str, Any]

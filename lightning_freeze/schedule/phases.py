@@ -1,103 +1,33 @@
-"""Phases and plateaus, as users write them: plain data."""
+"""Phases, as users write them: plain data."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeAlias
 
+from torch.optim import Optimizer
+
+from lightning_freeze._lightning import LightningModule, Trainer
+from lightning_freeze.schedule.arguments import built, number, plain_options, without_defaults
+from lightning_freeze.schedule.plateau import Plateau
+from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import Selector, as_patterns, selector_text
-from lightning_freeze.words import one_of, suggestion, whole_number
+from lightning_freeze.words import whole_number
 
-Mode = Literal["min", "max"]
-T = TypeVar("T")
-
-
-def _with_plain_errors(cls: type[T]) -> type[T]:
-    """Have the constructor of a dataclass say what would be right, where Python's own error does not."""
-    make = cls.__init__
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    names, unnamed = [field.name for field in fields], [field.name for field in fields if not field.kw_only]
-
-    @functools.wraps(make)
-    def checked(self: T, *args: Any, **options: Any) -> None:
-        if len(args) > len(unnamed):
-            raise TypeError(
-                f"{cls.__name__}({', '.join(map(repr, args))}): only {', '.join(unnamed)} can be positional. Write "
-                f"other options by name: {', '.join(names)}."
-            )
-        if unknown := [key for key in options if key not in names]:
-            raise TypeError(_unknown(cls.__name__, unknown[0], names))
-        make(self, *args, **options)
-
-    cls.__init__ = checked  # type: ignore[assignment]
-    return cls
+# A scheduler, or what configure_optimizers may return in its place: {"scheduler": …, "interval": "epoch"}.
+SchedulerFactory: TypeAlias = Callable[[Optimizer, int], Any]
 
 
-@_with_plain_errors
-@dataclass(frozen=True)
-class Plateau:
-    """The end of a phase: a metric has stopped getting better.
-
-    A value is taken after each validation run that logs the metric, or after each training epoch if validation does
-    not log it. A value that is not finite is no improvement.
-
-    Args:
-        monitor: The name of a logged metric, as in ``trainer.callback_metrics``.
-        patience: After how many values without improvement the phase ends, at least 1.
-        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
-        min_delta: By how much a value has to be better, in the metric's own unit, at least 0.
-
-    Raises:
-        TypeError: If ``patience`` or ``min_delta`` is no number.
-        ValueError: If an argument is out of range.
-
-    Example:
-        >>> Plateau("val_loss", patience=2)
-        Plateau(monitor='val_loss', patience=2, mode='min', min_delta=0.0)
-    """
-
-    monitor: str
-    patience: int = 3
-    mode: Mode = "min"
-    min_delta: float = 0.0
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.monitor, str) or not self.monitor:
-            raise ValueError(f"Plateau(monitor={self.monitor!r}): name a logged metric, for example 'val_loss'.")
-        object.__setattr__(self, "patience", whole_number("Plateau", "patience", self.patience))
-        one_of("Plateau", "mode", self.mode, get_args(Mode))
-        shown = f"Plateau(min_delta={self.min_delta!r}): min_delta"
-        object.__setattr__(self, "min_delta", _number(shown, self.min_delta))
-        if not self.min_delta >= 0:
-            raise ValueError(f"{shown} is 0 or more; mode says which direction is better.")
-
-    def better(self, value: float, best: float | None) -> bool:
-        """Return whether a value improves on the best one so far.
-
-        Example:
-            >>> Plateau("acc", mode="max", min_delta=0.1).better(0.55, 0.5)
-            False
-        """
-        if not math.isfinite(value):
-            return False
-        if best is None:
-            return True
-        return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
-
-
-@_with_plain_errors
+@plain_options
 @dataclass(frozen=True)
 class Phase:
     """A part of a fit in which a set of parameters trains and every other one is frozen.
 
-    It lasts ``epochs`` epochs, ``steps`` optimizer steps, or until a :class:`Plateau`, whichever comes first. An epoch
-    in the middle of which the phase begins is its first.
+    It lasts until the first of its ends comes; an epoch in the middle of which the phase begins is its first. If the
+    last phase of a schedule has an end, the fit ends there.
 
     Args:
         train: What trains, see :func:`select_parameters`; everything else is frozen. ``"*"`` is everything that was
@@ -106,10 +36,14 @@ class Phase:
         epochs: How many epochs it lasts, at least 1.
         steps: How many optimizer steps it lasts, at least 1, as ``trainer.global_step`` counts them: with several
             optimizers each one's step counts.
-        until: The plateau that ends it.
-        lr_scale: A factor on the learning rate that your optimizer and scheduler set, for everything that trains or, as
-            ``{selector: factor}``, for a part of it; where selectors overlap, the last one counts. A tuple is a list
-            of selectors: ``{("*", "!head"): 0.1}``.
+        fraction: Which share of the fit's optimizer steps it lasts, above 0 and at most 1; fixed when the fit begins.
+        until: What else ends it: a :class:`Plateau`, or a function ``(trainer, pl_module) -> bool``, which is asked
+            before each optimizer step of the phase but the first and at each epoch's start.
+        lr_scale: A factor on the learning rate that your optimizer and scheduler set, or a :class:`Ramp` of it, for
+            everything that trains or, as ``{selector: factor}``, for a part of it; where selectors overlap, the last
+            one counts. A tuple is a list of selectors: ``{("*", "!head"): 0.1}``.
+        lr_scheduler: A scheduler of the phase's own, made by a function of the optimizer and of the optimizer steps
+            that the phase lasts at most; ``"restart"``: the optimizer's scheduler begins anew.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -118,7 +52,7 @@ class Phase:
     Example:
         >>> Phase("head", epochs=2).label
         'head'
-        >>> Phase(["head", "backbone.layer4"], steps=500, lr_scale={"backbone": 0.1}).label
+        >>> Phase(["head", "backbone.layer4"], steps=500, lr_scale={"backbone": Ramp(0.01, 0.1)}).label
         'head, backbone.layer4'
     """
 
@@ -127,16 +61,26 @@ class Phase:
     name: str | None = None
     epochs: int | None = None
     steps: int | None = None
-    until: Plateau | None = None
+    fraction: float | None = None
+    until: Plateau | Callable[[Trainer, LightningModule], bool] | None = None
     # Keys are selectors; a Mapping of them would refuse a variable that is a dict[str, float].
-    lr_scale: float | Mapping[Any, float] | None = None
+    lr_scale: float | Ramp | Mapping[Any, float | Ramp] | None = None
+    lr_scheduler: SchedulerFactory | Literal["restart"] | None = None
 
     def __post_init__(self) -> None:
         for end in ("epochs", "steps"):
             if getattr(self, end) is not None:
                 object.__setattr__(self, end, whole_number("Phase", end, getattr(self, end)))
-        if self.until is not None and not isinstance(self.until, Plateau):
-            raise TypeError(f"Phase(until={self.until!r}): until is a Plateau, for example Plateau('val_loss').")
+        if self.fraction is not None:
+            shown = f"Phase(fraction={self.fraction!r}): fraction"
+            object.__setattr__(self, "fraction", number(shown, self.fraction))
+            if not 0 < self.fraction <= 1:
+                raise ValueError(f"{shown} is a share of the fit: above 0 and at most 1.")
+        if not (self.until is None or isinstance(self.until, Plateau) or callable(self.until)):
+            raise TypeError(
+                f"Phase(until={self.until!r}): until is a Plateau, for example Plateau('val_loss'), or a function "
+                "(trainer, pl_module) -> bool."
+            )
         if not self.train or not (isinstance(self.train, str | Sequence) or callable(self.train)):
             raise ValueError(
                 f"Phase(train={self.train!r}): say what trains, for example 'head', ['head', 'neck'] or '*'."
@@ -145,21 +89,30 @@ class Phase:
         for select, factor in self.scales.items():
             as_patterns(select)
             shown = f"Phase(lr_scale={self.lr_scale!r}): a factor"
-            factor = _number(shown, factor)
-            if not (factor > 0 and math.isfinite(factor)):
+            if not isinstance(factor, Ramp) and not 0 < number(shown, factor) < math.inf:
                 raise ValueError(f"{shown} is above 0 and finite. What shall not train, leave out of `train`.")
+        if not (self.lr_scheduler in (None, "restart") or callable(self.lr_scheduler)):
+            raise TypeError(
+                f"Phase(lr_scheduler={self.lr_scheduler!r}): lr_scheduler is 'restart' or a function, for example "
+                "lambda optimizer, steps: OneCycleLR(optimizer, 1e-3, total_steps=steps)."
+            )
 
     @property
-    def scales(self) -> Mapping[Selector, float]:
+    def scales(self) -> Mapping[Selector, float | Ramp]:
         """``lr_scale`` as ``{selector: factor}``."""
         if self.lr_scale is None:
             return {}
         return self.lr_scale if isinstance(self.lr_scale, Mapping) else {"*": self.lr_scale}
 
     @property
+    def plateau(self) -> Plateau | None:
+        """``until``, if it is a plateau."""
+        return self.until if isinstance(self.until, Plateau) else None
+
+    @property
     def has_end(self) -> bool:
         """Whether anything ends the phase."""
-        return any(end is not None for end in (self.epochs, self.steps, self.until))
+        return any(end is not None for end in (self.epochs, self.steps, self.fraction, self.until))
 
     @property
     def label(self) -> str:
@@ -186,7 +139,7 @@ def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
 
     Example:
         >>> as_phases([{"train": "head", "epochs": 2}, {"train": "*"}])[0]
-        Phase(train='head', name=None, epochs=2, steps=None, until=None, lr_scale=None)
+        Phase(train='head', epochs=2)
     """
     if isinstance(phases, Phase | Mapping | str) or not isinstance(phases, Sequence):
         raise TypeError(
@@ -194,66 +147,61 @@ def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
         )
     if not phases:
         raise ValueError("FreezeSchedule([]) has no phases. Give at least one, for example [Phase('head')].")
-    built = tuple(_phase(phase, index) for index, phase in enumerate(phases))
-    for index, phase in enumerate(built[:-1]):
+    schedule = tuple(_phase(phase, index) for index, phase in enumerate(phases))
+    for index, phase in enumerate(schedule[:-1]):
         if not phase.has_end:
             raise ValueError(
-                f"Phase {index + 1} of {len(built)} ({phase.label!r}) has no end, so the next one never begins. "
-                "Give it epochs=…, steps=… or until=Plateau(…); only the last phase may be open-ended."
+                f"Phase {index + 1} of {len(schedule)} ({phase.label!r}) has no end, so the next one never begins. "
+                "Give it epochs=…, steps=…, fraction=… or until=…; only the last phase may be open-ended."
             )
-    return built
+    return schedule
 
 
 def describe(phases: Sequence[Phase]) -> list[dict[str, Any]]:
     """Return a schedule as plain data, by which a checkpoint recognises it."""
-    return [
-        {
-            "train": selector_text(phase.train),
-            "name": phase.name,
-            "epochs": phase.epochs,
-            "steps": phase.steps,
-            "until": dataclasses.asdict(phase.until) if phase.until else None,
-            "lr_scale": {selector_text(select): float(factor) for select, factor in phase.scales.items()},
-        }
-        for phase in phases
-    ]
+    return [_described(phase) for phase in phases]
+
+
+def _described(phase: Phase) -> dict[str, Any]:
+    plain = without_defaults(phase, "name", "epochs", "steps", "until", "lr_scale")
+    plain["train"] = selector_text(phase.train)
+    plain["lr_scale"] = {selector_text(select): _factor(factor) for select, factor in phase.scales.items()}
+    if phase.plateau is not None:
+        plain["until"] = without_defaults(phase.plateau, "monitor", "patience", "mode", "min_delta")
+    elif phase.until is not None:
+        plain["until"] = _name(phase.until)
+    if callable(phase.lr_scheduler):
+        plain["lr_scheduler"] = _name(phase.lr_scheduler)
+    return plain
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _factor(factor: float | Ramp) -> float | dict[str, Any]:
+    return dataclasses.asdict(factor) if isinstance(factor, Ramp) else float(factor)
 
 
 def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:
     """Return a phase from a phase or a dict of its arguments."""
+    where = f"Phase {index + 1}"
     if isinstance(phase, Phase):
         return phase
     if not isinstance(phase, Mapping):
-        raise TypeError(f"Phase {index + 1} is {phase!r}: a phase is a Phase or a dict of its arguments.")
-    options = _known(Phase, dict(phase), f"Phase {index + 1}")
-    if "train" not in options:
-        raise ValueError(f"Phase {index + 1}, {dict(phase)!r}, does not say what trains: add 'train'.")
-    if isinstance(options.get("until"), Mapping):
-        until = _known(Plateau, dict(options["until"]), f"Phase {index + 1}: until")
-        if "monitor" not in until:
-            raise ValueError(f"Phase {index + 1}: until={until!r} does not say which metric: add 'monitor'.")
-        options["until"] = Plateau(**until)
-    return Phase(**options)
+        raise TypeError(f"{where} is {phase!r}: a phase is a Phase or a dict of its arguments.")
+    options = dict(phase)
+    if isinstance(until := options.get("until"), Mapping):
+        options["until"] = built(Plateau, until, f"{where}: until", ("monitor", "which metric"))
+    if isinstance(scale := options.get("lr_scale"), Mapping):
+        if "start" in scale and scale.keys() <= {field.name for field in dataclasses.fields(Ramp)}:
+            scale = {"*": scale}
+        options["lr_scale"] = {select: _as_ramp(factor, where) for select, factor in scale.items()}
+    return built(Phase, options, where, ("train", "what trains"))
 
 
-def _known(cls: Callable[..., Any], options: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return options unchanged if a dataclass has all of them."""
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    if unknown := [key for key in options if key not in names]:
-        raise ValueError(_unknown(where, unknown[0], names))
-    return options
-
-
-def _unknown(where: str, key: str, names: Sequence[str]) -> str:
-    """Return what to say of an argument that is not there."""
-    return f"{where} has no option {key!r}.{suggestion(key, names)} The options are {', '.join(names)}."
-
-
-def _number(shown: str, value: object) -> float:
-    """Return a number as a float, also if it is NumPy's."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        hint = ""
-        if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):  # YAML 1.1 wants a point in a number
-            hint = f" YAML takes {value} for text: write {value.replace('e', '.0e', 1)}."
-        raise TypeError(f"{shown} is a number.{hint}")
-    return float(value)
+def _as_ramp(factor: Any, where: str) -> Any:
+    """Return the ramp that a mapping says, anything else unchanged."""
+    if not isinstance(factor, Mapping):
+        return factor
+    return built(Ramp, factor, f"{where}: lr_scale", ("start", "where the ramp begins"))

@@ -40,7 +40,7 @@ def draw_schedule(axes: Axes, plan: Plan) -> None:
             _draw_bar(axes, row, span, own, plan, index)
         axes.axvline(span[0], color="black", linewidth=0.8)
         axes.annotate(
-            phase.label if phase.until is None else f"{phase.label} (until {phase.until.monitor} plateaus)",
+            phase.label if phase.plateau is None else f"{phase.label} (until {phase.plateau.monitor} plateaus)",
             (span[0], 1.0), xycoords=("data", "axes fraction"), xytext=(3, 4), textcoords="offset points", fontsize=9,
             parse_math=False,
         )  # fmt: skip

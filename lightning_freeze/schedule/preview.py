@@ -148,9 +148,9 @@ def _epochs(phase: Phase, span: Span | None, *, last: bool) -> str:
     begin, end = span
     first, final = int(begin), max(int(begin), -int(-end // 1) - 1)
     text = f"{first}-{final}" if final > first else f"{first}"
-    if phase.until is None or last:
+    if phase.plateau is None or last:
         return text
-    return f"{text}, or until {phase.until.monitor} plateaus"
+    return f"{text}, or until {phase.plateau.monitor} plateaus"
 
 
 def _trainer(model: nn.Module) -> Trainer | None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_freeze.schedule.phases import Phase, Plateau, describe
+from lightning_freeze.schedule.phases import Phase, describe
+from lightning_freeze.schedule.plateau import Plateau
 
 
 @dataclass

@@ -86,8 +86,8 @@ def another_schedule(trainer: Trainer, phases: Sequence[Phase], saved: Mapping[s
 def metric_is_missing(trainer: Trainer, phases: Sequence[Phase], index: int, *, is_current: bool) -> None:
     """Raise for the current phase, warn for a later one, that a plateau's metric is not logged."""
     phase = phases[index]
-    assert phase.until is not None
-    missing = missing_metric(phase.until, trainer.callback_metrics)
+    assert phase.plateau is not None
+    missing = missing_metric(phase.plateau, trainer.callback_metrics)
     if is_current:
         raise MisconfigurationException(f"Phase {phase.label!r} {missing}")
     if trainer.is_global_zero:
@@ -131,7 +131,7 @@ def _ends_too_early(
     looks = max(1.0, trainer.num_training_batches / (trainer.val_check_batch or 1))
     stoppers = [callback for callback in callbacks_of(trainer) if isinstance(callback, EarlyStopping)]
     for number, phase in enumerate(phases[:-1], 1):
-        until = phase.until
+        until = phase.plateau
         if until is None:
             continue
         if phase.epochs is not None and until.patience >= looks * phase.epochs:
