@@ -6,7 +6,7 @@ learning rate scale, parameters that the optimizer was never given, and a policy
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import LBFGS, Optimizer
 
 from lightning_freeze.freezing.adoption import Adoption
-from lightning_freeze.freezing.step_view import StepView
+from lightning_freeze.freezing.step_view import Scale, StepView, factor_at
 from lightning_freeze.freezing.trial import try_adoption, try_scales
 
 OptimizerState = Literal["keep", "drop", "offload"]
@@ -56,7 +56,8 @@ class PhasedOptimizer:
 
     Args:
         optimizer: Any that :func:`check_optimizer` accepts.
-        scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor.
+        scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor, or what
+            moves it.
         adopt: Name to parameter, for what the optimizer shall train and was not given.
         optimizer_state: What becomes of a parameter's state when it freezes: ``"keep"``, ``"drop"``, or ``"offload"``
             to the CPU until it trains again.
@@ -79,7 +80,7 @@ class PhasedOptimizer:
         self,
         optimizer: Optimizer,
         *,
-        scales: Sequence[Mapping[int, float]] = ({},),
+        scales: Sequence[Mapping[int, Scale]] = ({},),
         adopt: Mapping[str, nn.Parameter] | None = None,
         optimizer_state: OptimizerState = "keep",
         sparse: Iterable[int] = (),
@@ -110,14 +111,15 @@ class PhasedOptimizer:
             if state and not any(isinstance(value, Tensor) for value in state.values())
         }
 
-    def apply(self, phase: int, trains: Collection[int]) -> None:
+    def apply(self, phase: int, trains: Collection[int], factor: Callable[[Scale], float] = factor_at) -> None:
         """Follow a phase.
 
         Args:
             phase: The index of the phase in ``scales``.
             trains: The identity of each parameter that trains.
+            factor: Says, before each step, which factor a scale is.
         """
-        self.view.begin(phase)
+        self.view.begin(phase, factor)
         if self._policy == "keep":
             return
         for parameter in members([self.optimizer]):

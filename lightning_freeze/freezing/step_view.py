@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,16 @@ from torch.optim import Optimizer
 
 # What of a parameter group belongs to its members.
 _MEMBERS = frozenset({"params", "param_names"})
+
+
+class Moving(Hashable, Protocol):
+    """A scale that moves: a factor for each share of its way."""
+
+    def at(self, done: float, /) -> float:
+        """Return the factor when a share of the way is done, from 0 to 1."""
+
+
+Scale: TypeAlias = float | Moving
 
 
 def is_rate(option: str) -> bool:
@@ -25,13 +35,23 @@ def is_rate(option: str) -> bool:
     return option == "lr" or option.endswith("_lr")
 
 
+def factor_at(scale: Scale, done: float = 0.0) -> float:
+    """Return the factor of a scale when a share of its way is done.
+
+    Example:
+        >>> factor_at(0.5, done=1.0)
+        0.5
+    """
+    return scale if isinstance(scale, float | int) else scale.at(done)
+
+
 @dataclass
 class _Part:
     """Members of one group that have the same scale in every phase; ``before`` is what the step began with."""
 
-    factors: tuple[float, ...]
+    scales: tuple[Scale, ...]
     group: dict[str, Any]
-    factor: float
+    factor: float = 1.0
     before: dict[str, Any] = field(default_factory=dict)
 
     def take(self, option: str, value: Any) -> None:
@@ -51,9 +71,9 @@ class _Split:
     parts: list[_Part]
     seen: dict[str, Any] = field(default_factory=dict)
 
-    def begin(self, phase: int) -> None:
+    def move(self, phase: int, factor: Callable[[Scale], float]) -> None:
         for part in self.parts:
-            part.factor = part.factors[phase]
+            part.factor = factor(part.scales[phase])
         self.seen = {option: value for option, value in self.seen.items() if not is_rate(option)}
 
     def show(self, group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -72,9 +92,12 @@ class _Split:
         """Write into the user's group what the step has changed in the first part."""
         first = self.parts[0]
         for option, value in first.group.items():
-            if option not in _MEMBERS and value is not first.before.get(option, self):
-                group[option] = value / first.factor if is_rate(option) and first.factor != 1.0 else value
-                self.seen[option] = group[option]
+            if option in _MEMBERS or value is first.before.get(option, self):
+                continue
+            if not is_rate(option) or first.factor == 1.0:
+                group[option] = self.seen[option] = value
+            elif first.factor:  # what a step makes of a rate of 0 says nothing of the user's
+                group[option] = self.seen[option] = value / first.factor
 
     def own(self) -> list[dict[str, Any]]:
         """Return, for each part, what its steps have written: running sums, not what it took from the user's group."""
@@ -93,7 +116,8 @@ class StepView:
 
     Args:
         optimizer: The optimizer.
-        scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor.
+        scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor, or what
+            moves it.
 
     Raises:
         ValueError: If the optimizer has no learning rate where one is scaled.
@@ -110,42 +134,47 @@ class StepView:
         [0.1]
     """
 
-    def __init__(self, optimizer: Optimizer, scales: Sequence[Mapping[int, float]]) -> None:
+    def __init__(self, optimizer: Optimizer, scales: Sequence[Mapping[int, Scale]]) -> None:
         self.optimizer = optimizer
         self._splits: dict[int, _Split] = {}
+        self._moving = [any(not isinstance(scale, float | int) for scale in phase.values()) for phase in scales]
         self._hidden: list[tuple[Optimizer, list[dict[str, Any]]]] = []  # who shows the parts, and the user's groups
         for index, group in enumerate(optimizer.param_groups):
-            places: dict[tuple[float, ...], list[int]] = {}
+            places: dict[tuple[Scale, ...], list[int]] = {}
             for place, parameter in enumerate(group["params"]):
                 places.setdefault(tuple(scale.get(id(parameter), 1.0) for scale in scales), []).append(place)
-            if any(factor != 1.0 for factors in places for factor in factors):
+            if any(scale != 1.0 for own in places for scale in own):
                 _check_rate(optimizer, index)
                 self._splits[index] = _Split(
                     [
-                        _Part(
-                            factors,
-                            {key: [group[key][place] for place in members] for key in _MEMBERS & group.keys()},
-                            factors[0],
-                        )
-                        for factors, members in places.items()
+                        _Part(own, {key: [group[key][place] for place in members] for key in _MEMBERS & group.keys()})
+                        for own, members in places.items()
                     ]
                 )
+        self.begin(0)
 
     def __bool__(self) -> bool:
         return bool(self._splits)
 
     @property
     def factors(self) -> dict[int, set[frozenset[float]]]:
-        """The scales that are in a group at once, in any phase, by the index of the group that they split."""
+        """The factors that are in a group at once, in any phase, by the index of the group that they split.
+
+        Scales that move are taken at their beginning, in the middle and at their end.
+        """
         return {
-            index: set(map(frozenset, zip(*(part.factors for part in split.parts), strict=True)))
+            index: {
+                frozenset(factor_at(scale, done) for scale in scales)
+                for scales in zip(*(part.scales for part in split.parts), strict=True)
+                for done in (0.0, 0.5, 1.0)
+            }
             for index, split in self._splits.items()
         }
 
-    def begin(self, phase: int) -> None:
-        """Take the scales of a phase."""
-        for split in self._splits.values():
-            split.begin(phase)
+    def begin(self, phase: int, factor: Callable[[Scale], float] = factor_at) -> None:
+        """Take the scales of a phase; ``factor`` says, before each step, what one that moves is."""
+        self._phase, self._factor = phase, factor
+        self._move()
 
     def show(self, stepping: Optimizer) -> None:
         """Split the groups of an optimizer that begins to step, as far as they are this one's."""
@@ -153,6 +182,8 @@ class StepView:
         splits = {id(own[index]): split for index, split in self._splits.items() if index < len(own)}
         if not any(id(group) in splits for group in stepping.param_groups):
             return
+        if self._moving[self._phase]:
+            self._move()
         self._hidden.append((stepping, list(stepping.param_groups)))
         shown: list[dict[str, Any]] = []
         for group in stepping.param_groups:
@@ -186,9 +217,13 @@ class StepView:
         for index, group in enumerate(self.optimizer.param_groups):
             if any(member is parameter for member in group["params"]):
                 parts = self._splits[index].parts if index in self._splits else []
-                factor = next((p.factor for p in parts if any(m is parameter for m in p.group["params"])), 1.0)
-                return float(group["lr"]) * factor
+                own = (part.scales for part in parts if any(m is parameter for m in part.group["params"]))
+                return float(group["lr"]) * next((self._factor(scales[self._phase]) for scales in own), 1.0)
         return None
+
+    def _move(self) -> None:
+        for split in self._splits.values():
+            split.move(self._phase, self._factor)
 
     def _own(self) -> list[dict[str, Any]]:
         """Return the user's groups, also while the optimizer, or one that shares its list, shows the parts."""

@@ -92,9 +92,9 @@ def _step(
 ) -> None:
     like = next(p for group in optimizer.param_groups for p in group["params"])
     tensors = [nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)) for _ in options]
-    groups = [{"params": [tensor], **own} for tensor, own in zip(tensors, options, strict=True)]
-    other = _another(optimizer, groups)
-    for tensor in tensors:
+    other = _another(optimizer, [{"params": [tensor]} for tensor in tensors])
+    for tensor, group, own in zip(tensors, other.param_groups, options, strict=True):
+        group.update(own)  # later than the constructor, as in a fit: some refuse a rate of 0 that they would step at
         zeros: Tensor = torch.zeros_like(tensor)
         tensor.grad = zeros.to_sparse(1) if sparse else zeros
     other.step()

@@ -21,7 +21,8 @@ from lightning_freeze.freezing.optimizers import OptimizerState
 from lightning_freeze.schedule import report
 from lightning_freeze.schedule.checkpoint import restore, trained_so_far, weights_to_keep
 from lightning_freeze.schedule.course import Course
-from lightning_freeze.schedule.fit import begin_fit, steps_per_epoch
+from lightning_freeze.schedule.fit import begin_fit
+from lightning_freeze.schedule.length import steps_per_epoch
 from lightning_freeze.schedule.meaning import FrozenMode
 from lightning_freeze.schedule.phases import Phase, as_phases
 from lightning_freeze.schedule.plot import plot_schedule
@@ -187,6 +188,7 @@ class FreezeSchedule(Holder):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._course is not None:
             self.progress.unlooked = self._course.epoch_value()
+            self._course.fit.schedulers.as_the_users(checkpoint)
             kept = weights_to_keep(pl_module, self._course.fit, self.history)
             checkpoint["callbacks"][self.state_key].update(unlooked=self.progress.unlooked, trained=kept)
 
@@ -219,6 +221,7 @@ class FreezeSchedule(Holder):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the phase again, now that progress, optimizers and schedulers are restored."""
         self.course.check_batches()
+        self.course.check_rates()
         self._restore()
         report.fit_begins(trainer, pl_module, self.phases, self.course.fit, steps_per_epoch(trainer))
         self.course.announce(pl_module)

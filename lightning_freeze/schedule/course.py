@@ -10,12 +10,15 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import LightningModule, Trainer, logged_step
+from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.ranks import check_agreement, mean_over_ranks, only_true, refuse_differences
 from lightning_freeze.schedule import report
-from lightning_freeze.schedule.fit import Fit, steps_per_epoch
+from lightning_freeze.schedule.fit import Fit
+from lightning_freeze.schedule.length import phase_length, refuse_unknown_lengths, steps_per_epoch
 from lightning_freeze.schedule.monitor import Monitor
 from lightning_freeze.schedule.phases import Phase, describe
 from lightning_freeze.schedule.progress import Progress, begin_or_go_on
+from lightning_freeze.schedule.rates import Length, planned_factor
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Course:
         before: The progress of the fit that this one goes on from, None for a fresh one.
         progress: Where in the schedule the fit is.
         monitor: What tells new values of a plateau's metric.
+        length: How long the current phase is.
     """
 
     phases: Sequence[Phase]
@@ -41,6 +45,7 @@ class Course:
     before: Progress | None
     progress: Progress = field(default_factory=Progress)
     monitor: Monitor = field(default_factory=Monitor)
+    length: Length = field(default_factory=Length)
 
     @property
     def phase(self) -> Phase:
@@ -66,6 +71,7 @@ class Course:
             report.another_schedule(self.trainer, self.phases, saved, self.progress.index)
             self.fit.load_state(saved.get("optimizers", []))
         self.apply()
+        self.fit.schedulers.begin(self.phase, self.progress.history[-1][:2])
 
     def begin_epoch(self, pl_module: LightningModule) -> None:
         """Look at what the last epoch logged; begin the next phase if this one is over."""
@@ -132,12 +138,23 @@ class Course:
         )
         self.fit.ledger.hold(self.who, resolved.holds[index])
         self.fit.ledger.settle(modes=modes)
-        self.fit.apply(index)
+        self.length = phase_length(self.trainer, self.phase, self.progress.history[-1][:2])
+        self.fit.apply(index, self.factor)
+
+    def factor(self, scale: Scale) -> float:
+        """Return the factor that a learning rate scale of the current phase is in the next step."""
+        step = self.step + self.fit.uncounted(self.trainer.global_step)
+        return planned_factor(scale, step - self.progress.history[-1][1], self.length)
 
     def announce(self, pl_module: LightningModule) -> None:
         """Log the line of the current phase."""
         if self.verbose and self.trainer.is_global_zero:
             report.phase_begins(pl_module, self.phases, self.progress, self.fit)
+
+    def check_rates(self) -> None:
+        """Refuse ramps and schedulers of any phase that could not begin."""
+        refuse_unknown_lengths(self.trainer, self.phases)
+        self.fit.schedulers.check(self.phases, (self.trainer.current_epoch, self.trainer.global_step))
 
     def check_batches(self) -> None:
         """Refuse ranks of which some would run out of batches before others: no phase would end for all at once."""
@@ -165,7 +182,8 @@ class Course:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
         if not self.fit.follows(optimizer) and self.fit.follow(self.trainer):
             report.optimizers_exchanged(self.trainer)
-            self.fit.apply(self.progress.index)
+            self.fit.apply(self.progress.index, self.factor)
+            self.fit.schedulers.begin(self.phase, self.progress.history[-1][:2])
 
     def _find(self, saved: Mapping[str, Any] | None) -> None:
         at = (self.trainer.current_epoch, self.trainer.global_step)
@@ -176,6 +194,9 @@ class Course:
             return False
         self.monitor.by_validation = False  # the next phase may have another metric
         self.apply()
+        self.fit.schedulers.begin(self.phase, self.progress.history[-1][:2])
+        if self.phase.lr_scheduler == "restart":
+            self.fit.schedulers.restart()
         self.announce(pl_module)
         return True
 

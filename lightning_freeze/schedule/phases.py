@@ -43,7 +43,12 @@ class Phase:
             everything that trains or, as ``{selector: factor}``, for a part of it; where selectors overlap, the last
             one counts. A tuple is a list of selectors: ``{("*", "!head"): 0.1}``.
         lr_scheduler: A scheduler of the phase's own, made by a function of the optimizer and of the optimizer steps
-            that the phase lasts at most; ``"restart"``: the optimizer's scheduler begins anew.
+            that the phase lasts at most. The function returns a scheduler, or a dict as ``configure_optimizers`` may:
+            ``{"scheduler": …, "interval": "epoch"}``; without that it goes on each step. In YAML, a mapping with
+            ``class_path``, ``init_args`` and such options; the phase's steps are filled in where the class takes them.
+            It begins from the rates that the optimizer was given. The scheduler of ``configure_optimizers`` rests
+            meanwhile, and goes on, from the rates that it had set, in the next phase without a scheduler of its own.
+            ``"restart"``: that scheduler begins anew with the phase.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -65,7 +70,7 @@ class Phase:
     until: Plateau | Callable[[Trainer, LightningModule], bool] | None = None
     # Keys are selectors; a Mapping of them would refuse a variable that is a dict[str, float].
     lr_scale: float | Ramp | Mapping[Any, float | Ramp] | None = None
-    lr_scheduler: SchedulerFactory | Literal["restart"] | None = None
+    lr_scheduler: Mapping[str, Any] | Literal["restart"] | SchedulerFactory | None = None
 
     def __post_init__(self) -> None:
         for end in ("epochs", "steps"):
@@ -91,10 +96,11 @@ class Phase:
             shown = f"Phase(lr_scale={self.lr_scale!r}): a factor"
             if not isinstance(factor, Ramp) and not 0 < number(shown, factor) < math.inf:
                 raise ValueError(f"{shown} is above 0 and finite. What shall not train, leave out of `train`.")
-        if not (self.lr_scheduler in (None, "restart") or callable(self.lr_scheduler)):
+        own = self.lr_scheduler
+        if not (own in (None, "restart") or callable(own) or (isinstance(own, Mapping) and "class_path" in own)):
             raise TypeError(
-                f"Phase(lr_scheduler={self.lr_scheduler!r}): lr_scheduler is 'restart' or a function, for example "
-                "lambda optimizer, steps: OneCycleLR(optimizer, 1e-3, total_steps=steps)."
+                f"Phase(lr_scheduler={own!r}): lr_scheduler is 'restart' or a function, for example "
+                "lambda optimizer, steps: OneCycleLR(optimizer, 1e-3, total_steps=steps), or a mapping with class_path."
             )
 
     @property

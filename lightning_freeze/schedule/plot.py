@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from lightning_freeze.freezing.step_view import factor_at
 from lightning_freeze.functional import scalars
 from lightning_freeze.schedule.preview import Plan
 
@@ -60,7 +61,8 @@ def _draw_bar(
     share = sum(map(scalars, active.values())) / max(1, sum(map(scalars, own.values())))
     axes.barh(row, end - begin, left=begin, color=_FROZEN, edgecolor="white", height=0.8)
     axes.barh(row, end - begin, left=begin, color=_TRAINS, alpha=share, edgecolor="white", height=0.8)
-    factors = sorted({plan.resolved.scales[index].get(id(p), 1.0) for p in active.values()} - {1.0})
+    scales = plan.resolved.scales[index]
+    factors = sorted({factor_at(scales.get(id(p), 1.0), done=1.0) for p in active.values()} - {1.0})
     words = ([f"{share:.0%}"] if 0 < share < 1 else []) + [f"lr ×{factor:g}" for factor in factors]
     if words:
         colour = "white" if share > 0.4 else "black"
