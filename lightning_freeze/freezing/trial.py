@@ -92,9 +92,11 @@ def _step(
 ) -> None:
     like = next(p for group in optimizer.param_groups for p in group["params"])
     tensors = [nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)) for _ in options]
-    other = _another(optimizer, [{"params": [tensor]} for tensor in tensors])
+    # A rate of 0, where a ramp may begin, is set later, as in a fit: some refuse to be built with it.
+    built = [{option: value for option, value in own.items() if value} for own in options]
+    other = _another(optimizer, [{"params": [tensor], **own} for tensor, own in zip(tensors, built, strict=True)])
     for tensor, group, own in zip(tensors, other.param_groups, options, strict=True):
-        group.update(own)  # later than the constructor, as in a fit: some refuse a rate of 0 that they would step at
+        group.update(own)
         zeros: Tensor = torch.zeros_like(tensor)
         tensor.grad = zeros.to_sparse(1) if sparse else zeros
     other.step()
