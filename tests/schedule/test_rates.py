@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def test_a_ramp_goes_one_way_from_its_start_to_its_end(start: float, end: float,
     assert seen[0] == ramp.start
     assert seen[steps:] == [ramp.end] * 3
     rounding = 1e-12 * max(start, end)
-    for one, other in zip(seen[:-1], seen[1:], strict=True):
+    for one, other in pairwise(seen):
         assert (other - one) * (1 if end >= start else -1) >= -rounding
     if shape == "exponential":
         ratio = (end / start) ** (1 / steps)
