@@ -9,7 +9,13 @@ import lightning
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 
 # What Lightning puts in the place of an optimizer where ``configure_optimizers`` returns none.
 from lightning.pytorch.core.optimizer import _MockOptimizer
@@ -35,6 +41,7 @@ __all__ = [
     "DeepSpeedStrategy",
     "EarlyStopping",
     "FSDPStrategy",
+    "GradientAccumulationScheduler",
     "LightningModule",
     "MisconfigurationException",
     "ModelParallelStrategy",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -252,14 +251,6 @@ def begin_fit(
         left_alone=ledger.left_alone(),
     )
     return Fit(phases, ledger, resolved, policy)
-
-
-def steps_per_epoch(trainer: Trainer) -> float | None:
-    """Return the optimizer steps of an epoch, None if that cannot be known."""
-    batches = trainer.num_training_batches
-    if trainer.lightning_module.automatic_optimization and 0 < batches < math.inf:
-        return math.ceil(batches / trainer.accumulate_grad_batches)
-    return trainer.global_step / trainer.current_epoch if trainer.current_epoch and trainer.global_step else None
 
 
 def _sparse(module: nn.Module) -> list[int]:
