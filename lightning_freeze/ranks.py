@@ -74,6 +74,19 @@ def only_true(strategy: Strategy, fact: bool) -> bool:
     return strategy.reduce_boolean_decision(fact, all=True)
 
 
+def greatest(strategy: Strategy, value: int) -> int:
+    """Return the greatest of the ranks' values, the same on every rank.
+
+    Example:
+        >>> from lightning.pytorch.strategies import SingleDeviceStrategy
+        >>> greatest(SingleDeviceStrategy(device="cpu"), 2)
+        2
+    """
+    if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
+        return value
+    return int(strategy.reduce(torch.tensor(value, device=strategy.root_device), reduce_op="max").item())
+
+
 def refuse_differences(strategy: Strategy, why: str, **facts: Any) -> None:
     """Refuse ranks that differ before the first batch, as :func:`check_agreement` does, and say why they must not.
 

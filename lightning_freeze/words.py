@@ -41,6 +41,16 @@ def listed(names: Iterable[str], separator: str = ", ", *, most: int = 5) -> str
     return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def counted(number: int, unit: str) -> str:
+    """Return a number of units as text.
+
+    Example:
+        >>> counted(1, "epoch"), counted(3, "step")
+        ('1 epoch', '3 steps')
+    """
+    return f"{number:,} {unit}{'s' * (number != 1)}"
+
+
 def percent(part: int, whole: int) -> str:
     """Return a share as text.
 

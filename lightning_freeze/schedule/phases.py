@@ -125,23 +125,14 @@ class Phase:
         """The name of the phase, or what it trains."""
         return self.name if self.name is not None else selector_text(self.train)
 
-    def is_over(self, begin: tuple[int, int], epoch: int, step: int) -> bool:
-        """Return whether its epochs or steps are over, if it began at ``begin = (epoch, optimizer step)``.
-
-        Example:
-            >>> Phase("*", epochs=2, steps=100).is_over((0, 0), epoch=1, step=100)
-            True
-        """
-        by_epochs = self.epochs is not None and epoch - begin[0] >= self.epochs
-        return by_epochs or (self.steps is not None and step - begin[1] >= self.steps)
-
 
 def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
     """Return phases from phases, or from dicts of their arguments, as YAML has them.
 
     Raises:
         TypeError: If an element is neither.
-        ValueError: If the schedule is empty, a key is unknown, or a phase before the last has no end.
+        ValueError: If the schedule is empty, a key is unknown, a phase before the last has no end, or fractions are
+            more than the fit.
 
     Example:
         >>> as_phases([{"train": "head", "epochs": 2}, {"train": "*"}])[0]
@@ -160,6 +151,12 @@ def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
                 f"Phase {index + 1} of {len(schedule)} ({phase.label!r}) has no end, so the next one never begins. "
                 "Give it epochs=…, steps=…, fraction=… or until=…; only the last phase may be open-ended."
             )
+    shares = [phase.fraction for phase in schedule if phase.fraction is not None]
+    if sum(shares) > 1 + 1e-9:
+        raise ValueError(
+            f"The fractions of the phases, {' + '.join(f'{share:g}' for share in shares)}, are {sum(shares):g} of the "
+            "fit: together they are at most 1."
+        )
     return schedule
 
 
@@ -175,13 +172,14 @@ def _described(phase: Phase) -> dict[str, Any]:
     if phase.plateau is not None:
         plain["until"] = without_defaults(phase.plateau, "monitor", "patience", "mode", "min_delta")
     elif phase.until is not None:
-        plain["until"] = _name(phase.until)
+        plain["until"] = function_name(phase.until)
     if callable(phase.lr_scheduler):
-        plain["lr_scheduler"] = _name(phase.lr_scheduler)
+        plain["lr_scheduler"] = function_name(phase.lr_scheduler)
     return plain
 
 
-def _name(function: object) -> str:
+def function_name(function: object) -> str:
+    """Return the name of a function, or of the class of what is called."""
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 

@@ -163,18 +163,21 @@ class PhaseSchedulers:
             finally:
                 self.end()
 
-    def begin(self, phase: Phase, at: tuple[int, int]) -> None:
+    def begin(self, phase: Phase, at: tuple[int, int], *, anew: bool = False) -> None:
         """Have the schedulers of a phase's own go on, or else the user's.
 
         Args:
             phase: The phase.
             at: Where it has begun: epoch and optimizer step.
+            anew: Whether that is here and now.
         """
         self.end()
         saved, self.saved = self.saved, []
         if self.trainer.global_step == 0:  # tuners set rates before the first step
             self._first = _Rates.of(self.trainer)
         if phase.lr_scheduler in (None, "restart"):
+            if anew and phase.lr_scheduler == "restart":
+                self._restart()
             return
         self._rest = _Rates.of(self.trainer)
         for optimizer, options in zip(self.optimizers, self._first.options, strict=True):
@@ -201,12 +204,6 @@ class PhaseSchedulers:
                 vars(optimizer).pop(name, None)
             vars(optimizer).update(traces)
         self._rest, self._own = None, []
-
-    def restart(self) -> None:
-        """Have the user's schedulers begin anew."""
-        for config, state in zip(self._first.configs, self._states, strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(state))
-        self._restore(self._first)
 
     def state(self) -> list[Options]:
         """Return, for each optimizer, what a checkpoint has to hold of the phase's own schedulers; empty without."""
@@ -246,6 +243,12 @@ class PhaseSchedulers:
 
     def _own_of(self, optimizer: Optimizer) -> list[LRSchedulerConfig]:
         return [config for config in self._own if config.scheduler.optimizer is optimizer]
+
+    def _restart(self) -> None:
+        """Have the user's schedulers begin anew."""
+        for config, state in zip(self._first.configs, self._states, strict=True):
+            config.scheduler.load_state_dict(copy.deepcopy(state))
+        self._restore(self._first)
 
     def _restore(self, rates: _Rates) -> None:
         for optimizer, options in zip(self.optimizers, rates.options, strict=True):

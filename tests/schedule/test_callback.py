@@ -584,7 +584,7 @@ def test_a_checkpoint_without_us_takes_a_used_trainer_back(tmp_path: Path) -> No
     ("options", "phases"),
     [
         ({"fast_dev_run": True}, [0]),
-        ({"fast_dev_run": 3}, [0]),
+        ({"fast_dev_run": 3}, [0, 1]),
         ({"max_epochs": -1, "max_steps": 9}, [0, 1]),
         ({"max_steps": 5}, [0]),
         ({"limit_train_batches": 0.5, "max_epochs": 2}, [0, 1]),
@@ -782,5 +782,6 @@ def test_a_line_a_transition(caplog: pytest.LogCaptureFixture) -> None:
         lines = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_freeze")]
         assert lines == verbose * [
             "phase 1/2 'head' from epoch 0, step 0: trains 15 of 275 parameters (5.5 %), 2 of 2 BatchNorm frozen",
-            "phase 2/2 'all' from epoch 1, step 6: trains 275 of 275 parameters (100.0 %), 0 of 2 BatchNorm frozen",
+            "phase 2/2 'all' from epoch 1, step 6, after 1 epoch: trains 275 of 275 parameters (100.0 %), 0 of 2 "
+            "BatchNorm frozen",
         ]

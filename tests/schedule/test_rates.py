@@ -32,14 +32,13 @@ def test_a_ramp_goes_one_way_from_its_start_to_its_end(start: float, end: float,
     ("phase", "limits", "expected"),
     [
         (Phase("*", epochs=2), {"epoch": 10}, 17),  # what is left of its first epoch, and another
-        (Phase("*", epochs=2), {"epoch": 10, "max_epochs": 2}, 7),
-        (Phase("*", epochs=2), {"max_steps": 50}, 37),
-        (Phase("*", steps=5, epochs=2), {"epoch": 10, "max_epochs": 9}, 5),
+        (Phase("*", epochs=2), {"epoch": 10, "total": 20}, 7),
+        (Phase("*", epochs=2), {"total": 50}, None),
+        (Phase("*", steps=5, epochs=2), {"epoch": 10, "total": 90}, 5),
+        (Phase("*", steps=5, epochs=2), {"total": 90}, 5),
         (Phase("*", steps=5), {}, 5),
-        (Phase("*", fraction=0.25), {"epoch": 10, "max_epochs": 4}, 10),
-        (Phase("*"), {"epoch": 10, "max_epochs": 4, "max_steps": 30}, 17),
+        (Phase("*"), {"epoch": 10, "total": 30}, 17),
         (Phase("*"), {"epoch": 10}, None),
-        (Phase("*", epochs=2), {"max_epochs": 4}, None),
     ],
 )
 def test_a_phase_lasts_until_the_first_of_its_ends(phase: Phase, limits: Any, expected: int | None) -> None:
