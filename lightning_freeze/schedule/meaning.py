@@ -103,7 +103,8 @@ def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float | Ramp]:
     """
     parameters = named_unique_parameters(module)
     owner = scale_owners(module, phase)
-    return {id(parameters[name]): phase.scales[select] for name, select in owner.items()}
+    scales = {select: one if isinstance(one, Ramp) else float(one) for select, one in phase.scales.items()}
+    return {id(parameters[name]): scales[select] for name, select in owner.items()}
 
 
 def scale_owners(module: nn.Module, phase: Phase) -> dict[str, Any]:

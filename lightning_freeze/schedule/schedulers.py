@@ -187,6 +187,8 @@ class PhaseSchedulers:
         made = [make_scheduler(phase, optimizer, steps) for optimizer in self._driven()]
         self._own = scheduler_configs(self.trainer.lightning_module, made)
         self.trainer.strategy.lr_scheduler_configs[:] = self._own
+        for optimizer in self.optimizers:  # else torch warns where one is exchanged, which is seen in its first step
+            vars(optimizer)["_opt_called"] = True
         for number, optimizer in enumerate(self.optimizers if saved else []):
             for config, state in zip(self._own_of(optimizer), saved[number]["schedulers"], strict=False):
                 config.scheduler.load_state_dict(state)
@@ -222,12 +224,11 @@ class PhaseSchedulers:
         if self._rest is None:
             return
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in self._rest.configs]
-        for state, options in zip(checkpoint["optimizer_states"], self._rest.options, strict=False):
-            groups = state.get("param_groups", [])
-            state["param_groups"] = [
-                {key: value for key, value in group.items() if not is_scheduled(key)} | own
-                for group, own in zip(groups, options, strict=True)
-            ]
+        for state, options in zip(checkpoint["optimizer_states"], self._rest.options, strict=True):
+            # FSDP gathers states on one process only.
+            for number, (group, own) in enumerate(zip(state.get("param_groups", []), options, strict=False)):
+                others = {key: value for key, value in group.items() if not is_scheduled(key)}
+                state["param_groups"][number] = {**others, **own}
 
     def _driven(self) -> list[Optimizer]:
         """Return the optimizers that get a scheduler, in the order in which the user's code finds schedulers."""

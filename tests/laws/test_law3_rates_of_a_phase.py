@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BackboneFinetuning
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.optim import lr_scheduler as lrs
@@ -146,3 +148,24 @@ def test_logged_rates_follow_the_ramp(tmp_path: Path) -> None:
     with open(Path(logger.log_dir) / "metrics.csv") as file:
         rows = [row["freeze/lr/neck"] for row in csv.DictReader(file)]
     assert [float(row) for row in rows if row] == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+# Lightning's, of BatchNorm, which it does not freeze
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist:UserWarning")
+def test_the_line_for_what_backbonefinetuning_does(tmp_path: Path) -> None:
+    """The factors when an epoch begins, as docs/migrating.md has them."""
+
+    class Theirs(Net):
+        def configure_optimizers(self) -> Any:
+            return sgd(filter(lambda p: p.requires_grad, self.parameters()))
+
+    theirs: list[float] = []
+
+    def note(run: Trainer, _: Any) -> None:
+        rates = [group["lr"] for group in run.optimizers[0].param_groups]
+        theirs.append(rates[-1] / rates[0])
+
+    finetuning = BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_ratio_lr=0.1)
+    trainer(callbacks=[finetuning, Probe(note)], max_epochs=6).fit(Theirs(sgd), loader())
+    phases = [Phase("head", epochs=1), Phase("*", lr_scale={"backbone": Ramp(0.1, epochs=3.322, shape="exponential")})]
+    assert factors(phases, "backbone", max_epochs=6)[STEPS::STEPS] == pytest.approx(theirs[STEPS::STEPS], rel=1e-3)

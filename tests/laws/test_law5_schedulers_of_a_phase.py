@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim import lr_scheduler as lrs
 
 from lightning_freeze import FreezeSchedule, Phase, Plateau, Ramp
 from tests.laws.test_law3_schedulers import SCHEDULERS
 from tests.laws.test_law5_resume_is_exact import SETUPS, Duel, check_every_stop
-from tests.nets import Net, loader, sgd, trainer
+from tests.nets import Net, Probe, loader, sgd, trainer
 from tests.phased import rates_in_steps
 
 STEPS = 6
@@ -208,3 +208,45 @@ def test_a_plateau_may_end_the_phase_before_its_scheduler() -> None:
     phases = [Phase("head", until=until, epochs=3, lr_scheduler=one_cycle), Phase("*")]
     rates, _ = seen(Net(sgd, lambda o: lrs.ExponentialLR(o, 1.0)), phases, max_epochs=4)
     assert rates == [*alone(lambda o: one_cycle(o, 18), 12), *[0.01] * 12]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", [True, False])
+def test_a_finder_in_the_middle_of_a_phase_leaves_its_scheduler_as_it_was(tmp_path: Path, first: bool) -> None:
+    """It saves, exchanges the schedulers, trains and restores."""
+
+    class Finds(LearningRateFinder):
+        def on_fit_start(self, *_: Any) -> None:
+            pass
+
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch in (1, 2):
+                self.lr_find(trainer, pl_module)
+
+    phases = [Phase("head", steps=4), Phase("*", steps=11, lr_scheduler=warm_up), Phase("*", lr_scheduler="restart")]
+    runs = []
+    for find in ([], [Finds(num_training_steps=4, update_attr=False)]):
+        net = Net(sgd, SCHEDULERS["OneCycleLR"], interval="step")
+        rates: list[Any] = []
+        probe = Probe(lambda run, _, rates=rates: rates.append(run.optimizers[0].param_groups[0]["lr"]))
+        schedule = FreezeSchedule(phases)
+        callbacks = [schedule, *find, probe] if first else [*find, schedule, probe]
+        run = trainer(tmp_path, callbacks=callbacks, max_epochs=4)
+        run.fit(net, loader(), loader())
+        (config,) = run.lr_scheduler_configs
+        runs.append((rates, schedule.history, config.scheduler.state_dict()))
+    assert runs[0] == runs[1]
+
+
+def test_an_optimizer_that_is_exchanged_gets_a_scheduler_too() -> None:
+    def exchange(run: Trainer, net: LightningModule) -> None:
+        if run.global_step == 4:
+            run.optimizers = [sgd(net.parameters())]
+
+    phases = [Phase("*", steps=8, lr_scheduler=lambda o, _: lrs.ExponentialLR(o, 0.5)), Phase("*")]
+    net, rates = Net(sgd), list[float]()
+    probe = Probe(exchange, lambda run, _: rates.append(run.optimizers[0].param_groups[0]["lr"]))
+    run = trainer(callbacks=[FreezeSchedule(phases), probe], max_epochs=2)
+    run.fit(net, loader())
+    assert rates == [0.01 * 0.5 ** min(step, 99) for step in (1, 2, 3, 4, 1, 2, 3, 4)] + [0.01] * 4
+    assert run.lr_scheduler_configs == []
