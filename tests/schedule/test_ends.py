@@ -10,7 +10,12 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    ModelCheckpoint,
+)
 from torch import nn
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau
@@ -461,6 +466,58 @@ def test_a_fit_that_ends_in_mid_schedule_ends_no_phase_and_goes_on_without_begin
     run.fit_loop.max_epochs = 3
     run.fit(net, loader())
     assert calls[1:] == ["head ends at 12 with 2", "* begins at 12 with 12", "* ends at 18 with 12"]
+
+
+class FindRate(LearningRateFinder):
+    """As docs/how-it-works.md has it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.found: list[tuple[str, float]] = []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pass
+
+    def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: Phase) -> None:
+        before = snapshot(pl_module)
+        self.lr_find(trainer, pl_module)
+        assert same(snapshot(pl_module), before)
+        self.found.append((phase.label, pl_module.lr))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", [False, True])
+def test_a_learning_rate_finder_at_the_start_of_each_phase(tmp_path: Path, first: bool) -> None:
+    schedule, steps = FreezeSchedule([Phase("head", epochs=1), Phase("*", lr_scale={"neck": 0.5})]), []
+    finder = FindRate(num_training_steps=20, min_lr=1e-4, early_stop_threshold=None)
+    probe = Probe(lambda run, _: steps.append((run.global_step, schedule.phase_index, run.optimizers[0])))
+    net = Net(sgd)
+    net.lr = 1e-3
+    callbacks = [finder, schedule, probe] if first else [schedule, finder, probe]
+    run = trainer(tmp_path, callbacks=callbacks, max_epochs=3)
+    run.fit(net, loader(), loader())
+    assert [label for label, _ in finder.found] == ["head", "*"]
+    assert [step[:2] for step in steps] == [(step, int(step >= 6)) for step in range(18)]
+    assert run.optimizers[0].param_groups[0]["lr"] == finder.found[1][1] != 1e-3
+    assert schedule.history == [(0, 0, 0), (1, 6, 1)]
+
+
+def test_larger_batches_from_a_phase_on() -> None:
+    class Larger(Callback):
+        def on_phase_start(self, trainer: Trainer, pl_module: LightningModule, phase: Phase) -> None:
+            if phase.train == "*":
+                trainer.train_dataloader.batch_sampler.batch_size *= 2
+
+    sizes = []
+
+    class Sizes(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            sizes.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")])
+    trainer(callbacks=[schedule, Larger()], max_epochs=3).fit(Sizes(), loader(), loader())
+    assert sizes == [4] * 6 + [8] * 6
 
 
 # What is said, and tried
