@@ -132,17 +132,17 @@ class Course:
             self._end_if_over()
 
     def end_epoch(self) -> None:
-        """End the fit if the last phase is over."""
+        """End the fit if the last phase is over; what comes back is then in the checkpoint of the epoch's end."""
         self.looks.end_epoch(self.progress)
         self._end_if_over(epochs=1)
+        if self.progress.ended and may_stop(self.trainer):
+            self._end_last()
 
     def end(self) -> None:
         """End the last phase with the fit."""
         progress = self.progress
         progress.unlooked = self.looks.epoch_value(progress)
-        if progress.is_last and progress.told:
-            self._end_phase(progress.ended)
-            progress.told = not progress.ended
+        self._end_last()
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.looks.check(self.phases, range(len(self.phases)))
         report.fit_ends(self.trainer, self.phases, progress)
@@ -240,6 +240,12 @@ class Course:
                 bring_back(watch.kept, self.fit.ledger)
             watch.kept = {}
         call_hooks(self.trainer, "on_phase_end", self.phases[self.progress.index])
+
+    def _end_last(self) -> None:
+        progress = self.progress
+        if progress.is_last and progress.told:
+            self._end_phase(progress.ended)
+            progress.told = not progress.ended
 
     def _end_if_over(self, *, epochs: int = 0) -> None:
         """End the fit if the last phase is over, ``epochs`` after the current one began."""

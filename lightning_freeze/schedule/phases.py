@@ -38,7 +38,8 @@ class Phase:
             optimizers each one's step counts.
         fraction: Which share of the fit's optimizer steps it lasts, above 0 and at most 1; fixed when the fit begins.
         until: What else ends it: a :class:`Plateau`, or a function ``(trainer, pl_module) -> bool``, which is asked
-            before each optimizer step of the phase but the first and at each epoch's start.
+            before each optimizer step of the phase but the first and at each epoch's start; with several processes it
+            ends the phase if it says so in one.
         lr_scale: A factor on the learning rate that your optimizer and scheduler set, or a :class:`Ramp` of it, for
             everything that trains or, as ``{selector: factor}``, for a part of it; where selectors overlap, the last
             one counts. A tuple is a list of selectors: ``{("*", "!head"): 0.1}``.

@@ -61,7 +61,8 @@ def phase_begins(phases: Sequence[Phase], progress: Progress, fit: Fit) -> None:
 def last_phase_is_over(trainer: Trainer, phases: Sequence[Phase], why: str, *, goes_on: bool) -> None:
     """Log that the last phase is over, and that the fit ends or why it goes on."""
     if trainer.is_global_zero:
-        least = f"min_epochs={trainer.min_epochs}" if trainer.min_epochs else f"min_steps={trainer.min_steps}"
+        late = trainer.min_steps is not None and trainer.global_step < trainer.min_steps
+        least = f"min_steps={trainer.min_steps}" if late else f"min_epochs={trainer.min_epochs}"
         _log.info(
             "%s is over at epoch %d, step %d, after %s: the fit %s",
             *(_numbered(phases, len(phases) - 1), trainer.current_epoch, trainer.global_step, why),
