@@ -67,29 +67,32 @@ class Course:
             self.fit.load_state(saved.get("optimizers", []))
         self.apply()
 
-    def begin_epoch(self, pl_module: LightningModule) -> None:
-        """Look at what the last epoch logged; begin the next phase if this one is over."""
+    def begin_epoch(self, pl_module: LightningModule) -> bool:
+        """Look at what the last epoch logged; begin the next phase if this one is over, and return whether it was."""
         self._look(self.epoch_value())
         self.progress.unlooked = None
         self._check_metrics()
         self.monitor.begin_epoch()
-        if not self._advance(pl_module):
-            self.fit.ledger.settle()  # puts right what other code has switched
+        advanced = self._advance(pl_module)
         self._log_phase()
+        return advanced
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
-        # Every batch comes here: the cheap question first.
-        counted = self.trainer.global_step
-        due = self.progress.is_due(self.phases, counted + self.progress.uncounted)
+        # Every batch comes here: the cheap questions first.
+        phase = self.phase
+        may_end = phase.steps is not None or self.progress.plateau.ended_at is not None
+        due = may_end and self.progress.is_due(self.phases, self.step)
         if due and batch_idx % self.trainer.accumulate_grad_batches == 0:
             # Where the user steps, only a step since then tells that no accumulation window is open.
             closed = pl_module.automatic_optimization or self.step != self.progress.plateau.ended_at
             if self._advance(pl_module, plateau=closed):
                 self._log_phase()
-        self.fit.stepped = (0, counted)
+                phase = self.phase
+        if not pl_module.automatic_optimization:
+            self.fit.stepped = (0, self.trainer.global_step)
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
-        logs = self.phase.scales and self.trainer.loggers
+        logs = phase.lr_scale is not None and self.trainer.loggers
         if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             rates = self.fit.rates(self.progress.index)
             self._log({f"freeze/lr/{select}": rate for select, rate in rates.items()})
@@ -97,7 +100,7 @@ class Course:
     def end_batch(self) -> None:
         """Count the optimizer steps that Lightning has not counted."""
         self.fit.ledger.steps.reset()  # user code may have caught the error of one
-        if uncounted := self.fit.uncounted(self.trainer.global_step):
+        if self.fit.stepped[0] and (uncounted := self.fit.uncounted(self.trainer.global_step)):
             report.steps_uncounted(self.trainer, first=self.progress.uncounted == 0)
             self.progress.uncounted += uncounted
 

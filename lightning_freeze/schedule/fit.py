@@ -110,14 +110,15 @@ class Fit:
         """Take the Trainer's optimizers under the schedule."""
         self.follow(trainer)
         self.checkpoints = CheckpointsByName(trainer.strategy, self.ledger.parameters, self.ledger.steps.paused)
-        steps = self.ledger.steps
-        steps.before.append(self._show)
-        steps.after.append(self._hide)
-        steps.counted.append(self._count)
+        if not trainer.lightning_module.automatic_optimization:  # else Lightning counts every step
+            self.ledger.steps.counted.append(self._count)
 
     def follows(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer is under the schedule."""
-        return any(phased.optimizer is optimizer for phased in self.optimizers)
+        for phased in self.optimizers:  # noqa: SIM110  (asked in every step, where a generator costs as much again)
+            if phased.optimizer is optimizer:
+                return True
+        return False
 
     def follow(self, trainer: Trainer) -> bool:
         """Take optimizers over that somebody has put in the place of others; return whether there were any."""
@@ -137,6 +138,9 @@ class Fit:
                     sparse=sparse,
                 )
                 self.optimizers.append(phased)
+                if phased.view:
+                    self.ledger.steps.before.append(phased.view.show)
+                    self.ledger.steps.after.append(phased.view.hide)
         return True
 
     def apply(self, index: int) -> None:
@@ -146,7 +150,7 @@ class Fit:
 
     def state(self) -> list[dict[str, Any]]:
         """Return what the optimizers' own states do not have, for a checkpoint."""
-        self.ledger.steps.reset()
+        self.ledger.steps.suspend()
         return [phased.state() for phased in self.optimizers]
 
     def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -182,18 +186,13 @@ class Fit:
         return state
 
     def _release_optimizers(self) -> None:
-        self.ledger.steps.reset()
+        self.ledger.steps.suspend()
         for phased in self.optimizers:
+            if phased.view:
+                self.ledger.steps.before.remove(phased.view.show)
+                self.ledger.steps.after.remove(phased.view.hide)
             phased.release()
         self.optimizers = []
-
-    def _show(self, optimizer: Optimizer) -> None:
-        for phased in self.optimizers:
-            phased.view.show(optimizer)
-
-    def _hide(self, optimizer: Optimizer) -> None:
-        for phased in self.optimizers:
-            phased.view.hide(optimizer)
 
     def _count(self, optimizer: Optimizer) -> None:
         if self.ledger.has(optimizer):

@@ -75,7 +75,7 @@ class Progress:
         return self.history[-1][2]
 
     def is_due(self, phases: Sequence[Phase], step: int) -> bool:
-        """Return whether the current phase may be over between two steps of an epoch; cheap enough for every batch."""
+        """Return whether the current phase may be over between two steps of an epoch."""
         _, begin, index = self.history[-1]
         steps = phases[index].steps
         return self.plateau.ended or (steps is not None and step - begin >= steps)
