@@ -93,13 +93,13 @@ class Course:
             self._tell_start()
             self._end_if_over()
 
-    def begin_epoch(self) -> None:
-        """Look at what the last epoch logged; begin the next phase if this one is over."""
+    def begin_epoch(self) -> bool:
+        """Look at what the last epoch logged; begin the next phase if this one is over, and return whether it was."""
         self.looks.begin_epoch(self.progress, self.phases)
-        if not self._move(self._asked(ask_function=True)):
-            self.fit.ledger.settle()  # puts right what other code has switched
+        moved = self._move(self._asked(ask_function=True))
         self.progress.seen = self.step
         self._log_phase()
+        return moved
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
@@ -110,9 +110,10 @@ class Course:
         if closed and self._move(self._asked(ask_function=stepped)):
             self._log_phase()
         self.progress.seen = self.step
-        self.fit.stepped = (0, self.trainer.global_step)
+        if not automatic:
+            self.fit.stepped = (0, self.trainer.global_step)
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
-        logs = self.phases[self.progress.index].scales and self.trainer.loggers
+        logs = self.phases[self.progress.index].lr_scale is not None and self.trainer.loggers
         if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             rates = self.fit.rates(self.progress.index)
             report.log_values(self.trainer, {f"freeze/lr/{select}": rate for select, rate in rates.items()})
@@ -120,7 +121,7 @@ class Course:
     def end_batch(self) -> None:
         """Count the optimizer steps that Lightning has not counted; end the fit if the last phase is over."""
         self.fit.ledger.steps.reset()  # user code may have caught the error of one
-        if uncounted := self.fit.uncounted(self.trainer.global_step):
+        if self.fit.stepped[0] and (uncounted := self.fit.uncounted(self.trainer.global_step)):
             report.steps_uncounted(self.trainer, first=self.progress.uncounted == 0)
             self.progress.uncounted += uncounted
         self._end_if_over()

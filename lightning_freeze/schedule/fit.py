@@ -114,14 +114,15 @@ class Fit:
         """Take the Trainer's optimizers under the schedule."""
         self.follow(trainer)
         self.checkpoints = CheckpointsByName(trainer.strategy, self.ledger.parameters, self.ledger.steps.paused)
-        steps = self.ledger.steps
-        steps.before.append(self._show)
-        steps.after.append(self._hide)
-        steps.counted.append(self._count)
+        if not trainer.lightning_module.automatic_optimization:  # else Lightning counts every step
+            self.ledger.steps.counted.append(self._count)
 
     def follows(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer is under the schedule."""
-        return any(phased.optimizer is optimizer for phased in self.optimizers)
+        for phased in self.optimizers:  # noqa: SIM110  (asked in every step, where a generator costs as much again)
+            if phased.optimizer is optimizer:
+                return True
+        return False
 
     def follow(self, trainer: Trainer) -> bool:
         """Take optimizers over that somebody has put in the place of others; return whether there were any."""
@@ -142,6 +143,9 @@ class Fit:
                     sparse=sparse,
                 )
                 self.optimizers.append(phased)
+                if phased.view:
+                    self.ledger.steps.before.append(phased.view.show)
+                    self.ledger.steps.after.append(phased.view.hide)
         return True
 
     def apply(self, index: int, factor: Callable[[Scale], float]) -> None:
@@ -151,7 +155,7 @@ class Fit:
 
     def state(self) -> list[dict[str, Any]]:
         """Return what the optimizers' own states do not have, for a checkpoint."""
-        self.ledger.steps.reset()
+        self.ledger.steps.suspend()
         rates, states = self.schedulers.state(), [phased.state() for phased in self.optimizers]
         return [{**state, "rates": own} for state, own in zip(states, rates, strict=True)] if rates else states
 
@@ -190,19 +194,14 @@ class Fit:
         return state
 
     def _release_optimizers(self) -> None:
-        self.ledger.steps.reset()
+        self.ledger.steps.suspend()
         self.schedulers.end()
         for phased in self.optimizers:
+            if phased.view:
+                self.ledger.steps.before.remove(phased.view.show)
+                self.ledger.steps.after.remove(phased.view.hide)
             phased.release()
         self.optimizers = []
-
-    def _show(self, optimizer: Optimizer) -> None:
-        for phased in self.optimizers:
-            phased.view.show(optimizer)
-
-    def _hide(self, optimizer: Optimizer) -> None:
-        for phased in self.optimizers:
-            phased.view.hide(optimizer)
 
     def _count(self, optimizer: Optimizer) -> None:
         if self.ledger.has(optimizer):

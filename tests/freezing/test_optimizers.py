@@ -61,7 +61,7 @@ class Reference:
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_like_an_optimizer_for_each_parameter(data: st.DataObject) -> None:
+def test_weights_equal_those_of_one_optimizer_a_parameter_to_the_bit(data: st.DataObject) -> None:
     """Any groups, adopted ones too, any phases with any scales, saved and loaded anywhere: the weights, to the bit.
 
     At any time anybody can look, groups and checkpoint are those that the user made.
@@ -163,7 +163,7 @@ def two() -> Iterator[tuple[nn.Sequential, Any]]:
         one.release()
 
 
-def test_the_user_changes_a_rate_or_an_option(two: Any) -> None:
+def test_option_that_the_user_changes_reaches_scaled_parameters(two: Any) -> None:
     """What is written into the user's group reaches the scaled ones at the next step."""
     net, phased = two
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.5)
@@ -177,7 +177,7 @@ def test_the_user_changes_a_rate_or_an_option(two: Any) -> None:
         assert torch.equal(p, old - lr * grad)
 
 
-def test_a_rate_that_is_a_tensor_stays_the_same_tensor(two: Any) -> None:
+def test_rate_that_is_a_tensor_stays_the_same_tensor(two: Any) -> None:
     """Captured graphs hold on to the tensor; a scaled part's is one of its own, written in place."""
     net, phased = two
     rate = torch.tensor(0.1)
@@ -196,7 +196,7 @@ def test_a_rate_that_is_a_tensor_stays_the_same_tensor(two: Any) -> None:
     assert float(parts[-1][1]) == pytest.approx(0.6)
 
 
-def test_a_closure_sees_the_groups_of_the_user(two: Any) -> None:
+def test_closure_sees_the_groups_of_the_user(two: Any) -> None:
     """It may clip, log rates, save a checkpoint, or raise."""
     net, phased = two
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -223,7 +223,7 @@ def test_a_closure_sees_the_groups_of_the_user(two: Any) -> None:
 
 
 @pytest.mark.parametrize(("options", "said"), [({"lr": None}, "None"), ({"rate": 0.1}, "not there")])
-def test_a_scale_without_a_rate_is_refused(options: dict[str, Any], said: str, two: Any) -> None:
+def test_scale_without_a_rate_is_refused(options: dict[str, Any], said: str, two: Any) -> None:
     """Adoption alone takes such options over as they are."""
     net, phased = two
     optimizer = torch.optim.Optimizer(net[0].parameters(), options)
@@ -234,7 +234,7 @@ def test_a_scale_without_a_rate_is_refused(options: dict[str, Any], said: str, t
     assert members(optimizer) == [id(p) for p in net.parameters()]
 
 
-def test_a_group_that_the_user_adds_is_kept(two: Any) -> None:
+def test_group_that_the_user_adds_in_mid_fit_is_stepped_and_kept(two: Any) -> None:
     net, phased = two
     optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)
     homes = phased(optimizer, scales=[{id(net[0].weight): 0.5}])
@@ -284,7 +284,7 @@ def test_missing_and_foreign_go_by_identity() -> None:
 
 
 @pytest.mark.parametrize("make", [adamw, sgd])
-def test_nothing_of_a_fit_stays_in_a_copy(make: Any, two: Any) -> None:
+def test_copy_of_an_optimizer_in_a_fit_saves_and_steps_alone(make: Any, two: Any) -> None:
     net, phased = two
     optimizer = make(net[0].parameters())
     phased(optimizer, adopt={"1.weight": net[1].weight}, scales=[{id(net[0].weight): 0.1}])
