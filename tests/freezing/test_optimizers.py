@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LambdaLR
 
+from lightning_freeze import Ramp
 from lightning_freeze.freezing.optimizers import foreign, missing
+from lightning_freeze.freezing.step_view import factor_at
 from lightning_freeze.freezing.trial import try_adoption
 from tests.nets import adamw, members, same, sgd
 from tests.phased import Phased
@@ -246,6 +248,27 @@ def test_group_that_the_user_adds_in_mid_fit_is_stepped_and_kept(two: Any) -> No
         assert torch.equal(p, old - rate * grad)
     homes.release()
     assert members(optimizer) == [id(p) for p in net.parameters()]
+
+
+class Halves(torch.optim.SGD):
+    """Sets its rates itself, and notes one as schedule-free optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["scheduled_lr"] = group["lr"]
+            group["lr"] = group["lr"] / 2
+        return super().step(closure)
+
+
+def test_a_rate_of_zero_leaves_the_users_rate_alone(two: Any) -> None:
+    """A step's own change of a rate goes back divided by the scale, which may be 0 where a ramp begins."""
+    net, phased = two
+    optimizer = Halves(net.parameters(), lr=0.1)
+    homes = phased(optimizer, scales=[{id(net[0].weight): Ramp(0.0), id(net[1].weight): 0.5}])
+    for moves, rate in ((0.0, 0.1), (0.5, 0.05)):
+        homes.view.begin(0, lambda scale, moves=moves: factor_at(scale, moves))
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == rate
 
 
 class OneRate(torch.optim.SGD):

@@ -250,3 +250,20 @@ def test_an_optimizer_that_is_exchanged_gets_a_scheduler_too() -> None:
     run.fit(net, loader())
     assert rates == [0.01 * 0.5 ** min(step, 99) for step in (1, 2, 3, 4, 1, 2, 3, 4)] + [0.01] * 4
     assert run.lr_scheduler_configs == []
+
+
+def test_a_tensor_rate_is_rewritten_in_place() -> None:
+    """Captured graphs hold on to it, when a phase's scheduler begins and when it ends."""
+    rates: list[tuple[int, float]] = []
+
+    def note(run: Trainer, _: LightningModule) -> None:
+        rate = run.optimizers[0].param_groups[0]["lr"]
+        rates.append((id(rate), float(rate)))
+
+    phases = [Phase("head", steps=2), Phase("*", steps=2, lr_scheduler=lambda o, _: lrs.ExponentialLR(o, 0.5))]
+    net = Net(
+        lambda params: torch.optim.AdamW(params, lr=torch.tensor(1.0)), lambda o: lrs.LinearLR(o, 0.5), interval="step"
+    )
+    trainer(callbacks=[FreezeSchedule([*phases, Phase("*")]), Probe(note)], max_epochs=1).fit(net, loader())
+    assert len({place for place, _ in rates}) == 1
+    assert [rate for _, rate in rates] == pytest.approx([0.5, 0.6, 1.0, 0.5, 0.7, 0.8])
