@@ -32,7 +32,7 @@ def on_two_processes(function: Callable[..., Any], tmp_path: Path, *args: Any) -
         for process in context.processes:
             process.kill()
             process.join()
-    return [torch.load(tmp_path / f"result-{rank}.pt", weights_only=False) for rank in range(WORLD)]
+    return [torch.load(tmp_path / f"result-{rank}.pt", weights_only=True) for rank in range(WORLD)]
 
 
 def _work(rank: int, function: Callable[..., Any], tmp_path: Path, args: tuple[Any, ...]) -> None:

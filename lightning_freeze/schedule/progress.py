@@ -21,8 +21,8 @@ class Begin(tuple[int, int, int]):
 
     Example:
         >>> begin = Begin(2, 20, 1, "2 epochs")
-        >>> begin, begin == (2, 20, 1), begin.why
-        (Begin(2, 20, 1, '2 epochs'), True, '2 epochs')
+        >>> begin == (2, 20, 1), begin.why
+        (True, '2 epochs')
     """
 
     why: str
@@ -36,9 +36,6 @@ class Begin(tuple[int, int, int]):
     def __getnewargs__(self) -> tuple[int, int, int, str]:
         """Return what copies and pickles are made of."""
         return (*self, self.why)
-
-    def __repr__(self) -> str:
-        return f"Begin{self.__getnewargs__()}"
 
 
 torch.serialization.add_safe_globals([Begin])  # people save `history`, and torch loads plain data only
