@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.serialization import add_safe_globals
 
 from lightning_freeze.schedule.phases import Phase, describe
 from lightning_freeze.schedule.plateau import Plateau
@@ -35,6 +36,9 @@ class Begin(tuple[int, int, int]):
     def __getnewargs__(self) -> tuple[int, int, int, str]:
         """Return what copies and pickles are made of."""
         return (*self, self.why)
+
+
+add_safe_globals([Begin])  # what a user saves the history in loads with weights_only=True
 
 
 @dataclass
