@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch.serialization import add_safe_globals
 
 from lightning_freeze.schedule.phases import Phase, describe
 from lightning_freeze.schedule.plateau import Plateau
@@ -38,7 +38,7 @@ class Begin(tuple[int, int, int]):
         return (*self, self.why)
 
 
-torch.serialization.add_safe_globals([Begin])  # people save `history`, and torch loads plain data only
+add_safe_globals([Begin])  # what a user saves the history in loads with weights_only=True
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -215,12 +216,14 @@ def test_a_plateau_of_version_0_1_0_that_was_reached_ends_its_phase() -> None:
     assert progress.told  # its phase had begun
 
 
-def test_begins_are_tuples_that_say_why() -> None:
+def test_begins_are_tuples_that_say_why(tmp_path: Path) -> None:
     begin = Begin(2, 20, 1, "2 epochs")
     assert begin == (2, 20, 1)
     assert repr(begin) == "(2, 20, 1)"
     assert {begin: 1}[2, 20, 1] == 1
-    for one in (copy.deepcopy(begin), copy.copy(begin), pickle.loads(pickle.dumps(begin))):
+    torch.save(begin, tmp_path / "begin.pt")
+    loaded = torch.load(tmp_path / "begin.pt", weights_only=True)
+    for one in (copy.deepcopy(begin), copy.copy(begin), pickle.loads(pickle.dumps(begin)), loaded):
         assert one == begin
         assert one.why == "2 epochs"
 
