@@ -141,6 +141,15 @@ def test_validation_sees_the_weights_with_which_the_fit_ends() -> None:
     assert looks == [6, 8]
 
 
+def test_the_fit_does_not_end_within_an_accumulation_window() -> None:
+    """The plateau is reached after its second batch."""
+    schedule, batches = FreezeSchedule([Phase("head", until=Plateau("score", patience=1))]), []
+    options = {"accumulate_grad_batches": 4, "val_check_interval": 1, "max_epochs": 2}
+    run = trainer(callbacks=[schedule, Probe(end=lambda run, _: batches.append(run.global_step))], **options)
+    run.fit(Scores(1.0), loader(), loader())
+    assert batches == [0, 0, 0, 1]
+
+
 # Functions, next_phase()
 
 
