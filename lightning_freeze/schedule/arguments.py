@@ -64,7 +64,7 @@ def built(cls: Callable[..., T], options: Mapping[str, Any], where: str, needs: 
         raise ValueError(_unknown(where, unknown[0], names))
     name, says = needs
     if name not in options:
-        raise ValueError(f"{where}, {dict(options)!r}, does not say {says}: add {name!r}.")
+        raise ValueError(f"{where}={dict(options)!r} does not say {says}: add {name!r}.")
     return cls(**options)
 
 
