@@ -162,7 +162,7 @@ class FreezeSchedule(Holder):
     def next_phase(self) -> None:
         """End the current phase before the next optimizer step; with the last phase the fit ends.
 
-        An accumulation window is not cut. If one process asks, all move together.
+        An accumulation window is not cut. With several processes the phase ends when the next epoch begins, if one asks.
 
         Raises:
             RuntimeError: If no fit is running.

@@ -96,7 +96,7 @@ class Course:
     def begin_epoch(self) -> bool:
         """Look at what the last epoch logged; begin the next phase if this one is over, and return whether it was."""
         self.looks.begin_epoch(self.progress, self.phases)
-        moved = self._move(self._asked(ask_function=True))
+        moved = self._move(self._asked(ask_function=True, epoch_begins=True))
         self.progress.seen = self.step
         self._log_phase()
         return moved
@@ -192,10 +192,11 @@ class Course:
             dry_run=bool(self.trainer.fast_dev_run),  # type: ignore[attr-defined]
         )
 
-    def _asked(self, *, ask_function: bool) -> str:
+    def _asked(self, *, ask_function: bool, epoch_begins: bool = False) -> str:
         """Return who asks for the next phase, on whichever rank; empty if nobody does."""
         progress, until, says = self.progress, self.progress.phase.until, 0
-        if progress.ended:
+        # Ranks that ask each other at every step would wait for each other at every step.
+        if progress.ended or not (epoch_begins or callable(until) or self.trainer.world_size == 1):
             return ""
         if ask_function and callable(until) and self.step > progress.history[-1][1]:
             says = int(bool(until(self.trainer, self.trainer.lightning_module)))

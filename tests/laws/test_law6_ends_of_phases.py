@@ -42,7 +42,7 @@ CASES: dict[str, Any] = {
     "fraction": [Phase("head", fraction=0.25), Phase("*", fraction=0.5)],
 }
 # Steps at which each phase, and the fit, ends; there are 24.
-ENDS = {"restore_best": (12, 21), "function": (5, 12), "next_phase": (4, 10), "fraction": (6, 18)}
+ENDS = {"restore_best": (12, 21), "function": (5, 12), "next_phase": (6, 12), "fraction": (6, 18)}
 
 
 def every_case() -> dict[str, Any]:
