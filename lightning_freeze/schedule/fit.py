@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -26,6 +27,7 @@ from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.meaning import FrozenMode, asleep, eval_modules, phase_scales, phase_trains, scale_owners
 from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.schedule.preset import Preset, phases_for, steps_of
 from lightning_freeze.selectors import selector_text
 from lightning_freeze.words import listed
 
@@ -93,6 +95,7 @@ class Fit:
         ledger: The fit's.
         resolved: What each phase means.
         policy: What becomes of a parameter's optimizer state when it freezes.
+        resolve: Returns what phases mean for the module.
         optimizers: The optimizers under the schedule.
         checkpoints: What lets FSDP save and load while parameters are frozen.
         stepped: Optimizer steps since the batch began, and ``trainer.global_step`` then.
@@ -102,6 +105,7 @@ class Fit:
     ledger: Ledger
     resolved: Resolved
     policy: OptimizerState
+    resolve: Callable[[Sequence[Phase]], Resolved]
     optimizers: list[PhasedOptimizer] = field(default_factory=list)
     checkpoints: CheckpointsByName | None = None
     stepped: tuple[int, int] = (0, 0)
@@ -114,6 +118,11 @@ class Fit:
         steps.before.append(self._show)
         steps.after.append(self._hide)
         steps.counted.append(self._count)
+
+    def take_steps(self, trainer: Trainer) -> None:
+        """Take the phases that depend on how many optimizer steps the fit takes, now that its data is there."""
+        if isinstance(self.phases, Preset) and self.phases.take_steps(steps_of(trainer)):
+            self.resolved = self.resolve(self.phases)
 
     def follows(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer is under the schedule."""
@@ -242,16 +251,17 @@ def begin_fit(
 ) -> Fit:
     """Return a schedule resolved against a module, before it has taken over optimizers."""
     held = ledger.held(without=who)
-    resolved = resolve_phases(
+    phases = phases_for(phases, pl_module, {*ledger.came_frozen, *held}, steps_of(pl_module.trainer))
+    resolve = partial(
+        resolve_phases,
         pl_module,
         ledger.parameters,
-        phases,
         came_frozen=ledger.came_frozen,
         held=held,
         mode=mode,
         left_alone=ledger.left_alone(),
     )
-    return Fit(phases, ledger, resolved, policy)
+    return Fit(phases, ledger, resolve(phases), policy, resolve)
 
 
 def steps_per_epoch(trainer: Trainer) -> float | None:

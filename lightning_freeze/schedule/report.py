@@ -20,6 +20,7 @@ from lightning_freeze.schedule.fit import Fit
 from lightning_freeze.schedule.meaning import what_came_frozen
 from lightning_freeze.schedule.monitor import missing_metric
 from lightning_freeze.schedule.phases import Phase, describe
+from lightning_freeze.schedule.preset import Preset
 from lightning_freeze.schedule.progress import Progress, walk
 from lightning_freeze.words import listed, percent
 
@@ -32,6 +33,8 @@ def fit_begins(
     """Warn, before the first batch, of what the user may not expect."""
     if not trainer.is_global_zero:
         return
+    if isinstance(phases, Preset) and phases.said:
+        _log.info("%s", phases.said)
     if said := what_came_frozen(pl_module, phases, fit.resolved.came_frozen, fit.resolved.held):
         _log.warning("%s", said)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -152,12 +155,16 @@ def _ends_too_early(
 
 
 def _line(schedule: Sequence[Mapping[str, Any]]) -> str:
-    return " → ".join(
-        " ".join(
-            [
-                str(phase["train"]),
-                *(f"{key}={phase[key]}" for key in ("epochs", "steps", "until", "lr_scale") if phase[key]),
-            ]
-        )
-        for phase in schedule
+    return listed(
+        (
+            " ".join(
+                [
+                    str(phase["train"]),
+                    *(f"{key}={phase[key]}" for key in ("epochs", "steps", "until", "lr_scale") if phase[key]),
+                ]
+            )
+            for phase in schedule
+        ),
+        " → ",
+        most=20,
     )
