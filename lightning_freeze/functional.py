@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import UserList, deque
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +104,25 @@ def can_train(parameter: nn.Parameter) -> bool:
 def scalars(parameter: nn.Parameter) -> int:
     """Return the number of scalars, 0 for a parameter of a lazy module that has not seen its first batch."""
     return 0 if is_lazy(parameter) else parameter.numel()
+
+
+def topmost(module: nn.Module, chosen: Collection[int], prefix: str = "") -> Iterator[str]:
+    """Yield the names of the highest modules of which everything that can train is chosen, else of parameters.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+        >>> list(topmost(net, {id(net[0].bias), id(net[1].weight), id(net[1].bias)}))
+        ['0.bias', '1']
+    """
+    for name, parameter in module.named_parameters(recurse=False):
+        if id(parameter) in chosen and can_train(parameter):
+            yield clean_name(prefix + name)
+    for name, child in module.named_children():
+        inside = [id(parameter) in chosen for parameter in child.parameters() if can_train(parameter)]
+        if inside and all(inside):
+            yield clean_name(prefix + name)
+        elif any(inside):
+            yield from topmost(child, chosen, f"{prefix}{name}.")
 
 
 def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:

@@ -256,14 +256,14 @@ class _Names:
     @property
     def lists(self) -> dict[str, list[str]]:
         """The names of the lists of modules, each with the names of its members."""
-        lists = [name for name, module in self.modules if isinstance(module, nn.ModuleList | nn.Sequential)]
-        names = [name for name in dict(self.modules) if name]
-        return {one: [name for name in names if name.rpartition(".")[0] == one] for one in lists}
+        lists = {name: list[str]() for name, one in self.modules if isinstance(one, nn.ModuleList | nn.Sequential)}
+        for name in filter(None, dict(self.modules)):
+            lists.get(name.rpartition(".")[0], []).append(name)
+        return lists
 
     def of_class(self, pattern: str) -> list[nn.Module]:
         """Return the modules of the class in a ``"type:…"`` pattern."""
-        wanted = pattern.removeprefix("type:").strip()
-        return [module for _, module in self.modules if wanted in _class_names(type(module))]
+        return [one for _, one in self.modules if pattern.removeprefix("type:").strip() in _class_names(type(one))]
 
     def hint(self, pattern: str | Predicate) -> str:
         """Return what would have been right: the closest names, and the top-level modules."""

@@ -20,6 +20,7 @@ from lightning_freeze.schedule.meaning import FrozenMode
 from lightning_freeze.schedule.neighbours import refuse_rivals
 from lightning_freeze.schedule.phases import Phase, as_phases
 from lightning_freeze.schedule.plot import plot_schedule
+from lightning_freeze.schedule.preset import Preset
 from lightning_freeze.schedule.preview import Plan, preview_table
 from lightning_freeze.schedule.progress import Begin, Progress
 from lightning_freeze.words import Table, one_of
@@ -42,7 +43,7 @@ class FreezeSchedule(Holder):
     phase on every callback that has them and then on the module.
 
     Args:
-        phases: The schedule: :class:`Phase` objects, or dicts of their arguments, as YAML gives them.
+        phases: The schedule: :class:`Phase` objects, dicts of their arguments, as YAML gives them, or a preset.
         frozen_mode: How wholly frozen modules run: ``"batchnorm"`` puts only layers with running statistics, and
             modules that learn in buffers alone, in eval mode, ``"eval"`` the whole module (its dropout is off too),
             ``"train"`` leaves modes alone.
@@ -67,13 +68,13 @@ class FreezeSchedule(Holder):
 
     def __init__(
         self,
-        phases: Sequence[Phase | Mapping[str, Any]],
+        phases: Sequence[Phase | Mapping[str, Any]] | Preset,
         *,
         frozen_mode: FrozenMode = "batchnorm",
         optimizer_state: OptimizerState = "keep",
         verbose: bool = True,
     ) -> None:
-        self.phases = list(as_phases(phases))
+        self.phases: Sequence[Phase] = phases if isinstance(phases, Preset) else list(as_phases(phases))
         self.frozen_mode = one_of("FreezeSchedule", "frozen_mode", frozen_mode, get_args(FrozenMode))
         self.optimizer_state = one_of("FreezeSchedule", "optimizer_state", optimizer_state, get_args(OptimizerState))
         self.verbose = verbose
@@ -162,7 +163,7 @@ class FreezeSchedule(Holder):
     def next_phase(self) -> None:
         """End the current phase before the next optimizer step; with the last phase the fit ends.
 
-        An accumulation window is not cut. With several processes the phase ends when the next epoch begins, if one asks.
+        An accumulation window is not cut. Of several processes one may ask; they move when the next epoch begins.
 
         Raises:
             RuntimeError: If no fit is running.
@@ -174,7 +175,7 @@ class FreezeSchedule(Holder):
     def state_dict(self) -> dict[str, Any]:
         """Return the progress, the schedule to recognise it by, and the state of what optimizers were not given."""
         optimizers = self._course.fit.state() if self._course is not None else self._optimizers
-        return {**self.progress.state_dict(self.phases), "optimizers": optimizers}
+        return {**self.progress.state_dict(self.phases if self.history else []), "optimizers": optimizers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the progress from a checkpoint at the next hook; one written before a fit has none."""
@@ -211,11 +212,13 @@ class FreezeSchedule(Holder):
         self._optimizers = []
         who, policy = self.state_key, self.optimizer_state
         fit = begin_fit(self.phases, self.ledger, pl_module, mode=self.frozen_mode, policy=policy, who=who)
+        self.phases = fit.phases
         self._course = Course(self.phases, fit, trainer, who, self.verbose, before)
         self._course.begin(self._loaded)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the phase again, now that progress, optimizers and schedulers are restored."""
+        self.course.fit.take_steps(trainer)
         refuse_uneven_ranks(trainer, self.phases)
         self._restore()
         report.fit_begins(trainer, self, self.progress, self.course.fit, steps_per_epoch(trainer))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -24,8 +26,10 @@ from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer
 from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
+from lightning_freeze.schedule.length import steps_in_all
 from lightning_freeze.schedule.meaning import FrozenMode, asleep, eval_modules, phase_scales, phase_trains, scale_owners
 from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.schedule.preset import Preset, phases_for
 from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.schedule.schedulers import PhaseSchedulers
 from lightning_freeze.selectors import selector_text
@@ -96,6 +100,7 @@ class Fit:
         resolved: What each phase means.
         policy: What becomes of a parameter's optimizer state when it freezes.
         schedulers: What puts a phase's own schedulers in the place of the user's.
+        resolve: Returns what phases mean for the module.
         optimizers: The optimizers under the schedule.
         checkpoints: What lets FSDP save and load while parameters are frozen.
         stepped: Optimizer steps since the batch began, and ``trainer.global_step`` then.
@@ -106,6 +111,7 @@ class Fit:
     resolved: Resolved
     policy: OptimizerState
     schedulers: PhaseSchedulers
+    resolve: Callable[[Sequence[Phase]], Resolved]
     optimizers: list[PhasedOptimizer] = field(default_factory=list)
     checkpoints: CheckpointsByName | None = None
     stepped: tuple[int, int] = (0, 0)
@@ -116,6 +122,11 @@ class Fit:
         self.checkpoints = CheckpointsByName(trainer.strategy, self.ledger.parameters, self.ledger.steps.paused)
         if not trainer.lightning_module.automatic_optimization:  # else Lightning counts every step
             self.ledger.steps.counted.append(self._count)
+
+    def take_steps(self, trainer: Trainer) -> None:
+        """Take the phases that depend on how many optimizer steps the fit takes, now that its data is there."""
+        if isinstance(self.phases, Preset) and self.phases.take_steps(steps_in_all(trainer) or math.inf):
+            self.resolved = self.resolve(self.phases)
 
     def follows(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer is under the schedule."""
@@ -250,16 +261,17 @@ def begin_fit(
 ) -> Fit:
     """Return a schedule resolved against a module, before it has taken over optimizers."""
     held = ledger.held(without=who)
-    resolved = resolve_phases(
+    phases = phases_for(phases, pl_module, {*ledger.came_frozen, *held})
+    resolve = partial(
+        resolve_phases,
         pl_module,
         ledger.parameters,
-        phases,
         came_frozen=ledger.came_frozen,
         held=held,
         mode=mode,
         left_alone=ledger.left_alone(),
     )
-    return Fit(phases, ledger, resolved, policy, PhaseSchedulers(pl_module.trainer))
+    return Fit(phases, ledger, resolve(phases), policy, PhaseSchedulers(pl_module.trainer), resolve)
 
 
 def _sparse(module: nn.Module) -> list[int]:

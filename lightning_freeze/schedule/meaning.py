@@ -9,13 +9,12 @@ from torch import nn
 
 from lightning_freeze.freezing.batchnorm import frozen_running_statistics
 from lightning_freeze.freezing.eval_mode import wholly_frozen
-from lightning_freeze.functional import can_train, scalars
+from lightning_freeze.functional import can_train, scalars, topmost
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import (
     Predicate,
     as_patterns,
-    clean_name,
     named_unique_parameters,
     overlay,
     resolve,
@@ -31,15 +30,14 @@ _TRAIN = "Phase(train={})"
 def asleep(module: nn.Module, phases: Sequence[Phase], came_frozen: Collection[int]) -> set[int]:
     """Return the identities of what came frozen and no phase names: ``"*"`` leaves it frozen.
 
-    Raises:
-        ValueError: If a pattern matches nothing.
-
     Example:
         >>> net = nn.ModuleDict({"teacher": nn.Linear(2, 2), "student": nn.Linear(2, 2)})
         >>> frozen = {id(parameter) for parameter in net["teacher"].parameters()}
         >>> asleep(net, [Phase("*")], frozen) == frozen, asleep(net, [Phase(["*", "teacher"])], frozen)
         (True, set())
     """
+    if not came_frozen:
+        return set()
     named = {
         id(parameter)
         for phase in phases
@@ -101,6 +99,8 @@ def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float | Ramp]:
         >>> phase_scales(net, Phase("*", lr_scale={"*": 0.5, "bias": 2.0})) == {id(net.weight): 0.5, id(net.bias): 2.0}
         True
     """
+    if not phase.scales:
+        return {}
     parameters = named_unique_parameters(module)
     owner = scale_owners(module, phase)
     scales = {select: one if isinstance(one, Ramp) else float(one) for select, one in phase.scales.items()}
@@ -129,12 +129,12 @@ def what_came_frozen(
     sleeping = asleep(module, phases, came_frozen)
     stars = any("*" in as_patterns(phase.train) for phase in phases)
     sentences = []
-    if stars and (names := list(_topmost(module, sleeping - set(held)))):
+    if stars and (names := list(topmost(module, sleeping - set(held)))):
         sentences.append(
             f'"*" is what was trainable when the fit began, so these stay frozen: {_counted(module, names)}. To train '
             f'them too, name them: Phase(["*", {_quoted(names)}]).'
         )
-    if names := list(_topmost(module, set(came_frozen) - sleeping - set(held))):
+    if names := list(topmost(module, set(came_frozen) - sleeping - set(held))):
         sentences.append(
             f"these came frozen and train where a phase names them: {_counted(module, names)}. To leave them frozen, "
             f'take them away: Phase(["*", {_quoted([f"!{name}" for name in names])}]).'
@@ -157,26 +157,13 @@ def _awake(asleep: Collection[int]) -> Predicate:
 
 
 def _check_named(module: nn.Module, phase: Phase, held: Mapping[int, str]) -> None:
-    for pattern in _named_patterns(phase):
+    for pattern in _named_patterns(phase) if held else ():
         keepers = {held.get(id(parameter), "") for parameter in resolve(module, pattern, given=_TRAIN).values()}
         if keepers and all(keeper.startswith("TargetNetwork") for keeper in keepers):
             raise ValueError(
                 f"Phase {phase.label!r} would train what {keepers.pop().partition('{')[0]} keeps frozen: "
                 f"{selector_text(pattern)!r} selects nothing else. Leave it out of `train`."
             )
-
-
-def _topmost(module: nn.Module, chosen: Collection[int], prefix: str = "") -> Iterator[str]:
-    """Yield the names of the highest modules of which everything that can train is chosen, else of parameters."""
-    for name, parameter in module.named_parameters(recurse=False):
-        if id(parameter) in chosen and can_train(parameter):
-            yield clean_name(prefix + name)
-    for name, child in module.named_children():
-        inside = [id(parameter) in chosen for parameter in child.parameters() if can_train(parameter)]
-        if inside and all(inside):
-            yield clean_name(prefix + name)
-        elif any(inside):
-            yield from _topmost(child, chosen, f"{prefix}{name}.")
 
 
 def _counted(module: nn.Module, names: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -18,6 +19,7 @@ from lightning_freeze.functional import can_train, scalars
 from lightning_freeze.schedule.fit import Resolved, resolve_phases
 from lightning_freeze.schedule.meaning import FrozenMode
 from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.schedule.preset import phases_for
 from lightning_freeze.selectors import named_unique_parameters, selector_text, unwrapped
 from lightning_freeze.words import Table, percent, whole_number
 
@@ -56,7 +58,6 @@ class Plan:
     ) -> Plan:
         """Return the plan of a schedule; ``callbacks`` are the Trainer's, else those of the model's own Trainer."""
         model = unwrapped(model)
-        spans = phase_spans(phases, max_epochs, steps_per_epoch)
         parameters, trainer = named_unique_parameters(model), _trainer(model)
         if callbacks is None:
             callbacks = callbacks_of(trainer) if trainer is not None else []
@@ -64,11 +65,15 @@ class Plan:
         held = {key: who for who, hold in holds.items() for key in hold.frozen}
         layers = [layer for layer in model.modules() if has_running_statistics(layer)]
         held |= dict.fromkeys(affine_frozen_by_hand(layers), BY_HAND)
+        came_frozen = _came_frozen(parameters.values(), ledger_of(trainer) if trainer is not None else None)
+        steps = max_epochs * steps_per_epoch if steps_per_epoch else math.inf
+        phases = phases_for(phases, model, {*came_frozen, *held}, steps)
+        spans = phase_spans(phases, max_epochs, steps_per_epoch)
         resolved = resolve_phases(
             model,
             parameters,
             phases,
-            came_frozen=_came_frozen(parameters.values(), ledger_of(trainer) if trainer is not None else None),
+            came_frozen=came_frozen,
             held=held,
             mode=mode,
             left_alone={module for hold in holds.values() for module in hold.own},

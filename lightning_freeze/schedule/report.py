@@ -24,6 +24,7 @@ from lightning_freeze.schedule.monitor import missing_metric
 from lightning_freeze.schedule.neighbours import stoppers
 from lightning_freeze.schedule.phases import Phase, describe
 from lightning_freeze.schedule.plateau import Plateau
+from lightning_freeze.schedule.preset import Preset
 from lightning_freeze.schedule.progress import Progress, walk
 from lightning_freeze.words import listed, percent
 
@@ -37,6 +38,8 @@ def fit_begins(
     if not trainer.is_global_zero:
         return
     phases, pl_module = progress.phases, trainer.lightning_module
+    if isinstance(fit.phases, Preset) and fit.phases.said:
+        _log.info("%s", fit.phases.said)
     if said := what_came_frozen(pl_module, phases, fit.resolved.came_frozen, fit.resolved.held):
         _log.warning("%s", said)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -200,12 +203,16 @@ def _numbered(phases: Sequence[Phase], index: int) -> str:
 
 
 def _line(schedule: Sequence[Mapping[str, Any]]) -> str:
-    return " → ".join(
-        " ".join(
-            [
-                str(phase["train"]),
-                *(f"{key}={phase[key]}" for key in ("epochs", "steps", "until", "lr_scale") if phase[key]),
-            ]
-        )
-        for phase in schedule
+    return listed(
+        (
+            " ".join(
+                [
+                    str(phase["train"]),
+                    *(f"{key}={phase[key]}" for key in ("epochs", "steps", "until", "lr_scale") if phase[key]),
+                ]
+            )
+            for phase in schedule
+        ),
+        " → ",
+        most=20,
     )

@@ -16,7 +16,8 @@ from tests.nets import Net
 from tests.trees import trees
 
 # What is most of a model beside its blocks: a classifier on large features, the heads of a detector.
-MOSTLY_HEADS = {"fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_fpn", "raft_small"}
+MOSTLY_HEADS = {"deeplabv3_mobilenet_v3_large"}
+MOSTLY_HEADS |= {"fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_fpn", "raft_small"}
 MOSTLY_HEADS |= {f"{quantized}shufflenet_v2_x0_5" for quantized in ("", "quantized_")}
 SAMPLE = {"resnet18", "vit_b_16", "convnext_tiny", "swin_t", "efficientnet_b0", "densenet121", "googlenet", "vgg11_bn"}
 SAMPLE |= {"inception_v3", "maskrcnn_resnet50_fpn", "mobilenet_v3_small", "regnet_y_400mf", "s3d", "ssd300_vgg16"}
@@ -272,6 +273,15 @@ def test_layers_of_other_structures(module: nn.Module, expected: list[str] | Non
     else:
         assert layers_of(module) == expected
         assert layers_of(torch.compile(parts(net=module), backend="eager")) == [f"net.{name}" for name in expected]
+
+
+def test_compiled_blocks_are_like_the_others() -> None:
+    blocks = nn.ModuleList(Residual(4) for _ in range(3))
+    net = parts(stem=nn.Linear(1, 4), blocks=blocks)
+    blocks[0], blocks[2] = (torch.compile(blocks[place], backend="eager") for place in (0, 2))
+    assert layers_of(net) == numbered("blocks.", 3)
+    net["blocks"] = torch.compile(blocks, backend="eager")
+    assert layers_of(net) == numbered("blocks.", 3)
 
 
 def test_layers_are_those_of_what_is_selected() -> None:

@@ -1,0 +1,192 @@
+"""Phases that are known only with a module, and the parts of it that they train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from lightning_freeze.functional import topmost
+from lightning_freeze.schedule.layers import layers_of
+from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.selectors import Selector, named_unique_parameters, select_parameters, unwrapped
+from lightning_freeze.words import listed
+
+#: The layers of a schedule, from the first, next to the input, to the last: names, lists of names that are one layer
+#: each, or the name of one module whose :func:`layers_of` they are.
+Layers: TypeAlias = str | Sequence[str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a model: layers, each as its names, and what is none of them.
+
+    Args:
+        layers: From the first to the last.
+        before: What the model has before the first layer, if layers are those of one module.
+        after: What it has after the last, such as its head, if layers are those of one module.
+        rest: What no layer names, if layers are named one by one.
+    """
+
+    layers: list[list[str]]
+    before: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)
+    rest: list[str] = field(default_factory=list)
+
+
+#: Returns the phases for the parts of a model and the optimizer steps of the fit, None where these are not known yet.
+Build: TypeAlias = Callable[[Parts, float | None], list[Phase]]
+
+
+class Preset(list[Phase]):
+    """The phases of a well-known schedule, and how they are made for a module.
+
+    Before :meth:`resolve` it has the phases that the arguments alone tell; where these name a module, none.
+
+    Args:
+        build: What makes the phases; None for phases that are the same for every module.
+        layers: The layers as given.
+        called: How the log shows the call.
+        others: What the log says becomes of parameters that no layer names.
+    """
+
+    def __init__(
+        self,
+        build: Build | None,
+        layers: Layers,
+        called: str,
+        others: Sequence[str],
+        phases: Iterable[Phase] = (),
+    ) -> None:
+        super().__init__(phases)
+        self.build, self.layers, self.called, self.others = build, layers, called, others
+        self.said = ""
+        self.parts: Parts | None = None
+
+    def resolve(self, module: nn.Module, *, idle: Collection[int] = (), steps: float | None = None) -> Preset:
+        """Return the phases for a module.
+
+        Args:
+            module: The module.
+            idle: The identities of parameters that never train unless a layer names them.
+            steps: The optimizer steps of the fit, infinity without a limit; None if they are not known yet: then
+                phases that depend on it wait for :meth:`take_steps`.
+
+        Raises:
+            ValueError: If a layer matches nothing, or the schedule depends on a number of steps that is unknown.
+
+        Example:
+            >>> from lightning_freeze import gradual_unfreezing
+            >>> net = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1), nn.Linear(1, 1))
+            >>> [phase.label for phase in gradual_unfreezing(["0", "2"]).resolve(net)]
+            ['from 2', 'from 0', 'from 1']
+        """
+        if self.build is None:
+            return self
+        parts = parts_of(module, self.layers, idle)
+        resolved = Preset(self.build, self.layers, self.called, self.others, self.build(parts, steps))
+        resolved.parts = parts
+        names = [("no layer names ", parts.rest), ("before them ", parts.before), ("after them ", parts.after)]
+        said = [f"{where}{listed(found)}" for where, found in names if found]
+        if isinstance(self.layers, str):
+            said.insert(0, f"{len(parts.layers)} layers, {parts.layers[0][0]} to {parts.layers[-1][0]}")
+        resolved.said = f"{self.called}: {'; '.join([*said, *self.others])}." if said else ""
+        return resolved
+
+    def take_steps(self, steps: float | None) -> bool:
+        """Make the phases anew if they depend on the optimizer steps of the fit; return whether they did."""
+        phases = self.build(self.parts, steps) if self.build and self.parts else self
+        if changed := phases != self:
+            self[:] = phases
+        return changed
+
+    def __iter__(self) -> Iterator[Phase]:
+        if not len(self):
+            raise ValueError(
+                f"{self.called}: its phases are known only with the module and the fit. Give it to FreezeSchedule as "
+                "it is, or resolve it before you take phases from it: [*….resolve(model)]."
+            )
+        return super().__iter__()
+
+    def __add__(self, other: Any) -> list[Any]:
+        return [*self, *other]
+
+    def __radd__(self, other: Any) -> list[Any]:
+        return [*other, *self]
+
+    def __repr__(self) -> str:
+        return super().__repr__() if len(self) else self.called
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.build, self.layers, self.called, self.others, list(self) if len(self) else [])
+
+
+def parts_of(module: nn.Module, layers: Layers, idle: Collection[int] = ()) -> Parts:
+    """Return the parts of a model; arguments as of :meth:`Preset.resolve`.
+
+    What is between two layers of one module, such as a norm, is of the layer before it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Embedding(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 1))
+        >>> parts_of(net, "1")
+        Parts(layers=[['1.0'], ['1.1']], before=['0'], after=['2'], rest=[])
+        >>> parts_of(net, [["0", "1"]])
+        Parts(layers=[['0', '1']], before=[], after=[], rest=['2'])
+    """
+    module = unwrapped(module)
+    names = [[name] for name in layers_of(module, layers)] if isinstance(layers, str) else as_layers("layers", layers)
+    owner = {name: place for place, layer in enumerate(names) for name in select_parameters(module, layer)}
+    loose: dict[int, set[int]] = {}
+    place = -1
+    for name, parameter in named_unique_parameters(module).items():
+        place = max(place, owner.get(name, place))
+        if name not in owner and id(parameter) not in idle:
+            loose.setdefault(place, set()).add(id(parameter))
+    if not isinstance(layers, str):
+        return Parts(names, rest=list(topmost(module, set[int]().union(*loose.values()))))
+    before, *between, after = (list(topmost(module, loose.get(place, set()))) for place in range(-1, len(names)))
+    return Parts([[*layer, *more] for layer, more in zip(names, [*between, []], strict=True)], before, after)
+
+
+def phases_for(
+    phases: Sequence[Phase], module: nn.Module, idle: Collection[int], steps: float | None = None
+) -> Sequence[Phase]:
+    """Return the phases for a module, those of a preset resolved; arguments as of :meth:`Preset.resolve`."""
+    return phases.resolve(module, idle=idle, steps=steps) if isinstance(phases, Preset) else phases
+
+
+def preset(
+    build: Build, name: str, layers: Layers, *, rest: str, beside: str | None = None, is_known: bool = True
+) -> Preset:
+    """Return a preset with the phases that its arguments tell; those of a named module are not among them.
+
+    Args:
+        build: As of :class:`Preset`.
+        name: The name of the function that was called.
+        layers: The layers as given.
+        rest: What becomes of parameters that no name names.
+        beside: What becomes of those beside the layers of a named module, if that needs a word.
+        is_known: Whether the phases do not depend on the fit.
+    """
+    if isinstance(layers, str):
+        return Preset(build, layers, f"{name}({layers!r})", [beside] if beside else [])
+    named = as_layers("layers", layers)
+    return Preset(build, named, name, [rest], build(Parts(named), None) if is_known else ())
+
+
+def as_selector(layer: Sequence[str]) -> Selector:
+    """Return a layer as a selector that can be a key."""
+    return layer[0] if len(layer) == 1 else tuple(layer)
+
+
+def as_layers(argument: str, layers: Any) -> list[list[str]]:
+    """Return layers, each as its names."""
+    example = "for example ['backbone.layer4', 'head']"
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"{argument}={layers!r}: give names, {example}.")
+    found = [[layer] if isinstance(layer, str) else list(layer) for layer in layers]
+    if not found or not all(layer and all(isinstance(name, str) and name for name in layer) for layer in found):
+        raise ValueError(f"{argument}={layers!r}: give at least one name, {example}.")
+    return found
