@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,7 +25,7 @@ from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer
 from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
-from lightning_freeze.schedule.length import steps_in_all
+from lightning_freeze.schedule.length import steps_at_most
 from lightning_freeze.schedule.meaning import FrozenMode, asleep, eval_modules, phase_scales, phase_trains, scale_owners
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.preset import Preset, phases_for
@@ -125,7 +124,7 @@ class Fit:
 
     def take_steps(self, trainer: Trainer) -> None:
         """Take the phases that depend on how many optimizer steps the fit takes, now that its data is there."""
-        if isinstance(self.phases, Preset) and self.phases.take_steps(steps_in_all(trainer) or math.inf):
+        if isinstance(self.phases, Preset) and self.phases.take_steps(steps_at_most(trainer)):
             self.resolved = self.resolve(self.phases)
 
     def follows(self, optimizer: Optimizer) -> bool:

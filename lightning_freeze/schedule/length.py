@@ -73,6 +73,14 @@ def steps_in_all(trainer: Trainer) -> int | None:
     return min(limits, default=None)
 
 
+def steps_at_most(trainer: Trainer) -> float:
+    """Return the steps that the fit takes or, where the user steps, one for each batch and optimizer; else infinity."""
+    if (steps := steps_in_all(trainer)) is not None:
+        return steps
+    batches = trainer.estimated_stepping_batches
+    return batches * len(trainer.optimizers) if batches >= 0 else math.inf
+
+
 def window_is_closed(trainer: Trainer, *, stepped: bool) -> bool:
     """Return whether the batch that has run ended an accumulation window; where the user steps, ``stepped`` tells."""
     if not trainer.lightning_module.automatic_optimization:
