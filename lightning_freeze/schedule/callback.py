@@ -234,7 +234,8 @@ class FreezeSchedule(Holder):
         """Begin the next phase between two optimizer steps if this one is over."""
         if self._loaded is not None:
             self._restore()
-        self.course.begin_batch(pl_module, batch_idx)
+        if self.course.looks:
+            self.course.begin_batch(pl_module, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

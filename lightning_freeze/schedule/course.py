@@ -31,6 +31,7 @@ class Course:
         before: The progress of the fit that this one goes on from, None for a fresh one.
         progress: Where in the schedule the fit is.
         monitor: What tells new values of a plateau's metric.
+        looks: Whether there is anything to do at a batch's start, where most phases have nothing.
     """
 
     phases: Sequence[Phase]
@@ -41,6 +42,7 @@ class Course:
     before: Progress | None
     progress: Progress = field(default_factory=Progress)
     monitor: Monitor = field(default_factory=Monitor)
+    looks: bool = True
 
     @property
     def phase(self) -> Phase:
@@ -79,27 +81,25 @@ class Course:
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
-        # Every batch comes here: the cheap questions first.
-        phase = self.phase
-        may_end = phase.steps is not None or self.progress.plateau.ended_at is not None
-        due = may_end and self.progress.is_due(self.phases, self.step)
+        due = self.progress.is_due(self.phases, self.step)
         if due and batch_idx % self.trainer.accumulate_grad_batches == 0:
             # Where the user steps, only a step since then tells that no accumulation window is open.
             closed = pl_module.automatic_optimization or self.step != self.progress.plateau.ended_at
             if self._advance(pl_module, plateau=closed):
                 self._log_phase()
-                phase = self.phase
         if not pl_module.automatic_optimization:
             self.fit.stepped = (0, self.trainer.global_step)
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
-        logs = phase.lr_scale is not None and self.trainer.loggers
+        logs = self.phase.scales and self.trainer.loggers
         if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             rates = self.fit.rates(self.progress.index)
             self._log({f"freeze/lr/{select}": rate for select, rate in rates.items()})
 
     def end_batch(self) -> None:
         """Count the optimizer steps that Lightning has not counted."""
-        self.fit.ledger.steps.reset()  # user code may have caught the error of one
+        steps = self.fit.ledger.steps
+        if steps.begun:  # user code may have caught the error of one
+            steps.reset()
         if self.fit.stepped[0] and (uncounted := self.fit.uncounted(self.trainer.global_step)):
             report.steps_uncounted(self.trainer, first=self.progress.uncounted == 0)
             self.progress.uncounted += uncounted
@@ -136,6 +136,8 @@ class Course:
         self.fit.ledger.hold(self.who, resolved.holds[index])
         self.fit.ledger.settle(modes=modes)
         self.fit.apply(index)
+        phase, by_hand = self.phase, not self.trainer.lightning_module.automatic_optimization
+        self.looks = by_hand or any(one is not None for one in (phase.steps, phase.until, phase.lr_scale))
 
     def announce(self, pl_module: LightningModule) -> None:
         """Log the line of the current phase."""
@@ -166,7 +168,7 @@ class Course:
 
     def _follow(self, optimizer: Optimizer) -> None:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
-        if not self.fit.follows(optimizer) and self.fit.follow(self.trainer):
+        if optimizer not in self.fit.followed and self.fit.follow(self.trainer):
             report.optimizers_exchanged(self.trainer)
             self.fit.apply(self.progress.index)
 
