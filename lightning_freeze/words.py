@@ -80,8 +80,19 @@ def one_of(where: str, name: str, value: object, allowed: Sequence[str]) -> Any:
     if value not in allowed:
         choices = list(map(repr, allowed))
         shown = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
-        raise ValueError(f"{where}({name}={value!r}): {name} is {shown}.{suggestion(value, allowed)}")
+        meant = next((one for one in allowed if str(value).startswith(one)), value)  # "validation" for "val"
+        raise ValueError(f"{where}({name}={value!r}): {name} is {shown}.{suggestion(meant, allowed)}")
     return value
+
+
+def some_of(where: str, name: str, values: Iterable[object], allowed: Sequence[str]) -> tuple[Any, ...]:
+    """Return values as a tuple, each once; raise if one is not allowed, there is none, or a string was given."""
+    if isinstance(values, str):
+        raise TypeError(f"{where}({name}={values!r}): it is a tuple. Write {name}=({values!r},).")
+    chosen = tuple(dict.fromkeys(one_of(where, name, value, allowed) for value in values))
+    if not chosen:
+        raise ValueError(f"{where}({name}=()) logs nothing: give one of {', '.join(map(repr, allowed))}.")
+    return chosen
 
 
 @dataclass(frozen=True)

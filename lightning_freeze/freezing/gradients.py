@@ -37,11 +37,16 @@ class FrozenGradients:
         """Take what is frozen from now on."""
         self.parameters, self._lent, self._clean = parameters, {}, False
 
-    def drop(self) -> None:
-        """Drop the gradients, also what was lent."""
-        if self._lent:
+    def drop(self, *, lent: bool = True) -> None:
+        """Drop the gradients, also what was ``lent``."""
+        if lent and self._lent:
             self._lent = {}
-        self._drop()
+        self._clean, kept = True, self._lent
+        stray = [p for p in self.parameters if p.grad is not None and not (kept and p.grad is kept.get(id(p)))]
+        if stray:
+            for parameter in stray:
+                parameter.grad = None
+            self._on_stray(stray)
 
     def begin_step(self, stepping: Optimizer) -> None:
         """Drop what an optimizer must not see that is about to step."""
@@ -50,7 +55,7 @@ class FrozenGradients:
                 if self._lent.pop(id(parameter), None) is not None:
                     parameter.grad = None
         if not self._clean:
-            self._drop()
+            self.drop(lent=False)
         self._clean = False
 
     def lend(self, optimizers: Iterable[Optimizer]) -> None:
@@ -61,11 +66,3 @@ class FrozenGradients:
             if own and all(id(parameter) in frozen for parameter in own):
                 smallest = min(own, key=torch.numel)
                 smallest.grad = self._lent[id(smallest)] = torch.zeros_like(smallest)
-
-    def _drop(self) -> None:
-        self._clean, lent = True, self._lent
-        stray = [p for p in self.parameters if p.grad is not None and not (lent and p.grad is lent.get(id(p)))]
-        if stray:
-            for parameter in stray:
-                parameter.grad = None
-            self._on_stray(stray)

@@ -66,9 +66,11 @@ class _Split:
         for option, value in group.items():
             # What is unchanged stays each part's own: its running sums.
             if seen.get(option, self) is not value and option not in _MEMBERS:
-                self._see(option, value)
+                if not isinstance(value, Tensor):  # one can change in place, so it is taken over at every step
+                    seen[option] = value
+                rate = is_rate(option) and value is not None
                 for part, factor in zip(self.parts, self.factors, strict=True):
-                    part[option] = _scaled(value, factor, part.get(option)) if is_rate(option) else value
+                    part[option] = _scaled(value, factor, part.get(option)) if rate else value
         self.before = self.parts[0].copy()
         return self.parts
 
@@ -82,7 +84,8 @@ class _Split:
                 group[option] = value
             elif factor:  # what a step makes of a rate of 0 says nothing of the user's
                 group[option] = value / factor
-            self._see(option, group[option])
+            if not isinstance(value, Tensor):
+                self.seen[option] = group[option]
 
     def own(self) -> list[Group]:
         """Return, for each part, what its steps have written: running sums, not what it took from the user's group."""
@@ -91,10 +94,6 @@ class _Split:
             {o: value for o, value in part.items() if o not in taken and value is not self.seen.get(o)}
             for part in self.parts
         ]
-
-    def _see(self, option: str, value: Any) -> None:
-        if not isinstance(value, Tensor):  # one can change in place, so it is taken over at every step
-            self.seen[option] = value
 
 
 class StepView:
@@ -164,14 +163,17 @@ class StepView:
         if not self._showing:
             self._own = list(self.optimizer.param_groups)
         own, groups = self._own, stepping.param_groups
-        splits = {id(own[index]): split for index, split in self._splits.items() if index < len(own)}
-        if splits.keys().isdisjoint(map(id, groups)):
+        split_of = {id(own[index]): split for index, split in self._splits.items() if index < len(own)}
+        if split_of.keys().isdisjoint(map(id, groups)):
             return
         if self._moving[self._phase]:
             self._move()
-        self._showing.append((stepping, list(groups)))
-        shown = [splits[id(group)].show(group) if id(group) in splits else [group] for group in groups]
-        groups[:] = [part for parts in shown for part in parts]
+        shown: list[Group] = []
+        for group in groups:
+            split = split_of.get(id(group))
+            shown += [group] if split is None else split.show(group)
+        self._showing.append((stepping, groups[:]))
+        groups[:] = shown
 
     def hide(self, stepping: Optimizer) -> None:
         """Restore the groups of an optimizer that has stepped."""
@@ -209,7 +211,7 @@ def _scaled(value: Any, factor: float, mine: Any) -> Any:
     """Return a part's rate; ``mine`` is the one that it had."""
     if isinstance(value, Tensor):  # written in place: captured graphs hold on to a rate that is a tensor
         return torch.mul(value, factor, out=mine if isinstance(mine, Tensor) else None)
-    return value if factor == 1.0 or value is None else value * factor
+    return value if factor == 1.0 else value * factor
 
 
 def _check_rate(optimizer: Optimizer, index: int) -> None:

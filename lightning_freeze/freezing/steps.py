@@ -24,14 +24,14 @@ class Steps:
             returned.
         after: Called after a step, and before a closure runs.
         counted: Called once a step with its optimizer, of steps within steps for the outermost only.
+        begun: The steps that have begun, outermost first; one is there twice if its class calls super().step().
     """
 
     def __init__(self) -> None:
         self.before: list[Around] = []
         self.after: list[Around] = []
         self.counted: list[Around] = []
-        # The steps that have begun, outermost first. One is there twice if its class calls super().step().
-        self._begun: list[Optimizer] = []
+        self.begun: list[Optimizer] = []
         self._on: list[Optimizer] = []
         self._paused = False
         self._handles = [register_optimizer_step_pre_hook(self._begin), register_optimizer_step_post_hook(self._end)]
@@ -54,9 +54,8 @@ class Steps:
 
     def reset(self) -> None:
         """End the steps that are still on: one that raised has called no hook."""
-        if self._begun:
-            self.suspend()
-            self._begun.clear()
+        self.suspend()
+        self.begun.clear()
 
     def close(self) -> None:
         """Forget everything."""
@@ -67,7 +66,7 @@ class Steps:
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._paused:
             return None
-        self._begun.append(optimizer)
+        self.begun.append(optimizer)
         # torch passes the optimizer as the first argument.
         if callable(closure := kwargs.get("closure")):
             return args, {**kwargs, "closure": partial(self._run, closure)}
@@ -84,20 +83,20 @@ class Steps:
         return result
 
     def _resume(self) -> None:
-        for optimizer in self._begun:
+        for optimizer in self.begun:
             if optimizer not in self._on:
                 for function in self.before:
                     function(optimizer)
                 self._on.append(optimizer)
 
     def _end(self, optimizer: Optimizer, *_: Any) -> None:
-        if optimizer not in self._begun:  # it was paused, or is over by a reset
+        if optimizer not in self.begun:  # it was paused, or is over by a reset
             return
-        while self._begun.pop() is not optimizer:  # steps inside of it that raised
+        while self.begun.pop() is not optimizer:  # steps inside of it that raised
             pass
-        if optimizer in self._on and optimizer not in self._begun:
+        if optimizer in self._on and optimizer not in self.begun:
             self._on.remove(optimizer)
             for function in self.after:
                 function(optimizer)
-        for function in self.counted if not self._begun else ():
+        for function in self.counted if not self.begun else ():
             function(optimizer)

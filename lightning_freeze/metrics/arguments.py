@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import MetricTracker
-
-from lightning_freeze.words import suggestion
 
 #: A part of a Trainer's work that has metrics of its own.
 Stage: TypeAlias = Literal["train", "val", "test"]
@@ -50,21 +48,6 @@ def _check_metric(given: str, metric: Any) -> None:
         right = "For example torchmetrics.classification.MulticlassAccuracy(num_classes=10)."
     kinds = "a torchmetrics Metric, a MetricCollection or a dict of name to metric"
     raise TypeError(f"MetricLogger({given}={shown}): it is {kinds}. {right}")
-
-
-def as_stages(stages: Any) -> tuple[Stage, ...]:
-    """Return stages as a tuple, each once; raise if something else was given."""
-    if isinstance(stages, str):
-        raise TypeError(f"MetricLogger(stages={stages!r}): it is a tuple. Write stages=({stages!r},).")
-    known = get_args(Stage)
-    choices = ", ".join(map(repr, known))
-    if unknown := [stage for stage in stages if stage not in known]:
-        meant = next((one for one in known if str(unknown[0]).startswith(one)), unknown[0])  # validation, training
-        hint = suggestion(meant, known)
-        raise ValueError(f"MetricLogger(stages=…) has {unknown[0]!r}; a stage is one of {choices}.{hint}")
-    if not stages:
-        raise ValueError(f"MetricLogger(stages=()) logs nothing: give one of {choices}.")
-    return tuple(dict.fromkeys(stages))
 
 
 def as_prefix(prefix: Any, stages: Sequence[Stage]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torchmetrics import Metric, MetricCollection
 
@@ -18,11 +18,11 @@ from lightning_freeze._lightning import (
     without_fit,
 )
 from lightning_freeze.logs import get_logger
-from lightning_freeze.metrics.arguments import Inputs, Stage, as_collection, as_prefix, as_stages
+from lightning_freeze.metrics.arguments import Inputs, Stage, as_collection, as_prefix
 from lightning_freeze.metrics.clones import Clones
 from lightning_freeze.metrics.values import preds_and_target, scalars, update
 from lightning_freeze.ranks import from_all
-from lightning_freeze.words import listed
+from lightning_freeze.words import listed, some_of
 
 _log = get_logger(__name__)
 
@@ -72,7 +72,7 @@ class MetricLogger(Callback):
         prog_bar: bool = False,
     ) -> None:
         self.metrics = as_collection(metrics)
-        self.stages = as_stages(stages)
+        self.stages: tuple[Stage, ...] = some_of("MetricLogger", "stages", stages, get_args(Stage))
         self.prefix = as_prefix(prefix, self.stages)
         self.inputs, self.prog_bar = inputs, prog_bar
         if inputs is not None and not callable(inputs):

@@ -24,7 +24,7 @@ from lightning_freeze.logs import get_logger
 from lightning_freeze.norms.core import Per, metric_places, nonfinite, read
 from lightning_freeze.norms.step import BackwardNorms, StepNorms, What, named_metrics
 from lightning_freeze.selectors import named_unique_parameters
-from lightning_freeze.words import listed, one_of, whole_number
+from lightning_freeze.words import listed, one_of, some_of, whole_number
 
 _log = get_logger(__name__)
 
@@ -86,15 +86,11 @@ class NormLogger(Callback):
         per: Per = "total",
         what: Iterable[What] = ("grad", "weight", "update"),
     ) -> None:
-        if isinstance(what, str):
-            raise TypeError(f"NormLogger(what={what!r}): it is a tuple. Write what=({what!r},).")
         self.every_n_steps = every_n_steps
         if every_n_steps is not None:
             self.every_n_steps = whole_number("NormLogger", "every_n_steps", every_n_steps)
         self.per: Per = one_of("NormLogger", "per", per, get_args(Per))
-        self.what: tuple[What, ...] = tuple(one_of("NormLogger", "what", one, get_args(What)) for one in what)
-        if not self.what:
-            raise ValueError(f"NormLogger(what=()) logs nothing: give one of {', '.join(map(repr, get_args(What)))}.")
+        self.what: tuple[What, ...] = some_of("NormLogger", "what", what, get_args(What))
         self.nonfinite: tuple[str, ...] = ()
         self._logged: dict[int, int] = {}
         self._steps: dict[int, StepNorms] = {}

@@ -120,7 +120,9 @@ class Course:
 
     def end_batch(self) -> None:
         """Count the optimizer steps that Lightning has not counted; end the fit if the last phase is over."""
-        self.fit.ledger.steps.reset()  # user code may have caught the error of one
+        steps = self.fit.ledger.steps
+        if steps.begun:  # user code may have caught the error of one
+            steps.reset()
         if self.fit.stepped[0] and (uncounted := self.fit.uncounted(self.trainer.global_step)):
             report.steps_uncounted(self.trainer, first=self.progress.uncounted == 0)
             self.progress.uncounted += uncounted
@@ -179,7 +181,7 @@ class Course:
 
     def _follow(self, optimizer: Optimizer) -> None:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
-        if not self.fit.follows(optimizer) and self.fit.follow(self.trainer):
+        if optimizer not in self.fit.followed and self.fit.follow(self.trainer):
             report.optimizers_exchanged(self.trainer)
             self.fit.apply(self.progress.index, self.factor)
             self.fit.schedulers.begin(self.progress.phase, self.progress.history[-1][:2])

@@ -103,6 +103,7 @@ class Fit:
         optimizers: The optimizers under the schedule.
         checkpoints: What lets FSDP save and load while parameters are frozen.
         stepped: Optimizer steps since the batch began, and ``trainer.global_step`` then.
+        followed: The optimizers themselves.
     """
 
     phases: Sequence[Phase]
@@ -114,6 +115,7 @@ class Fit:
     optimizers: list[PhasedOptimizer] = field(default_factory=list)
     checkpoints: CheckpointsByName | None = None
     stepped: tuple[int, int] = (0, 0)
+    followed: set[Optimizer] = field(default_factory=set)
 
     def begin(self, trainer: Trainer) -> None:
         """Take the Trainer's optimizers under the schedule."""
@@ -127,18 +129,12 @@ class Fit:
         if isinstance(self.phases, Preset) and self.phases.take_steps(steps_at_most(trainer)):
             self.resolved = self.resolve(self.phases)
 
-    def follows(self, optimizer: Optimizer) -> bool:
-        """Return whether an optimizer is under the schedule."""
-        for phased in self.optimizers:  # noqa: SIM110  (asked in every step, where a generator costs as much again)
-            if phased.optimizer is optimizer:
-                return True
-        return False
-
     def follow(self, trainer: Trainer) -> bool:
         """Take optimizers over that somebody has put in the place of others; return whether there were any."""
         optimizers = optimizers_of(trainer)
         if list(map(id, optimizers)) == [id(phased.optimizer) for phased in self.optimizers]:
             return False
+        self.followed = set(optimizers)
         self._release_optimizers()
         self.schedulers = PhaseSchedulers(trainer)
         adopt = self._to_adopt(trainer.strategy, optimizers)

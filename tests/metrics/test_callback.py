@@ -670,7 +670,11 @@ class TestErrors:
             ({"metrics": [acc()]}, TypeError, r"Write metrics=MetricCollection\(\[\.\.\.\]\)"),
             ({"metrics": {"acc": "accuracy"}}, TypeError, r"metrics\['acc'\]='accuracy'"),
             ({"metrics": {}}, ValueError, "is empty"),
-            ({"stages": ("validation",)}, ValueError, r"has 'validation'; .*Did you mean 'val'\?"),
+            (
+                {"stages": ("validation",)},
+                ValueError,
+                r"one of 'train', 'val', 'test'\. Did you mean 'val'\?",
+            ),
             ({"stages": ("tran",)}, ValueError, r"Did you mean 'train'\?"),
             ({"stages": "val"}, TypeError, r"stages=\('val',\)"),
             ({"stages": ()}, ValueError, "logs nothing"),
