@@ -28,12 +28,11 @@ from lightning_freeze.feature_cache.arguments import (
     check_storage,
     modules_by_name,
     refuse_twice,
+    sequential_links,
 )
 from lightning_freeze.feature_cache.chain import FeatureChain
 from lightning_freeze.feature_cache.folder import FolderRows
 from lightning_freeze.feature_cache.hashing import DeviceHash, Hash
-from lightning_freeze.feature_cache.interceptor import is_compiled_around
-from lightning_freeze.feature_cache.links import sequential_links
 from lightning_freeze.feature_cache.rows import MemoryRows, available_memory
 from lightning_freeze.feature_cache.stats import FeatureStats, Stages
 from lightning_freeze.logs import get_logger
@@ -229,14 +228,15 @@ class FeatureCache(Callback):
             stages=self._stages,
             say=lambda sentence: self._say(trainer, sentence),
         )
-        self._chain.enter(compiled_around=is_compiled_around(pl_module, found.values()))
+        self._chain.__enter__()
 
     def _notice_idleness(self, trainer: Trainer, chain: FeatureChain) -> None:
         if not chain.was_called and self._idle is None and chain.stats().covers:
             self._idle = f"it was never called in training epoch {trainer.current_epoch}"
             sentence = (
                 f"{chain.name}: of no use, because {self._idle}: only calls of the module itself are answered, not of "
-                "its other methods or of modules in it. Name the modules that are called."
+                "its other methods, of modules in it, nor any in code that is compiled around it. Name the modules "
+                "that are called."
             )
             self._say(trainer, sentence)
 

@@ -55,6 +55,7 @@ class Counts:
         all_seconds: Time in all, keys and checks included.
         difference: The largest difference between two computations of the same, in parts of the largest number.
         off: Why nothing is remembered in this stage any more.
+        left_out: Samples for which there was no room in this epoch.
     """
 
     hits: int = 0
@@ -64,9 +65,9 @@ class Counts:
     all_seconds: float = 0.0
     difference: float = 0.0
     off: str | None = None
+    left_out: int = 0
     _epochs: int = 0
-    _before: tuple[int, int] = (0, 0)
-    _covers: tuple[str, ...] = ()
+    _before: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def seconds_saved(self) -> float:
@@ -75,31 +76,37 @@ class Counts:
             return 0.0
         return self.hits * self.run_seconds / self.misses - (self.all_seconds - self.run_seconds)
 
-    def end_epoch(self, stage: str, refused: str | None) -> None:
-        """Set :attr:`off` if samples have not come back, though for a second epoch they could have.
+    def end_epoch(self, stage: str, refused: str | None, row_bytes: float) -> str | None:
+        """Return why nothing is remembered any more, if samples have not come back though they could have.
 
         Args:
             stage: For the sentence.
             refused: Why outputs could not be kept, if so.
+            row_bytes: What a sample takes.
         """
-        samples, known = self.hits + self.misses - self._before[0], self.known - self._before[1]
-        self._before = self.hits + self.misses, self.known
-        if self._epochs >= 1 and samples and known < _WORTH * samples:
-            self.off = refused or (
-                f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they "
-                "are augmented at random, or there is too little room for them"
-            )
+        hits, known, samples = (now - before for now, before in zip(self._so_far(), self._before, strict=True))
+        self._before, left_out, self.left_out = self._so_far(), self.left_out, 0
+        if self._epochs >= 1 and samples and self.off is None:
+            if known < _WORTH * samples:
+                self.off = refused or (
+                    f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they "
+                    "are augmented at random, or there is too little room for them"
+                )
+            elif left_out and hits < _WORTH * samples:
+                self.off = (
+                    f"there is no room for {left_out:,} of the {samples:,} samples of the last {stage} epoch, and a "
+                    f"batch is answered only if all of its samples are there. All take {samples * row_bytes:,.0f} bytes"
+                )
+            return self.off
         self._epochs += samples > 0
+        return None
 
     def restart(self) -> None:
         """Do not count on samples to come back of which nothing is known any more."""
-        self._epochs = -1 if self.hits + self.misses > self._before[0] else 0
+        self._epochs = -1 if self._so_far()[2] > self._before[2] else 0
 
-    def follow(self, covers: tuple[str, ...]) -> None:
-        """Restart if outputs of other modules are remembered from now on."""
-        if covers != self._covers:
-            self._covers = covers
-            self.restart()
+    def _so_far(self) -> tuple[int, int, int]:
+        return self.hits, self.known, self.hits + self.misses
 
 
 class Stages:

@@ -69,16 +69,16 @@ def test_what_is_other_in_any_way_is_not_found(rows: Rows) -> None:
     assert rows.find(NET, keys, 50, LENGTH + 1) == [None] * 50
 
 
-def test_what_another_fit_has_left_can_be_forgotten(rows: Rows) -> None:
-    keys, values = content(100)
-    fill(rows, keys[:50], values[:50], batch=3 << 32)
-    fill(rows, keys[50:], values[50:], batch=4 << 32)
-    rows.ban(NET, 3)
-    found = rows.find(NET, keys, 50, LENGTH)
-    assert [entry is None for entry in found] == [True] * 50 + [False] * 50
-    fill(rows, keys[:50], values[50:], batch=5 << 32)
-    again = [entry for entry in rows.find(NET, keys[:50], 50, LENGTH) if entry is not None]
-    assert torch.equal(rows.read(again, CPU), values[50:])
+def test_what_is_wrong_can_be_forgotten(rows: Rows) -> None:
+    keys, values = content(50)
+    fill(rows, keys, values)
+    rows.put(b"m" * 16, keys, 1, values, list(range(50)))
+    rows.forget(NET)
+    assert rows.find(NET, keys, 50, LENGTH) == [None] * 50
+    assert None not in rows.find(b"m" * 16, keys, 50, LENGTH)
+    fill(rows, keys, values.flip(0))
+    again = [entry for entry in rows.find(NET, keys, 50, LENGTH) if entry is not None]
+    assert torch.equal(rows.read(again, CPU), values.flip(0))
 
 
 @pytest.mark.parametrize("limit", [1, 3000, 100_000])
@@ -91,7 +91,7 @@ def test_a_budget_is_never_exceeded_and_comes_back(limit: int) -> None:
         assert rows.bytes_taken <= rows.taken <= limit
     assert kept >= 0.8 * min(300, limit // (LENGTH + 300) - 3)
     for name in (b"a" * 16, b"b" * 16, b"c" * 16):
-        rows.forget(name)
+        rows.free(name)
     assert (rows.taken, rows.count) == (0, 0)
 
 
@@ -106,11 +106,6 @@ def test_what_nobody_asks_for_makes_room() -> None:
     assert rows.put(b"o" * 16, keys, 1, values, list(range(50))) > 0
     assert rows.find(NET, keys, 50, LENGTH) == [None] * 50
     assert any(rows.find(b"m" * 16, keys, 50, LENGTH))
-
-
-def test_no_memory_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_freeze.feature_cache.rows.available_memory", lambda: 0)
-    assert fill(MemoryRows(10**9), *content(3)) == 0
 
 
 def test_rows_that_were_kept_in_inference_mode_serve_in_training() -> None:
