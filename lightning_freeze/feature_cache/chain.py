@@ -28,8 +28,7 @@ from lightning_freeze.feature_cache.interceptor import (
 )
 from lightning_freeze.feature_cache.keys import Keys, NotPerSample, read_keys
 from lightning_freeze.feature_cache.later import Later, Link, real
-from lightning_freeze.feature_cache.memory import Call, Memory
-from lightning_freeze.feature_cache.rows import Rows
+from lightning_freeze.feature_cache.memory import Call, Memory, Rows
 from lightning_freeze.feature_cache.state import State
 from lightning_freeze.feature_cache.stats import FeatureStats, Stages
 
@@ -42,7 +41,7 @@ class FeatureChain:
         links: Modules that run one after the other, by name. If there is a whole, they are all that runs in it.
         rows: Where rows are kept.
         hashing: Hashes tensors; by default on the host.
-        dtype: Keep wider floating numbers in this dtype.
+        dtype: Keep wider floating numbers in this dtype; outputs are rounded to it, whether remembered or not.
         stages: What has been done so far.
         say: Takes each sentence about what is off and why, once.
 

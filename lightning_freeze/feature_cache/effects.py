@@ -35,12 +35,12 @@ class SideEffects:
 
     def found(self, output: Any) -> str | None:
         """Return what has happened, None if nothing has."""
-        (written, generators, kept), (old_written, old_generators, old_kept) = self._read(), self._before
+        (written, drawn, kept), (old_written, old_drawn, old_kept) = self._read(), self._before
         if written != old_written:
             return "it writes into what it is given"
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
             return "what it gives requires grad though no parameter in it does: something else trains with it"
-        if generators != old_generators:
+        if drawn != old_drawn:
             return "it draws random numbers"
         for place, tensors in kept.items():
             if list(map(id, tensors)) != list(map(id, old_kept.get(place, []))):

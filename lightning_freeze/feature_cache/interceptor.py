@@ -97,11 +97,6 @@ class Interceptor:
             del vars(self.module)[_PLACE]
             vars(self.module).update(self._before)
 
-    @property
-    def is_around_compiled(self) -> bool:
-        """Whether what would have run is a compiled call."""
-        return bool(self._before.get(_PLACE))
-
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         # torch.jit.script fails on whatever is in this place, unless it is a function, which it passes over.
@@ -119,6 +114,5 @@ def is_intercepted(module: nn.Module) -> bool:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether ``module.compile()`` has put a compiled call before a module, also where that is intercepted."""
-    call = getattr(module, _PLACE, None)
-    return call.is_around_compiled if isinstance(call, Interceptor) else call is not None
+    """Whether ``module.compile()`` has put a compiled call before a module that is not intercepted."""
+    return getattr(module, _PLACE, None) is not None and not is_intercepted(module)

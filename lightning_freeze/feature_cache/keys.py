@@ -25,19 +25,12 @@ class NotPerSample(ValueError):  # noqa: N818 - a finding about a call, not a fa
 
 @dataclass
 class Keys:
-    """What the samples of a call are known by.
+    """What the samples of a call are known by, 16 bytes each."""
 
-    Args:
-        family: 16 bytes for all that they have in common, but for the size of the batch.
-        samples: 16 bytes for all that each sample holds.
-        is_rounded: Whether numbers are rounded to less than 32 bits before or while the module runs.
-        places: Which leaves of the arguments have an entry for each sample.
-    """
-
-    family: bytes
-    samples: list[bytes]
-    is_rounded: bool
-    places: frozenset[int]
+    family: bytes  # for all that they have in common, but for the size of the batch
+    samples: list[bytes]  # for all that each sample holds
+    is_rounded: bool  # to less than 32 bits a number, before or while the module runs
+    places: frozenset[int]  # of leaves of the arguments that have an entry for each sample
 
 
 def read_keys(

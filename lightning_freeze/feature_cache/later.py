@@ -18,7 +18,7 @@ from lightning_freeze.feature_cache.memory import Memory
 from lightning_freeze.feature_cache.state import State
 
 
-@dataclass
+@dataclass(eq=False)
 class Link:
     """One module, and whether the next one, and nobody else, gets what it gives (None: not known yet)."""
 
@@ -42,17 +42,11 @@ class Link:
 
 
 class Later(Tensor):
-    """A tensor that is known by its samples' keys, and computed when somebody looks at it.
+    """A tensor that is known by its samples' keys, and computed when somebody looks at it."""
 
-    Attributes:
-        link: What gives it.
-        keys: Of its samples.
-        read: Whether somebody other than the next link has looked at it, who may have written to it.
-    """
-
-    link: Link
+    link: Link  # what gives it
     keys: Keys
-    read: bool
+    read: bool  # by somebody other than the next link, who may have written to it
     _run: Callable[[int | None], Tensor]
     _marks: Callable[[], Any]
     _settings: tuple[Any, ...]

@@ -14,18 +14,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_freeze.feature_cache.effects import SideEffects
+from lightning_freeze.feature_cache.folder import FolderRows
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.keys import Keys, NotPerSample
 from lightning_freeze.feature_cache.outputs import OutputForm, difference, encode
 from lightning_freeze.feature_cache.proof import Batches, Family
-from lightning_freeze.feature_cache.rows import Entry, Rows
+from lightning_freeze.feature_cache.rows import Entry, MemoryRows
 from lightning_freeze.feature_cache.stats import Counts
+
+Rows: TypeAlias = MemoryRows | FolderRows
 
 _ROUNDING = 16  # machine epsilons, of the largest number, by which a kernel may differ from itself
 _KEPT_STATES, _MOST_STATES = 4, 8
@@ -33,21 +36,13 @@ _KEPT_STATES, _MOST_STATES = 4, 8
 
 @dataclass
 class Call:
-    """One call of a module.
-
-    Args:
-        keys: Of its samples.
-        run: Runs the module; on a batch of so many samples, of which some are there twice, if it is given a number.
-        given: All tensors that it is given.
-        state: What its outputs depend on beside arguments.
-        counts: What has been done in this stage.
-    """
+    """One call of a module."""
 
     keys: Keys
-    run: Callable[[int | None], Any]
+    run: Callable[[int | None], Any]  # if it is given a number, on so many samples, of which some are there twice
     given: Sequence[Tensor]
-    state: bytes
-    counts: Counts
+    state: bytes  # what its outputs depend on beside arguments
+    counts: Counts  # what has been done in this stage
 
     @property
     def size(self) -> int:
@@ -56,15 +51,7 @@ class Call:
 
 
 class Memory:
-    """Remembers what a module gave for each sample.
-
-    Args:
-        module: The module.
-        rows: Where rows are kept.
-        hashing: Hashes tensors.
-        dtype: Keep wider floating numbers in this dtype; outputs are rounded to it, whether remembered or not.
-        say: Takes sentences about what is not remembered and why.
-    """
+    """Remembers what a module gave for each sample; takes what a :class:`FeatureChain` takes."""
 
     def __init__(
         self, module: nn.Module, rows: Rows, hashing: Hash, dtype: torch.dtype | None, say: Callable[[str], None]

@@ -15,20 +15,12 @@ from lightning_freeze.feature_cache.keys import NotPerSample, is_plain, why_no_k
 
 @dataclass(frozen=True)
 class TensorForm:
-    """One tensor of an output; shape and strides are those of the whole batch.
-
-    Args:
-        shape: Its shape.
-        strides: Its strides.
-        dtype: As the module returns it.
-        stored: As it is kept.
-        device: Where the module returns it.
-    """
+    """One tensor of an output, as the module returns it for the whole batch."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    stored: torch.dtype
+    stored: torch.dtype  # as it is kept
     device: torch.device
 
     @property
@@ -84,8 +76,8 @@ def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[Ou
     """Return the form of an output and one row of bytes for each sample, on the device of its first tensor.
 
     Args:
-        output: What a module returned for a batch.
-        size: The number of samples.
+        output: What a module returned for a batch of ``size`` samples.
+        size: How many entries each tensor in it has.
         dtype: Keep wider floating numbers in this dtype.
 
     Raises:

@@ -15,24 +15,14 @@ _MOST_PADS = 4  # batches that are computed in a larger size, too
 
 @dataclass
 class Batches:
-    """What is known of batches of one size.
-
-    Args:
-        size: How many samples they have.
-        form: Of the outputs.
-        row_bytes: Of one sample.
-        same: How many numbers were equal when a batch was computed again.
-        mixed: How many were when samples were computed in another batch than before.
-        alike: How many were in a larger batch; less than none if one was not.
-        runs: How often the module ran.
-    """
+    """What is known of batches of one size."""
 
     size: int
     form: OutputForm | None = None
     row_bytes: int = 0
-    same: int = 0
-    mixed: int = 0
-    alike: int = 0
+    same: int = 0  # numbers that were equal when a batch was computed again
+    mixed: int = 0  # and when samples were computed in another batch than before
+    alike: int = 0  # and in a larger batch; less than none if one was not
     runs: int = 0
 
     def are_together(self, found: Sequence[Entry | None]) -> bool:
@@ -43,20 +33,11 @@ class Batches:
 
 @dataclass
 class Family:
-    """What is known of calls that have all in common but samples and the size of the batch.
+    """What is known of calls that have all in common but samples and the size of the batch."""
 
-    Args:
-        proven: In which fits rows were computed that were seen to be right.
-        batches: By size.
-        alike: Sizes whose rows are the same, bit by bit, and serve each other.
-        pads: How often a batch was computed in a larger size, too.
-        answers: Batches answered from memory.
-        next_proof: The one that is computed all the same.
-    """
-
-    proven: set[int]
-    batches: dict[int, Batches] = field(default_factory=dict)
-    alike: set[int] = field(default_factory=set)
+    proven: set[int]  # fits whose rows were seen to be right
+    batches: dict[int, Batches] = field(default_factory=dict)  # by size
+    alike: set[int] = field(default_factory=set)  # sizes whose rows are the same, bit by bit, and serve each other
     pads: int = 0
     answers: int = 0
     next_proof: int = _FIRST_PROOF

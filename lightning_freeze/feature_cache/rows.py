@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,37 +18,12 @@ _SHARE = 4  # of the device's memory that is free at first, and of what is left,
 
 
 class Entry(NamedTuple):
-    """A row that is there.
+    """A row that is there: the batch in which it was computed, and the place of its sample."""
 
-    Args:
-        batch: A number of the batch in which it was computed; its upper 32 bits say in which fit.
-        place: Of its sample in that batch.
-        size: Of that batch.
-        where: For the rows to find it.
-    """
-
-    batch: int
+    batch: int  # a number, whose upper 32 bits say in which fit
     place: int
     size: int
-    where: Any
-
-
-class Rows(Protocol):
-    """Where rows are kept, in memory or in a folder: what a module gave for a family of calls and a size of batch."""
-
-    error: str | None  # why nothing is kept any more
-    remedy: str  # what would make room, beside a larger budget
-
-    @property
-    def count(self) -> int: ...  # noqa: D102
-    @property
-    def bytes_taken(self) -> int: ...  # noqa: D102
-    def find(self, family: bytes, samples: Sequence[bytes], size: int, row_bytes: int) -> list[Entry | None]: ...  # noqa: D102
-    def read(self, entries: Sequence[Entry], device: torch.device) -> Tensor: ...  # noqa: D102
-    def put(self, family: bytes, samples: Sequence[bytes], batch: int, rows: Tensor, new: Sequence[int]) -> int: ...  # noqa: D102
-    def forget(self, family: bytes) -> None: ...  # noqa: D102
-    def free(self, family: bytes) -> None: ...  # noqa: D102
-    def end_epoch(self) -> None: ...  # noqa: D102
+    where: Any  # for the rows to find it
 
 
 class MemoryRows:
@@ -66,7 +41,7 @@ class MemoryRows:
         (7, None, tensor([[4, 5, 6, 7]], dtype=torch.uint8))
     """
 
-    error: str | None = None
+    error = None  # it is there as long as the process
     remedy = "or dtype=torch.float16,"
 
     def __init__(self, limit: int) -> None:

@@ -45,27 +45,16 @@ class FeatureStats:
 
 @dataclass
 class Counts:
-    """What the calls of one stage have come to.
-
-    Args:
-        hits: Samples whose output was there.
-        misses: Samples whose output was computed.
-        known: Samples that had been there before, whether or not what was there could serve.
-        run_seconds: Time in the modules for the misses.
-        all_seconds: Time in all, keys and checks included.
-        difference: The largest difference between two computations of the same, in parts of the largest number.
-        off: Why nothing is remembered in this stage any more.
-        left_out: Samples for which there was no room in this epoch.
-    """
+    """What the calls of one stage have come to."""
 
     hits: int = 0
     misses: int = 0
-    known: int = 0
-    run_seconds: float = 0.0
-    all_seconds: float = 0.0
+    known: int = 0  # samples that had been there before, whether or not what was there could serve
+    run_seconds: float = 0.0  # in the modules for the misses
+    all_seconds: float = 0.0  # keys and checks included
     difference: float = 0.0
-    off: str | None = None
-    left_out: int = 0
+    off: str | None = None  # why nothing is remembered in this stage any more
+    left_out: int = 0  # samples for which there was no room in this epoch
     _epochs: int = 0
     _before: tuple[int, int, int] = (0, 0, 0)
 
@@ -77,13 +66,7 @@ class Counts:
         return self.hits * self.run_seconds / self.misses - (self.all_seconds - self.run_seconds)
 
     def end_epoch(self, stage: str, refused: str | None, row_bytes: float) -> str | None:
-        """Return why nothing is remembered any more, if samples have not come back though they could have.
-
-        Args:
-            stage: For the sentence.
-            refused: Why outputs could not be kept, if so.
-            row_bytes: What a sample takes.
-        """
+        """Return why nothing is remembered any more, if samples have not come back though they could have."""
         hits, known, samples = (now - before for now, before in zip(self._so_far(), self._before, strict=True))
         self._before, left_out, self.left_out = self._so_far(), self.left_out, 0
         if self._epochs >= 1 and samples and self.off is None:
@@ -110,11 +93,7 @@ class Counts:
 
 
 class Stages:
-    """What has been done in training, validation and so on.
-
-    Args:
-        name: Returns what is going on now.
-    """
+    """What has been done in training, validation and so on, as ``name`` says what is going on now."""
 
     def __init__(self, name: Callable[[], str] = str) -> None:
         self.name = name

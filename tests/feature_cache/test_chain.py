@@ -145,6 +145,18 @@ def test_sizes_that_differ_in_one_sample_never_serve_each_other() -> None:
         assert watched.chain.stats().hits > 0
 
 
+def test_sizes_that_differ_in_an_earlier_link_never_serve_each_other() -> None:
+    """The last link alone would give the same bits in both sizes."""
+    links = {"one": KernelOfShort(), "two": nn.Linear(6 * WIDE, WIDE).requires_grad_(False)}
+    net, x = nn.Sequential(*links.values()), torch.randn(44, 6)
+    orders = [torch.randperm(44).split(8) for _ in range(6)]
+    expected = [net(x[places]) for order in orders for places in order]
+    with FeatureChain(None, links, rows=MemoryRows(10**8)) as chain:
+        outputs = [net(x[places]) for order in orders for places in order]
+        assert chain.stats().hits > 3 * 40
+    assert all(map(torch.equal, outputs, expected))
+
+
 TWINS = {
     "one bit": lambda x: torch.nextafter(x, x + 1),
     "signs": lambda x: -x,

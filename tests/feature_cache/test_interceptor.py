@@ -46,9 +46,9 @@ def test_what_was_there_is_put_back_unless_somebody_else_has(attribute: Any) -> 
     module: Any = nn.Linear(4, 4)
     module._compiled_call_impl = attribute and module._call_impl
     before = dict(vars(module))
+    assert is_compiled(module) == (attribute is not None)
     interceptor = Interceptor(module, doubled)
     assert is_intercepted(module)
-    assert is_compiled(module) == (attribute is not None)
     assert torch.equal(module(X), module.forward(X) * 2)
     interceptor.remove()
     assert vars(module) == before
