@@ -191,10 +191,10 @@ class FeatureChain:
         self._depth = place if place >= 0 else self._depth
 
     def _answer(self, link: Link, place: int, run: Run, leaves: list[Any], spec: TreeSpec) -> Any:
+        for later in (leaf for leaf in leaves if type(leaf) is Later and leaf.link.follows is None):
+            later.link.follows = later.is_known and place > 0 and self._links[place - 1] is later.link
         leaves = [leaf.value() if type(leaf) is Later and not leaf.is_known else leaf for leaf in leaves]
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor) and type(leaf) is not Later]
-        for later in (leaf for leaf in leaves if type(leaf) is Later and leaf.link.follows is None):
-            later.link.follows = place > 0 and self._links[place - 1] is later.link
         keys = read_keys(leaves, spec, hashing=link.hashing, state=link.state.key, chained=_keys_of)
         keys.is_rounded = keys.is_rounded or link.state.has_half
 

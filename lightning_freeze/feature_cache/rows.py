@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_freeze.tensors import shared_bytes
+
 _KEY_BYTES = 300  # what a key and its entry take in memory, about
 _FIRST_BLOCK, _FEWEST_ROWS = 4 << 20, 8
 _SHARE = 4  # of the device's memory that is free at first, and of what is left, a block takes at most a quarter
@@ -70,16 +72,18 @@ class MemoryRows:
 
     def read(self, entries: Sequence[Entry], device: torch.device) -> Tensor:
         """Return rows, uint8 of shape ``(entries, row_bytes)``."""
-        blocks = {id(entry.where[0]): entry.where[0] for entry in entries}
-        if all(block.device.type == "cpu" for block in blocks.values()):
-            arrays = {key: block.numpy() for key, block in blocks.items()}
-            parts = [arrays[id(block)][slot : slot + 1] for _, _, _, (block, slot) in entries]
-            return _moved(torch.from_numpy(np.concatenate(parts)), device)
+        if all(type(block) is np.ndarray for _, _, _, (block, _) in entries):
+            found = np.concatenate([block[slot] for _, _, _, (block, slot) in entries])
+            return _moved(torch.from_numpy(found).view(len(entries), -1), device)
         rows = torch.empty(len(entries), entries[0].where[0].shape[1], dtype=torch.uint8, device=device)
-        for key, block in blocks.items():
-            places = [i for i, entry in enumerate(entries) if id(entry.where[0]) == key]
-            slots = _moved(torch.tensor([entries[i].where[1] for i in places]), block.device)
-            rows[_moved(torch.tensor(places), device)] = _moved(block[slots], device)
+        for block in {id(entry.where[0]): entry.where[0] for entry in entries}.values():
+            places = [i for i, entry in enumerate(entries) if entry.where[0] is block]
+            slots: Any = [entries[i].where[1] for i in places]
+            if isinstance(block, Tensor):
+                picked = block[_moved(torch.tensor(slots), block.device)]
+            else:
+                picked = _moved(torch.from_numpy(block[slots]), device)
+            rows[_moved(torch.tensor(places), device)] = picked
         return rows
 
     def put(self, family: bytes, samples: Sequence[bytes], batch: int, rows: Tensor, new: Sequence[int]) -> int:
@@ -90,7 +94,10 @@ class MemoryRows:
         kept = 0
         while kept < len(new) and (block := self._room(table, rows.device)) is not None:
             part = new[kept : kept + len(block) - table.filled]
-            block[table.filled : table.filled + len(part)] = rows if len(part) == size else rows[part]
+            values: Any = rows if len(part) == size else rows[part]
+            if not isinstance(block, Tensor):
+                values = shared_bytes(values.cpu()).reshape(len(part), row_bytes)
+            block[table.filled : table.filled + len(part)] = values
             for slot, i in enumerate(part, table.filled):
                 table.index[samples[i]] = Entry(batch, i, size, (block, slot))
             table.filled += len(part)
@@ -112,10 +119,10 @@ class MemoryRows:
         table = self._tables.pop(key)
         self.taken -= sum(len(block) for block in table.blocks) * (table.row_bytes + _KEY_BYTES)
         for block in table.blocks:
-            if block.device in self._device_left:
+            if isinstance(block, Tensor):
                 self._device_left[block.device] += block.nbytes
 
-    def _room(self, table: _Table, device: torch.device) -> Tensor | None:
+    def _room(self, table: _Table, device: torch.device) -> Any:
         """Return a block with room for a row, None if there is none."""
         if table.blocks and table.filled < len(table.blocks[-1]):
             return table.blocks[-1]
@@ -132,14 +139,16 @@ class MemoryRows:
         self.taken += count * each
         return table.blocks[-1]
 
-    @torch.inference_mode(False)  # it serves in training, too
-    def _block(self, count: int, row_bytes: int, device: torch.device) -> Tensor:
+    def _block(self, count: int, row_bytes: int, device: torch.device) -> Any:
+        """Return an array on the host, or a tensor where there is room on the device."""
+        left = 0
         if device.type == "cuda":
             left = self._device_left.setdefault(device, torch.cuda.mem_get_info(device)[0] // _SHARE)
-            if left < count * row_bytes:
-                return torch.empty(count, row_bytes, dtype=torch.uint8)
-            self._device_left[device] = left - count * row_bytes
-        return torch.empty(count, row_bytes, dtype=torch.uint8, device=device)
+        if left < count * row_bytes:
+            return np.empty((count, row_bytes), np.uint8)
+        self._device_left[device] = left - count * row_bytes
+        with torch.inference_mode(False):  # it serves in training, too
+            return torch.empty(count, row_bytes, dtype=torch.uint8, device=device)
 
 
 class _Table:
@@ -148,7 +157,7 @@ class _Table:
     def __init__(self, row_bytes: int) -> None:
         self.row_bytes, self.epoch = row_bytes, 0
         self.index: dict[bytes, Entry] = {}
-        self.blocks: list[Tensor] = []
+        self.blocks: list[Any] = []
         self.filled = 0  # rows of the last block
 
 

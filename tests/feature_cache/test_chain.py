@@ -808,6 +808,19 @@ class Scaled(Attends):
         return output
 
 
+def test_a_link_that_writes_into_what_it_is_given_is_left_alone() -> None:
+    links = {"one": nn.ReLU(inplace=True), "two": nn.Linear(6, WIDE).requires_grad_(False)}
+    said: list[str] = []
+    net, x = nn.Sequential(*links.values()), torch.randn(8, 6)
+    with FeatureChain(None, links, rows=MemoryRows(10**6), say=said.append):
+        for _ in range(4):
+            given = x.clone()
+            output = net(given)
+            assert torch.equal(given, x.relu())
+            assert torch.equal(output, nn.functional.linear(x.relu(), links["two"].weight, links["two"].bias))
+    assert "one: off, because it writes into what it is given." in said
+
+
 def test_another_chain_does_not_go_on_with_what_links_gave_for_other_arguments() -> None:
     net, (ids, mask) = Scaled().eval().requires_grad_(False), texts(9)
     links = {name: getattr(net, name) for name in NAMES}

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +118,27 @@ def test_rows_that_were_kept_in_inference_mode_serve_in_training() -> None:
     found = [entry for size in (4,) for entry in rows.find(NET, keys, size, LENGTH) if entry is not None]
     assert len(found) == 8
     assert not rows.read(found, CPU).is_inference()
+
+
+def test_rows_of_one_batch_may_lie_on_a_device_and_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a device's share is used up; here both are the host's, one as on a device."""
+    monkeypatch.setattr("lightning_freeze.feature_cache.rows._FIRST_BLOCK", 5000)
+    rows, on_host = MemoryRows(10**6), MemoryRows._block
+    rows._device_left[CPU] = 0
+
+    def block(count: int, length: int, device: torch.device) -> Any:
+        is_device = sum(len(table.blocks) for table in rows._tables.values()) % 2
+        return torch.empty(count, length, dtype=torch.uint8) if is_device else on_host(rows, count, length, device)
+
+    monkeypatch.setattr(rows, "_block", block)
+    keys, values = content(1000)
+    assert fill(rows, keys, values) == 1000
+    order = torch.randperm(1000).tolist()
+    found = rows.find(NET, [keys[i] for i in order], 50, LENGTH)
+    assert torch.equal(rows.read([entry for entry in found if entry is not None], CPU), values[order])
+    rows.free(NET)
+    assert rows.taken == 0
+    assert rows._device_left[CPU] > 0
 
 
 # Folders
