@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_freeze.feature_cache.interceptor import hooks_of, is_compiled
 from lightning_freeze.selectors import clean_name
 from lightning_freeze.words import one_of, suggestion, whole_number
 
@@ -50,6 +51,25 @@ def _called(name: str, module: nn.Module) -> dict[str, nn.Module]:
             "in it, in the order in which they run."
         )
     return {name: module}
+
+
+def sequential_links(name: str, module: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules that run in an ``nn.Sequential`` one after the other, also in those inside it; else nothing.
+
+    Example:
+        >>> list(sequential_links("net", nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), nn.ReLU()))))
+        ['net.0', 'net.1.0', 'net.1.1']
+    """
+    links: dict[str, nn.Module] = {}
+    for child_name, child in module.named_children() if _is_sequential(module) else ():
+        below = f"{name}.{child_name}"
+        links |= (not any(hooks_of(child)) and sequential_links(below, child)) or {below: child}
+    return links if len(set(links.values())) == len(links) else {}
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    own = getattr(type(module), "forward", None) is nn.Sequential.forward and "forward" not in vars(module)
+    return own and 0 < len(list(module.children())) == len(module) and not is_compiled(module)  # type: ignore[arg-type]
 
 
 def check_module(module: Any) -> str | list[str]:

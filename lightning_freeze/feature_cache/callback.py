@@ -28,12 +28,11 @@ from lightning_freeze.feature_cache.arguments import (
     check_storage,
     modules_by_name,
     refuse_twice,
+    sequential_links,
 )
 from lightning_freeze.feature_cache.chain import FeatureChain
 from lightning_freeze.feature_cache.folder import FolderRows
 from lightning_freeze.feature_cache.hashing import DeviceHash, Hash
-from lightning_freeze.feature_cache.interceptor import is_compiled_around
-from lightning_freeze.feature_cache.links import sequential_links
 from lightning_freeze.feature_cache.rows import MemoryRows, available_memory
 from lightning_freeze.feature_cache.stats import FeatureStats, Stages
 from lightning_freeze.logs import get_logger
@@ -55,14 +54,16 @@ class FeatureCache(Callback):
     count, at the first call of the next epoch or validation. What a layer reads from plain attributes, such as
     ``layer.eps``, is not watched: call :meth:`clear` if you change it. The first batch that comes back is computed and
     compared, so is the first that is put together anew, and ever fewer later on. Features serve batches of another
-    size only after a whole batch was seen to have the same bits in both, and never in half precision. Should a kernel
-    differ from itself by rounding, ``stats.difference`` keeps by how much.
+    size only after a whole batch was seen to have the same bits in both, and never in half precision: there, a short
+    last batch is computed in each epoch. Should a kernel differ from itself by rounding, ``stats.difference`` keeps by
+    how much.
 
-    It is off, with a sentence that says why, for modules that are random, depend on the batch, write into their input
-    or keep tensors for others to read; where the input requires grad; for TorchScript, and weights that are more than
-    their bytes, such as quantized ones; under FSDP and DeepSpeed; and in a stage of whose samples fewer than 2 % come
-    back, as with random augmentation. Calls of ``module(x)`` are answered, not of ``module.forward(x)``, nor any
-    within ``torch.compile(..., fullgraph=True)``.
+    It is off, with a sentence that says why, for modules that are random, depend on the batch, write into their input,
+    have forward hooks or keep tensors for others to read; where the input requires grad; for TorchScript, and weights
+    that are more than their bytes, such as quantized ones; under FSDP and DeepSpeed; and in a stage of whose samples
+    fewer than 2 % come back, as with random augmentation, or are answered because the rest does not fit: a batch is
+    answered only if all of its samples are there. Calls of ``module(x)`` are answered, not of ``module.forward(x)``,
+    nor any within something that ``torch.compile`` compiled around it: compile the module itself.
 
     Args:
         module: The dotted name of the module, such as ``"backbone"``. If it is an ``nn.Sequential`` or
@@ -71,7 +72,7 @@ class FeatureCache(Callback):
             too, such as masks; where something else reads what is between, that is computed.
         max_bytes: The most bytes to keep; what does not fit is computed. By default half of the memory that is
             available when the fit starts, shared by the processes on this machine, or of the disk space that would be
-            free without the folder. On a GPU rows stay there, in a quarter of what is free, then in pinned memory.
+            free without the folder. On a GPU rows stay there, in a quarter of what is free, then on the host.
         storage: ``"memory"``, or a folder, which later runs can use and the ranks of a run share. Damaged rows are
             computed anew; if it is full, or removed in mid-fit, what was there serves on.
         dtype: Keep wider floating numbers in this dtype, such as ``torch.float16`` to halve the space. Outputs are then
@@ -229,14 +230,15 @@ class FeatureCache(Callback):
             stages=self._stages,
             say=lambda sentence: self._say(trainer, sentence),
         )
-        self._chain.enter(compiled_around=is_compiled_around(pl_module, found.values()))
+        self._chain.__enter__()
 
     def _notice_idleness(self, trainer: Trainer, chain: FeatureChain) -> None:
         if not chain.was_called and self._idle is None and chain.stats().covers:
             self._idle = f"it was never called in training epoch {trainer.current_epoch}"
             sentence = (
                 f"{chain.name}: of no use, because {self._idle}: only calls of the module itself are answered, not of "
-                "its other methods or of modules in it. Name the modules that are called."
+                "its other methods, of modules in it, nor any in code that is compiled around it. Name the modules "
+                "that are called."
             )
             self._say(trainer, sentence)
 

@@ -8,27 +8,27 @@ then on.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_freeze.feature_cache.effects import marks_of
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.interceptor import (
     Interceptor,
     Run,
+    TreeSpec,
     is_observed,
     tree_flatten,
     tree_unflatten,
 )
-from lightning_freeze.feature_cache.keys import NotPerSample, read_keys
-from lightning_freeze.feature_cache.later import Between, Later, keys_of, real
-from lightning_freeze.feature_cache.links import Link, Look
-from lightning_freeze.feature_cache.memory import Call, Memory
-from lightning_freeze.feature_cache.rows import Rows
+from lightning_freeze.feature_cache.keys import Keys, NotPerSample, read_keys
+from lightning_freeze.feature_cache.later import Later, Link, real
+from lightning_freeze.feature_cache.memory import Call, Memory, Rows
 from lightning_freeze.feature_cache.state import State
 from lightning_freeze.feature_cache.stats import FeatureStats, Stages
 
@@ -41,7 +41,7 @@ class FeatureChain:
         links: Modules that run one after the other, by name. If there is a whole, they are all that runs in it.
         rows: Where rows are kept.
         hashing: Hashes tensors; by default on the host.
-        dtype: Keep wider floating numbers in this dtype.
+        dtype: Keep wider floating numbers in this dtype; outputs are rounded to it, whether remembered or not.
         stages: What has been done so far.
         say: Takes each sentence about what is off and why, once.
 
@@ -49,7 +49,7 @@ class FeatureChain:
         ValueError: When it is entered, if another chain answers for one of the modules.
 
     Example:
-        >>> from lightning_freeze.feature_cache.links import sequential_links
+        >>> from lightning_freeze.feature_cache.arguments import sequential_links
         >>> from lightning_freeze.feature_cache.rows import MemoryRows
         >>> net = nn.Sequential(nn.Linear(2, 300), nn.ReLU()).requires_grad_(False)
         >>> x = torch.randn(4, 2)
@@ -71,30 +71,25 @@ class FeatureChain:
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
         hashing = Hash() if hashing is None else hashing
-        said = lru_cache(maxsize=None)(say)  # each sentence once
+        say = lru_cache(maxsize=None)(say)  # each sentence once
 
         def link(name: str, module: nn.Module) -> Link:
-            memory = Memory(name, module, rows, hashing, dtype, said)
-            return Link(name, module, State(name, module, hashing), memory)
+            memory = Memory(module, rows, hashing, dtype, lambda sentence: say(f"{name}: {sentence}"))
+            return Link(name, module, State(name, module, hashing), memory, hashing)
 
-        self.was_called = False
-        self._rows, self._say, self._stages = rows, said, Stages() if stages is None else stages
+        self.was_called = self._is_busy = False
+        self._depth = len(links)  # up to where they are remembered in this pass
+        self._rows, self._say, self._stages = rows, say, Stages() if stages is None else stages
         self._whole = link(*whole) if whole is not None else None
         self._links = [link(name, module) for name, module in links.items()]
-        self._between = Between(hashing)
         self._interceptors: list[Interceptor] = []
-        self._look()
+        self._last = self._look()
 
     def __enter__(self) -> FeatureChain:
         """Answer the calls of the modules."""
-        return self if self._interceptors else self.enter()
-
-    def enter(self, *, compiled_around: bool = False) -> FeatureChain:
-        """Answer the calls of the modules, which may run in something compiled; see :class:`Interceptor`."""
         try:
-            for link in self._all():
-                call = partial(self._call, link)
-                self._interceptors.append(Interceptor(link.module, call, compiled_around=compiled_around))
+            for link in self._all() if not self._interceptors else ():
+                self._interceptors.append(Interceptor(link.module, partial(self._call, link)))
         except ValueError:
             self.__exit__()
             raise
@@ -119,7 +114,8 @@ class FeatureChain:
 
     def settle(self) -> None:
         """Compute what is between links and still held by somebody, who may read it at any time."""
-        self._between.settle()
+        for link in self._links:
+            link.settle()
 
     def close(self) -> None:
         """Forget everything; what lies in a folder stays there."""
@@ -128,110 +124,116 @@ class FeatureChain:
 
     def end_epoch(self, stage: str) -> None:
         """Judge whether the samples of a stage come back."""
-        counts = self._stages[stage]
-        was_off = counts.off
-        counts.end_epoch(stage, next((link.memory.refused for link in self._all() if link.memory.refused), None))
-        self._rows.end_epoch()
-        if counts.off is not None and was_off is None:
-            self._say(f"{self.name}: off for {stage}, because {counts.off}.")
+        refused = next((link.memory.refused for link in self._all() if link.memory.refused), None)
+        each = self._rows.bytes_taken / max(1, self._rows.count)
+        if off := self._stages[stage].end_epoch(stage, refused, each):
+            self._say(f"{self.name}: off for {stage}, because {off}.")
             self.close()
+        if stage == "train":
+            self._rows.end_epoch()
 
     def stats(self) -> FeatureStats:
-        """Return what has been done, and whether outputs are remembered now."""
-        look = self._look() if self._interceptors else self._last
-        off = self._stages.off()
-        return self._stages.stats(
-            active=bool(look.covers) and off is None,
-            why=look.why if off is None else off,
-            covers=look.covers if off is None else (),
-            samples=self._rows.count,
-            bytes=self._rows.bytes_taken,
-        )
+        """Return what has been done, and whether outputs are remembered now; after the end, what was so at last."""
+        self._last = self._look() if self._interceptors else self._last
+        off, (covers, why) = self._stages.off(), self._last
+        covers = covers if off is None else ()
+        count, taken = self._rows.count, self._rows.bytes_taken
+        return self._stages.stats(active=bool(covers), why=off or why, covers=covers, samples=count, bytes=taken)
+
+    def _look(self) -> tuple[tuple[str, ...], str | None]:
+        """Return the names of what can be remembered now, and why not more."""
+        if self._whole is not None and (why := self._whole.reason()) is None:
+            return (self.name,), None
+        reasons = [link.reason() for link in self._links]
+        if self._whole is not None and (self._whole.memory.broken or not reasons):
+            return (), why
+        depth = next((i for i, reason in enumerate(reasons) if reason is not None), len(reasons))
+        return tuple(link.name for link in self._links[:depth]), [*reasons, None if self._whole is None else why][depth]
 
     @property
     def name(self) -> str:
         """What it is called in sentences."""
-        return (self._whole or self._links[0]).name
+        return self._all()[0].name
 
     def _all(self) -> list[Link]:
         return self._links if self._whole is None else [self._whole, *self._links]
 
-    def _look(self) -> Look:
-        """Read what can be remembered now."""
-        why = self._whole.reason() if self._whole is not None else None
-        if self._whole is not None and why is None:
-            self._last = Look(True, 0, None, (self.name,))
-            return self._last
-        reasons = [link.reason() for link in self._links]
-        depth = next((i for i, reason in enumerate(reasons) if reason is not None), len(reasons))
-        if self._whole is not None and self._whole.memory.broken is not None:
-            depth = 0
-        elif depth < len(reasons):
-            why = reasons[depth]
-        self._last = Look(False, depth, why, tuple(link.name for link in self._links[:depth]))
-        return self._last
-
-    def _announce(self, look: Look) -> None:
-        """Say what cannot be remembered in this pass."""
-        self._stages.now().follow(look.covers)
-        if not look.covers:
-            self._say(f"{self.name}: off, because {look.why}.")
-        elif look.why is not None:
-            self._say(f"{self.name}: cached up to {look.covers[-1]}, because {look.why}.")
-
     def _call(self, link: Link, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         begin = time.perf_counter()
-        is_first = link is self._whole or link is self._links[0]
-        if not self._between.busy:
-            look = self._look() if is_first else self._last
-            self.was_called = self.was_called or link is self._whole or not look.whole
-        if self._between.busy or is_observed() or self._stages.now().off is not None:
-            args, kwargs = real((args, kwargs))
-            return run(*args, **kwargs)
-        if is_first:
-            self._announce(look)
-        if link is self._whole and not self._last.whole:
-            output = run(*args, **kwargs)
-            self.settle()  # nobody but those who keep it holds what was between links now
+        place = self._links.index(link) if link is not self._whole else -1
+        self.was_called = self.was_called or not self._is_busy
+        is_off = self._stages.now().off is not None or (self._whole is not None and self._whole.memory.broken)
+        if self._is_busy or is_off or is_observed():
+            return run(*real(args, read=True), **real(kwargs, read=True))
+        if place <= 0:
+            self._depth = len(self._links)
+        if place > self._depth or (why := link.reason()) is not None:
+            if place <= self._depth:
+                self._announce(place, str(why))
+            output = run(*real(args, read=True), **real(kwargs, read=True))
+            if link is self._whole:
+                self.settle()  # nobody but those who keep it holds what was between links now
             return output
-        answer = self._answer(link, run, args, kwargs)
-        if answer is None:
-            args, kwargs = real((args, kwargs))
-            return run(*args, **kwargs)
-        self._stages.now().all_seconds += time.perf_counter() - begin
-        return answer[0]
-
-    def _answer(self, link: Link, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any] | None:
-        """Return the output; None if the module has to run as if nothing was there."""
-        place = -1 if link is self._whole else self._links.index(link)
-        if place > 0:
-            link.state.read()  # the first one has just been
-        is_in = link is self._whole if self._last.whole else place < self._last.depth
-        if not is_in or link.state.why is not None:
-            return None
-        args, kwargs = real((args, kwargs), only_there=True)
-        leaves, spec = tree_flatten((args, kwargs))
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor) and type(leaf) is not Later]
-        state, last = link.state.key, self._between.take()
-        if last is not None and place > 0 and last.giver is self._links[place - 1]:
-            last.giver.follows = last.is_among(leaves)
         try:
-            chained = keys_of if last is None else last.keys_of
-            keys = read_keys(leaves, spec, hashing=self._between.hashing, state=state, chained=chained)
+            output = self._answer(link, place, run, *tree_flatten((args, kwargs)))
         except NotPerSample as reason:
             self._say(f"{link.name}: such calls are not cached: {reason}.")
-            return None
+            return self._run(run, real(args, read=True), real(kwargs, read=True))
+        self._stages.now().all_seconds += time.perf_counter() - begin
+        return output
 
-        def compute(first: int | None = None) -> Any:
-            some = [leaf[:first] if i in keys.places else leaf for i, leaf in enumerate(real(leaves))]
-            return self._between.run(run, *tree_unflatten(some, spec))
+    def _announce(self, place: int, why: str) -> None:
+        """Say what cannot be remembered in this pass; if that is the whole, links will say up to where they are."""
+        if place > 0:
+            self._say(f"{self.name}: cached up to {self._links[place - 1].name}, because {why}.")
+        elif place == 0 or not self._links or self._links[0].reason() is not None:
+            self._say(f"{self.name}: off, because {why}.")
+        self._depth = place if place >= 0 else self._depth
 
-        is_last = place in (-1, self._last.depth - 1)
-        if not is_last and link.follows:
-            return (self._between.later(link, run, args, kwargs, keys),)
-        if not is_last and link.follows is None:
-            output = compute()
-            self._between.watch(link, output, keys, given)
-            return (output,)
-        keys = replace(keys, is_rounded=keys.is_rounded or link.state.has_half)
-        return (link.memory.answer(Call(keys, compute, given, state, self._stages.now())),)
+    def _answer(self, link: Link, place: int, run: Run, leaves: list[Any], spec: TreeSpec) -> Any:
+        for later in (leaf for leaf in leaves if type(leaf) is Later and leaf.link.follows is None):
+            later.link.follows = later.is_known and place > 0 and self._links[place - 1] is later.link
+        leaves = [leaf.value() if type(leaf) is Later and not leaf.is_known else leaf for leaf in leaves]
+        given = [leaf for leaf in leaves if isinstance(leaf, Tensor) and type(leaf) is not Later]
+        keys = read_keys(leaves, spec, hashing=link.hashing, state=link.state.key, chained=_keys_of)
+        keys.is_rounded = keys.is_rounded or link.state.has_half
+
+        def compute(size: int | None = None) -> Any:
+            some = [_sized(leaf, size if i in keys.places else None) for i, leaf in enumerate(leaves)]
+            return self._run(run, *tree_unflatten(some, spec))
+
+        is_last = place in (-1, len(self._links) - 1)
+        if is_last or link.follows is False or self._links[place + 1].reason() is not None:
+            return link.memory.answer(Call(keys, compute, given, link.state.key, self._stages.now()))
+        # Later on, what is written in inference mode is not looked for.
+        seen = given if link.follows is None else [tensor for tensor in given if not tensor.is_inference()]
+        later = Later.of(link, keys, compute, partial(marks_of, seen, link.hashing))
+        if link.follows is None and type(output := later.value()) is not Tensor:
+            link.follows = False
+            return output
+        link.laters.append(weakref.ref(later))
+        return later
+
+    def _run(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a link, and whatever it calls."""
+        before, self._is_busy = self._is_busy, True
+        try:
+            return run(*args, **kwargs)
+        finally:
+            self._is_busy = before
+
+
+def _keys_of(leaf: Any) -> Keys | None:
+    return leaf.keys if type(leaf) is Later else None
+
+
+def _sized(leaf: Any, size: int | None) -> Any:
+    """Return a leaf of a call, one with an entry for each sample with so many, of which some are there twice."""
+    if type(leaf) is Later:
+        return leaf.value(size)
+    if size is None:
+        return leaf
+    sized = torch.cat([leaf] * -(-size // len(leaf)))[:size]
+    if sized.stride() != leaf.stride():
+        raise ValueError("It lies in memory in another way.")
+    return sized

@@ -31,39 +31,35 @@ class SideEffects:
 
     def __init__(self, given: Sequence[Tensor], module: nn.Module | None, hashing: Hash) -> None:
         self._given, self._module, self._hash = given, module, hashing
-        self._written, self._generators, self._kept = self._read_given(), self._read_generators(), self._read_kept()
+        self._before = self._read()
 
     def found(self, output: Any) -> str | None:
         """Return what has happened, None if nothing has."""
-        if self._written != self._read_given():
+        (written, drawn, kept), (old_written, old_drawn, old_kept) = self._read(), self._before
+        if written != old_written:
             return "it writes into what it is given"
         if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
             return "what it gives requires grad though no parameter in it does: something else trains with it"
-        if self._generators != self._read_generators():
+        if drawn != old_drawn:
             return "it draws random numbers"
-        for place, tensors in self._read_kept().items():
-            if list(map(id, tensors)) != list(map(id, self._kept.get(place, []))):
-                name = place[1]
-                return f"it puts what it computes into {name}, too, where others could look for it"
+        for place, tensors in kept.items():
+            if list(map(id, tensors)) != list(map(id, old_kept.get(place, []))):
+                return f"it puts what it computes into {place[1]}, too, where others could look for it"
         return None
 
-    def _read_given(self) -> list[Any]:
-        return marks_of(self._given, self._hash)
-
-    def _read_generators(self) -> tuple[Any, ...]:
+    def _read(self) -> tuple[list[Any], Any, dict[tuple[int, str], list[Tensor]]]:
         devices = {leaf.device for leaf in self._given if leaf.device.type == "cuda"}
         states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         legacy: Any = np.random.get_state()
-        return [state.numpy().tobytes() for state in states], random.getstate(), legacy[1].tobytes(), legacy[2:]
-
-    def _read_kept(self) -> dict[tuple[int, str], list[Tensor]]:
-        """Return the tensors in attributes that are neither parameters nor buffers."""
-        return {
+        drawn = [state.numpy().tobytes() for state in states], random.getstate(), legacy[1].tobytes(), legacy[2:]
+        # Tensors in attributes that are neither parameters nor buffers.
+        kept = {
             (i, f"{type(layer).__name__}.{name}"): [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
             for i, layer in enumerate(self._module.modules() if self._module is not None else ())
             for name, value in vars(layer).items()
             if name not in OWN_ATTRIBUTES
         }
+        return marks_of(self._given, self._hash), drawn, kept
 
 
 def marks_of(tensors: Sequence[Tensor], hashing: Hash) -> list[Any]:

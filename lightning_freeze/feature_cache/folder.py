@@ -25,7 +25,6 @@ PRAGMA application_id = {_APPLICATION};
 CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, batch INTEGER, place INTEGER, row BLOB, checksum BLOB);
 """
 _FIND = "SELECT batch, place, row, checksum FROM rows WHERE key = ?"
-_BAN = "DELETE FROM rows WHERE substr(key, 1, 16) = ? AND batch >> 32 = ?"
 _BESIDE = 150  # bytes that a row takes in the file beside its content, about
 
 
@@ -48,10 +47,9 @@ class FolderRows:
     def __init__(self, path: Path, rank: int = 0) -> None:
         self.path, self.room, self.count = path, 0, 0
         self.error: str | None = None  # why nothing is written any more
-        self.refused: str | None = None  # why the file of an earlier run was not used
         self._file = path / f"features-{rank}.sqlite"
         self._others: dict[Path, sqlite3.Connection] = {}
-        self._banned: set[tuple[bytes, int]] = set()
+        self._forgotten: set[bytes] = set()
         try:
             self._check_folder()
             self._own = self._open()
@@ -64,23 +62,26 @@ class FolderRows:
             raise ValueError(
                 f'storage="{path}" cannot be used: {why}. Name a folder that can be made and written to.'
             ) from error
-        self._size = self._own_size()
 
     @property
     def bytes_taken(self) -> int:
         """The bytes that lie in the folder."""
-        return size_of(self.path)
+        size = 0
+        for path in self.path.glob("*"):
+            with suppress(OSError):  # removed meanwhile
+                size += path.stat().st_size
+        return size
 
     def make_room(self, max_bytes: int | None, ranks: int) -> None:
         """Let the folder grow to so many bytes; by default all ranks may use half of what is free without it."""
         there = self.bytes_taken
-        with suppress(OSError):  # removed meanwhile
-            half = (shutil.disk_usage(self.path).free + there) // 2
-            self.room = max_bytes - there if max_bytes is not None else (half - there) // max(1, ranks)
+        half = (shutil.disk_usage(self.path).free + there) // 2
+        self.room = max_bytes - there if max_bytes is not None else (half - there) // max(1, ranks)
+        self.room += self._own_size()
 
     def find(self, family: bytes, samples: Sequence[bytes], size: int, row_bytes: int) -> list[Entry | None]:
         """Return the entries of samples that were computed in batches of one size."""
-        return [self._entry(_key(family, sample, size), family, size, row_bytes) for sample in samples]
+        return [self._entry(_key(family, sample, size), size, row_bytes) for sample in samples]
 
     def read(self, entries: Sequence[Entry], device: torch.device) -> Tensor:
         """Return rows, uint8 of shape ``(entries, row_bytes)``."""
@@ -89,33 +90,33 @@ class FolderRows:
 
     def put(self, family: bytes, samples: Sequence[bytes], batch: int, rows: Tensor, new: Sequence[int]) -> int:
         """Keep the rows at ``new`` of a whole batch; return for how many there is room."""
-        each = rows.shape[1] + _BESIDE
-        kept = new[: max(0, self.room - (self._own_size() - self._size) - 2 * _PAGE) // each]
-        if self.error is not None or not kept:
-            return len(new) if self.error is not None else 0
-        content = shared_bytes(rows.cpu())
-        lines = []
+        if self.error is not None:
+            return len(new)
+        size, each = rows.shape
+        kept = new[: max(0, self.room - self._own_size() - 2 * _PAGE) // (each + _BESIDE)]
+        content, lines = shared_bytes(rows.cpu()), []
         for i in kept:
-            row = content[i * rows.shape[1] : (i + 1) * rows.shape[1]].tobytes()
-            key = _key(family, samples[i], len(rows))
+            row, key = content[i * each : (i + 1) * each].tobytes(), _key(family, samples[i], size)
             lines.append((key, batch, i, row, _checksum(key, batch, i, row)))
         try:
             self._own.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?)", lines)
             self._own.execute("COMMIT")
             self._own.execute("BEGIN IMMEDIATE")
         except sqlite3.Error as error:
-            self._fail(error)
+            self.error = str(error)
+            with suppress(sqlite3.Error):
+                self._own.rollback()
         self.count += len(kept)
         return len(kept)
 
-    def ban(self, family: bytes, origin: int) -> None:
-        """Forget the rows of one fit; those in files of other ranks are passed over."""
-        self._banned.add((family, origin))
-        with suppress(sqlite3.Error):
-            self._own.execute(_BAN, (family, origin))
-
     def forget(self, family: bytes) -> None:
-        """Leave the rows of other weights for later runs."""
+        """Forget the rows of one family; those in files of other ranks are passed over."""
+        self._forgotten.add(family)
+        with suppress(sqlite3.Error):
+            self._own.execute("DELETE FROM rows WHERE substr(key, 1, 16) = ?", (family,))
+
+    def free(self, family: bytes) -> None:
+        """Leave the rows of one family for later runs."""
 
     def end_epoch(self) -> None:
         """Look for files of other ranks."""
@@ -154,55 +155,37 @@ class FolderRows:
             if "full" not in str(error) and "I/O" not in str(error):
                 raise
             self.error = str(error)
-        except sqlite3.DatabaseError as error:  # not of SQLite, or cut off
-            return self._replace(connection, error)
-        connection.execute("PRAGMA busy_timeout = 5000")
+        except sqlite3.DatabaseError:  # not of SQLite, or cut off
+            return self._anew(connection)
         return connection
 
-    def _replace(self, connection: sqlite3.Connection, error: sqlite3.Error) -> sqlite3.Connection:
+    def _anew(self, connection: sqlite3.Connection) -> sqlite3.Connection:
         """Make a damaged file anew."""
         connection.close()
-        self.refused = f"{self._file}: {error}"
         for name in (self._file, Path(f"{self._file}-journal")):
             name.unlink(missing_ok=True)
         return self._open()
 
-    def _entry(self, key: bytes, family: bytes, size: int, row_bytes: int) -> Entry | None:
-        for connection in (self._own, *self._others.values()):
-            for batch, place, row, checksum in self._rows(connection, key):
-                right = len(row) == row_bytes and checksum == _checksum(key, batch, place, row)
-                if right and (family, batch >> 32) not in self._banned:
+    def _entry(self, key: bytes, size: int, row_bytes: int) -> Entry | None:
+        others = () if key[:16] in self._forgotten else self._others.values()
+        for connection in (self._own, *others):
+            try:
+                found = connection.execute(_FIND, (key,)).fetchall()
+            except sqlite3.OperationalError:  # somebody is writing there right now
+                continue
+            except sqlite3.DatabaseError:
+                if connection is self._own:
+                    self._own = self._anew(connection)
+                continue
+            for batch, place, row, checksum in found:
+                if len(row) == row_bytes and checksum == _checksum(key, batch, place, row):
                     return Entry(batch, place, size, row)
         return None
-
-    def _rows(self, connection: sqlite3.Connection, key: bytes) -> list[tuple[int, int, bytes, bytes]]:
-        try:
-            return connection.execute(_FIND, (key,)).fetchall()
-        except sqlite3.OperationalError:  # somebody is writing there right now
-            return []
-        except sqlite3.DatabaseError as error:
-            if connection is self._own and self.refused is None:
-                self._own = self._replace(connection, error)
-            return []
-
-    def _fail(self, error: sqlite3.Error) -> None:
-        self.error = str(error)
-        with suppress(sqlite3.Error):
-            self._own.rollback()
 
     def _own_size(self) -> int:
         with suppress(sqlite3.Error):
             return int(self._own.execute("PRAGMA page_count").fetchone()[0]) * _PAGE
         return 0
-
-
-def size_of(folder: Path) -> int:
-    """Return the bytes that lie in a folder."""
-    size = 0
-    for path in folder.glob("*") if folder.exists() else ():
-        with suppress(OSError):  # removed meanwhile
-            size += path.stat().st_size
-    return size
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -23,21 +23,14 @@ class NotPerSample(ValueError):  # noqa: N818 - a finding about a call, not a fa
     """Says why samples of a call cannot be told apart."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Keys:
-    """What the samples of a call are known by.
+    """What the samples of a call are known by, 16 bytes each."""
 
-    Args:
-        family: 16 bytes for all that they have in common, but for the size of the batch.
-        samples: 16 bytes for all that each sample holds.
-        is_rounded: Whether numbers are rounded to less than 32 bits before or while the module runs.
-        places: Which leaves of the arguments have an entry for each sample.
-    """
-
-    family: bytes
-    samples: list[bytes]
-    is_rounded: bool
-    places: frozenset[int]
+    family: bytes  # for all that they have in common, but for the size of the batch
+    samples: list[bytes]  # for all that each sample holds
+    is_rounded: bool  # to less than 32 bits a number, before or while the module runs
+    places: frozenset[int]  # of leaves of the arguments that have an entry for each sample
 
 
 def read_keys(
@@ -85,18 +78,15 @@ def read_keys(
     casts = autocast_states()
     family = xxhash.xxh3_128_digest(state + f"{spec!r}{texts}{casts}{_settings()}".encode())
     columns = [keys.samples for keys in known.values()]
-    if places or shared:
-        # Chained samples are known by what they hold and by the shared tensors that an earlier link was given.
-        columns.append(_tensor_keys(hashing, [tensors[i] for i in places], shared, size))
+    if places:
+        columns.append(hashing.samples([tensors[i] for i in places], shared))
+    elif shared:
+        columns.append([b"".join(hashing.tensors(shared))] * size)
     pairs = zip(*columns, strict=True)
     samples = columns[0] if len(columns) == 1 else [xxhash.xxh3_128_digest(b"".join(pair)) for pair in pairs]
     is_rounded = any(on for _, on, _ in casts) or any(map(is_half, tensors.values()))
     is_rounded = is_rounded or any(keys.is_rounded for keys in known.values())
     return Keys(family, samples, is_rounded, frozenset([*places, *known]))
-
-
-def _tensor_keys(hashing: Hash, columns: list[Tensor], shared: list[Tensor], size: int) -> list[bytes]:
-    return hashing.samples(columns, shared) if columns else [b"".join(hashing.tensors(shared))] * size
 
 
 def autocast_states() -> list[tuple[str, bool, torch.dtype]]:

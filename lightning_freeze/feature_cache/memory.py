@@ -1,8 +1,9 @@
 """Answers a module's calls from rows where every sample of a batch is known, and proves that these are the same bits.
 
 The size of the batch is in the key, so that an output is a memory image of its rows. What is left is looked at: the
-first batch that comes back is computed and compared, and the first that is put together anew, then ever fewer. Rows of
-one size of batch serve another only after a whole batch of the smaller size was equal, and never in half precision.
+first batch that comes back is computed and compared, and the first that is put together anew, then ever fewer. A short
+batch is computed in the usual size, too, so that its samples are known in that when they come back; if all bits are
+equal, both sizes serve each other, but never in half precision, whose rounding hides where kernels differ.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lightning_freeze.feature_cache.effects import SideEffects
+from lightning_freeze.feature_cache.folder import FolderRows
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.keys import Keys, NotPerSample
-from lightning_freeze.feature_cache.outputs import OutputForm, difference, encode, is_rounded
+from lightning_freeze.feature_cache.outputs import OutputForm, difference, encode
 from lightning_freeze.feature_cache.proof import Batches, Family
-from lightning_freeze.feature_cache.rows import Entry, Rows
+from lightning_freeze.feature_cache.rows import Entry, MemoryRows
 from lightning_freeze.feature_cache.stats import Counts
+
+Rows: TypeAlias = MemoryRows | FolderRows
 
 _ROUNDING = 16  # machine epsilons, of the largest number, by which a kernel may differ from itself
 _KEPT_STATES, _MOST_STATES = 4, 8
@@ -32,21 +36,13 @@ _KEPT_STATES, _MOST_STATES = 4, 8
 
 @dataclass
 class Call:
-    """One call of a module.
-
-    Args:
-        keys: Of its samples.
-        run: Runs the module on the first samples only, or on all if it is given None.
-        given: All tensors that it is given.
-        state: What its outputs depend on beside arguments.
-        counts: What has been done in this stage.
-    """
+    """One call of a module."""
 
     keys: Keys
-    run: Callable[[int | None], Any]
+    run: Callable[[int | None], Any]  # if it is given a number, on so many samples, of which some are there twice
     given: Sequence[Tensor]
-    state: bytes
-    counts: Counts
+    state: bytes  # what its outputs depend on beside arguments
+    counts: Counts  # what has been done in this stage
 
     @property
     def size(self) -> int:
@@ -55,30 +51,14 @@ class Call:
 
 
 class Memory:
-    """Remembers what a module gave for each sample.
-
-    Args:
-        name: How the module is called in sentences.
-        module: The module.
-        rows: Where rows are kept.
-        hashing: Hashes tensors.
-        dtype: Keep wider floating numbers in this dtype; outputs are rounded to it, whether remembered or not.
-        say: Takes sentences about what is not remembered and why.
-    """
+    """Remembers what a module gave for each sample; takes what a :class:`FeatureChain` takes."""
 
     def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        rows: Rows,
-        hashing: Hash,
-        dtype: torch.dtype | None,
-        say: Callable[[str], None],
+        self, module: nn.Module, rows: Rows, hashing: Hash, dtype: torch.dtype | None, say: Callable[[str], None]
     ) -> None:
         self.broken: str | None = None
         self.refused: str | None = None
-        self._module, self._rows, self._hash, self._dtype = module, rows, hashing, dtype
-        self._say: Callable[[str], None] = lambda sentence: say(f"{name}: {sentence}")
+        self._module, self._rows, self._hash, self._dtype, self._say = module, rows, hashing, dtype, say
         self._states: dict[bytes, dict[bytes, Family]] = {}
         self._moves = 0  # states since the last answer
         self._batch = secrets.randbits(31) << 32
@@ -88,8 +68,8 @@ class Memory:
         family = self._family(call)
         if self.broken is not None:
             return call.run(None)
-        batches = family.batches.setdefault(call.size, Batches(call.size, {call.size}))
-        found = self._find(call, batches)
+        batches = family.batches.setdefault(call.size, Batches(call.size))
+        found = self._find(call, family, batches)
         there = call.size - found.count(None)
         call.counts.known += there
         if there == call.size and family.serves(batches, found):
@@ -103,7 +83,7 @@ class Memory:
         """Forget everything."""
         for families in self._states.values():
             for family in families:
-                self._rows.forget(family)
+                self._rows.free(family)
         self._states.clear()
 
     def _family(self, call: Call) -> Family:
@@ -114,17 +94,17 @@ class Memory:
                 self._break("its weights are written to again and again")
             for old in list(self._states)[: 1 - _KEPT_STATES]:
                 for family in self._states.pop(old):
-                    self._rows.forget(family)
+                    self._rows.free(family)
         families = self._states[call.state] = self._states.pop(call.state, {})
-        return families.setdefault(call.keys.family, Family(proven={self._batch >> 32}))
+        return families.setdefault(call.keys.family, Family({self._batch >> 32}))
 
-    def _find(self, call: Call, batches: Batches) -> list[Entry | None]:
+    def _find(self, call: Call, family: Family, batches: Batches) -> list[Entry | None]:
         if batches.form is None:
             return [None] * call.size
-        family, samples, row_bytes = call.keys.family, call.keys.samples, batches.row_bytes
-        found = self._rows.find(family, samples, call.size, row_bytes)
-        for size in batches.like - {call.size} if None in found else ():
-            others = self._rows.find(family, samples, size, row_bytes)
+        key, samples, row_bytes = call.keys.family, call.keys.samples, batches.row_bytes
+        found = self._rows.find(key, samples, call.size, row_bytes)
+        for size in family.alike - {call.size} if call.size in family.alike and None in found else ():
+            others = self._rows.find(key, samples, size, row_bytes)
             found = [one or other for one, other in zip(found, others, strict=True)]
         return found
 
@@ -151,13 +131,13 @@ class Memory:
             output = rounded
         if batches.form is None:
             batches.form, batches.row_bytes = form, rows.shape[1]
-            found = self._find(call, batches)
+            found = self._find(call, family, batches)
         elif form != batches.form:
             return self._break("the shape of what it gives, or a plain value in it, depends on the batch", output)
         self._compare(call, family, batches, found, rows)
         if self.broken is None:
-            self._probe(call, family, batches, rows)
-            self._keep(call, found, rows)
+            self._keep(call, rows, [i for i, entry in enumerate(found) if entry is None])
+            self._pad(call, family, batches, rows)
         return output
 
     def _compare(self, call: Call, family: Family, batches: Batches, found: list[Entry | None], rows: Tensor) -> None:
@@ -169,15 +149,13 @@ class Memory:
         old = rows.clone()
         old[list(entries)] = self._rows.read(list(entries.values()), rows.device)
         same = (old == rows).all(1).tolist()
-        for origin in {entry.batch >> 32 for entry in entries.values()} - family.proven:
-            if all(same[i] for i, entry in entries.items() if entry.batch >> 32 == origin):
-                family.proven.add(origin)
-                continue
+        origins = {entry.batch >> 32 for entry in entries.values()}
+        if not all(same[i] or entry.batch >> 32 in family.proven for i, entry in entries.items()):
             self._say("features of an earlier fit are not what it gives now, and are computed anew.")
-            self._rows.ban(call.keys.family, origin)
-            for i in [i for i, entry in entries.items() if entry.batch >> 32 == origin]:
-                del entries[i]
-                found[i], same[i], old[i] = None, True, rows[i]
+            self._rows.forget(call.keys.family)
+            found[:] = [None] * len(found)
+            return
+        family.proven |= origins
         if not all(same):
             self._note_difference(call.counts, difference(form.decode(old), form.decode(rows)), form)
         numbers = int(torch.count_nonzero(rows[list(entries)])) // 4  # zeros are equal everywhere
@@ -201,20 +179,26 @@ class Memory:
                 "they are random, depend on the batch, or come from code that has changed"
             )
 
-    def _probe(self, call: Call, family: Family, batches: Batches, rows: Tensor) -> None:
-        """Find out whether smaller batches have the same bits: of a whole one, sample by sample."""
-        if call.keys.is_rounded or is_rounded(batches.form) or (other := family.next_probe(batches)) is None:
+    def _pad(self, call: Call, family: Family, batches: Batches, rows: Tensor) -> None:
+        """Compute a short batch in the size of others, too, and find out whether its bits are the same there."""
+        if (other := family.larger(batches)) is None or other.form is None:
             return
-        numbers = -1
+        is_half = call.keys.is_rounded or any(min(f.dtype.itemsize, f.stored.itemsize) < 4 for f in other.form.tensors)
+        found = self._rows.find(call.keys.family, call.keys.samples, other.size, other.row_bytes)
+        if (is_half or batches.alike < 0) and None not in found:
+            return
+        family.pads += 1
         with suppress(Exception):  # nobody but us has asked for such a batch
-            _, part = encode(call.run(other.size), other.size, self._dtype)
-            numbers = int(torch.count_nonzero(part)) // 4 if torch.equal(part, rows[: other.size]) else -1
-        family.take_in_probe(batches, other, numbers)
+            form, padded = encode(call.run(other.size), other.size, self._dtype)
+            if form == other.form:
+                self._keep(call, padded, [i for i, entry in enumerate(found) if entry is None])
+                is_same = torch.equal(padded[: call.size], rows)
+                family.compare(batches, other, int(torch.count_nonzero(rows)) // 4 if is_same and not is_half else -1)
 
-    def _keep(self, call: Call, found: list[Entry | None], rows: Tensor) -> None:
-        new = [i for i, entry in enumerate(found) if entry is None]
+    def _keep(self, call: Call, rows: Tensor, new: list[int]) -> None:
         self._batch += 1
         kept = self._rows.put(call.keys.family, call.keys.samples, self._batch, rows, new) if new else 0
+        call.counts.left_out += len(new) - kept
         if self._rows.error is not None and not self._rows.count:
             self._break(f"the folder cannot be written to: {self._rows.error}")
         elif self._rows.error is not None:
@@ -225,7 +209,7 @@ class Memory:
         elif kept < len(new):
             self._say(
                 f"the cache is full with {self._rows.count:,} samples in {self._rows.bytes_taken:,} "
-                f"bytes; what is not in it is computed. More max_bytes, {self._rows.remedy} would make room."
+                f"bytes; what is not all in it is computed. More max_bytes, {self._rows.remedy} would make room."
             )
 
     def _break(self, why: str, output: Any = None) -> Any:

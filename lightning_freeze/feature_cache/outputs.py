@@ -10,48 +10,35 @@ import torch
 from torch import Tensor
 
 from lightning_freeze.feature_cache.interceptor import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
-from lightning_freeze.feature_cache.keys import NotPerSample, is_half, is_plain, why_no_key
+from lightning_freeze.feature_cache.keys import NotPerSample, is_plain, why_no_key
 
 
 @dataclass(frozen=True)
 class TensorForm:
-    """One tensor of an output; shape and strides are those of the whole batch.
-
-    Args:
-        shape: Its shape.
-        strides: Its strides.
-        dtype: As the module returns it.
-        stored: As it is kept.
-        device: Where the module returns it.
-        is_dense: Whether its samples lie in memory one after the other, without gaps: rows are its memory then.
-    """
+    """One tensor of an output, as the module returns it for the whole batch."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    stored: torch.dtype
+    stored: torch.dtype  # as it is kept
     device: torch.device
-    is_dense: bool
 
     @property
-    def numel(self) -> int:
-        """Numbers of one sample."""
-        return math.prod(self.shape[1:])
+    def row_bytes(self) -> int:
+        """Bytes of one sample."""
+        return math.prod(self.shape[1:]) * self.stored.itemsize
 
     def rows(self, tensor: Tensor) -> Tensor:
         """Return the bytes of each sample."""
-        plain = tensor.detach().resolve_conj().resolve_neg()
-        size = self.shape[0], self.numel
-        flat = plain.as_strided(size, (self.numel, 1)) if self.is_dense else plain.reshape(size)
+        flat = tensor.detach().resolve_conj().resolve_neg().reshape(self.shape[0], math.prod(self.shape[1:]))
         return flat.to(self.stored).contiguous().view(torch.uint8)
 
     def tensor(self, rows: Tensor) -> Tensor:
         """Return the tensor whose samples' bytes are ``rows``, of which it may take the memory."""
-        numbers = rows.contiguous().view(self.stored).to(device=self.device, dtype=self.dtype)
-        if self.is_dense:
-            return numbers.as_strided(self.shape, self.strides)
-        empty = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
-        return empty.copy_(numbers.view(self.shape))
+        numbers = rows.contiguous().view(self.stored).to(device=self.device, dtype=self.dtype).view(self.shape)
+        if numbers.stride() == self.strides:
+            return numbers
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device).copy_(numbers)
 
 
 @dataclass(frozen=True)
@@ -75,7 +62,7 @@ class OutputForm:
 
     def decode(self, rows: Tensor) -> Any:
         """Return the output whose samples' bytes are ``rows``, uint8 ``(samples, bytes)``, which it may take over."""
-        widths = [form.numel * form.stored.itemsize for form in self.tensors]
+        widths = [form.row_bytes for form in self.tensors]
         columns = iter(torch.split_with_sizes(rows, widths, 1) if len(widths) > 1 else [rows])
         leaves: list[Any] = []
         for leaf in self.leaves:
@@ -89,8 +76,8 @@ def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[Ou
     """Return the form of an output and one row of bytes for each sample, on the device of its first tensor.
 
     Args:
-        output: What a module returned for a batch.
-        size: The number of samples.
+        output: What a module returned for a batch of ``size`` samples.
+        size: How many entries each tensor in it has.
         dtype: Keep wider floating numbers in this dtype.
 
     Raises:
@@ -116,17 +103,11 @@ def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[Ou
     own = [(form, leaf) for form, leaf in zip(forms, leaves, strict=True) if isinstance(form, TensorForm)]
     if _share_memory([leaf for _, leaf in own]):
         raise NotPerSample("it returns tensors of which one is a view into another, or into itself")
-    if not any(form.numel for form, _ in own):
+    if not any(form.row_bytes for form, _ in own):
         raise NotPerSample("it returns no numbers")
     columns = [form.rows(leaf) for form, leaf in own]
     rows = torch.cat([column.to(columns[0].device) for column in columns], 1) if len(columns) > 1 else columns[0]
     return OutputForm(spec, tuple(forms)), rows
-
-
-def is_rounded(form: OutputForm | None) -> bool:
-    """Whether something in an output is rounded to less than 32 bits."""
-    dtypes = [dtype for one in (form.tensors if form is not None else ()) for dtype in (one.dtype, one.stored)]
-    return any(is_half(torch.empty(0, dtype=dtype)) for dtype in dtypes)
 
 
 def difference(a: Any, b: Any) -> float:
@@ -154,28 +135,23 @@ def _form(tensor: Tensor, size: int, dtype: torch.dtype | None) -> TensorForm:
     if tensor.dim() == 0 or tensor.shape[0] != size:
         raise NotPerSample(f"it returns a tensor of shape {tuple(tensor.shape)} for a batch of {size}")
     narrows = dtype is not None and tensor.is_floating_point() and tensor.dtype.itemsize > dtype.itemsize
-    shape, strides = tuple(tensor.shape), tensor.stride()
-    inner = tensor[0].permute(sorted(range(tensor.dim() - 1), key=lambda d: -strides[d + 1]))
-    is_dense = inner.is_contiguous() and strides[0] == max(1, inner.numel())
     stored: Any = dtype if narrows else tensor.dtype
-    return TensorForm(shape, strides, tensor.dtype, stored, tensor.device, is_dense)
+    return TensorForm(tuple(tensor.shape), tensor.stride(), tensor.dtype, stored, tensor.device)
 
 
 def _share_memory(tensors: list[Tensor]) -> bool:
     """Whether two numbers of tensors lie in the same place."""
-    owners: dict[int, list[Tensor]] = {}
+    storages: dict[int, list[Tensor]] = {}
     for tensor in tensors:
-        reach = 1
-        for stride, n in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-            if n > 1 and stride < reach:
-                return True
-            reach += stride * (n - 1)
-        owners.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
-    for views in (views for views in owners.values() if len(views) > 1):
+        storages.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    for views in storages.values():
+        if len(views) == 1 and views[0].is_contiguous():
+            continue
         taken = torch.zeros(views[0].untyped_storage().nbytes() // views[0].itemsize, dtype=torch.bool)
         for view in views:
-            mine = taken.as_strided(view.shape, view.stride(), view.storage_offset())
-            if view.itemsize != views[0].itemsize or mine.any():
+            if view.dtype.itemsize != views[0].itemsize:
                 return True
-            mine.fill_(True)
+            taken.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(True)
+        if int(taken.sum()) < sum(view.numel() for view in views):
+            return True
     return False

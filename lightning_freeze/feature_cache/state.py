@@ -18,8 +18,7 @@ from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.interceptor import (
     BatchNormBase,
     InstanceNormBase,
-    forward_hooks_of,
-    is_compiled,
+    hooks_of,
     parts_of,
     version_of,
 )
@@ -37,8 +36,7 @@ def why_not_reusable(name: str, module: nn.Module) -> str | None:
 
     Args:
         name: How the module is called in the sentence.
-        module: Any module. Its own forward hooks do not matter unless they are compiled with it; those of modules below
-            it do.
+        module: Any module.
 
     Example:
         >>> why_not_reusable("net", nn.Sequential(nn.Linear(2, 2), nn.Dropout()).requires_grad_(False))
@@ -50,7 +48,7 @@ def why_not_reusable(name: str, module: nn.Module) -> str | None:
         if parameter.requires_grad:
             return f"{below} trains"
     for below, layer in module.named_modules(prefix=name):
-        if reason := _why_not_layer(below, layer, is_inner=layer is not module):
+        if reason := _why_not_layer(below, layer):
             return reason
     for below, tensor in chain(module.named_parameters(name), module.named_buffers(name)):
         if tensor.is_inference():
@@ -60,14 +58,14 @@ def why_not_reusable(name: str, module: nn.Module) -> str | None:
     return None
 
 
-def _why_not_layer(name: str, layer: nn.Module, *, is_inner: bool) -> str | None:
+def _why_not_layer(name: str, layer: nn.Module) -> str | None:
     if isinstance(layer, torch.jit.ScriptModule):
         return f"{name} is TorchScript, whose code cannot be looked into"
     if isinstance(layer, FSDPModule):
         return f"{name} is sharded over ranks (FSDP2)"
     if any(isinstance(value, torch.ScriptObject) for value in vars(layer).values()):
         return f"{name} ({type(layer).__name__}) keeps weights that cannot be looked into"
-    if (is_inner or is_compiled(layer)) and any(forward_hooks_of(layer)):
+    if any(hooks_of(layer)):
         return f"{name} has forward hooks, which would not be called"
     kind = type(layer).__name__
     if isinstance(layer, BatchNormBase):
@@ -115,111 +113,85 @@ class State:
     def __init__(self, name: str, module: nn.Module, hashing: Hash) -> None:
         self.why: str | None = ""
         self.key, self.has_half = b"", False
-        self._name, self._module, self._hash = name, module, hashing
+        self._named, self._hash = (name, module), hashing
         self._parts: _Parts | None = None
-        self._must_recheck = False
-        self._digests: dict[int, tuple[Any, bytes]] = {}
-        self._programs: list[tuple[list[Any], bytes]] = []
+        self._digests: dict[int, tuple[Any, bytes]] = {}  # of tensors; none are read anew
+        self._marks: tuple[Any, Any, Any] = (None, None, None)
+        self._text = self._program = b""
 
     def recheck(self, written: Iterable[Tensor] | None = None) -> None:
         """Read all tensors at the next call if one of those ``written`` is among them, or if none is named."""
-        ids = set(map(id, self._parts.tensors)) if self._parts is not None else ()
-        self._must_recheck = self._must_recheck or written is None or any(id(tensor) in ids for tensor in written)
+        if written is None or any(id(tensor) in self._digests for tensor in written):
+            self._digests.clear()
 
     def read(self) -> State:
         """Bring the attributes up to date."""
-        if self._parts is None or not self._parts.hold():
-            self._parts = _Parts(self._module)
+        parts = self._parts
+        if parts is None or not parts.hold():
+            parts = self._parts = _Parts(self._named[1])
             self._digests.clear()  # another tensor may have the id and the address of one that is gone
-        changed, written = self._parts.moved()
-        if (written or self._must_recheck) and not changed and self.why is None:
-            changed = not self._is_as_read(self._parts)
-        elif self._must_recheck:
-            self._digests.clear()
-        self._must_recheck = False
-        if changed:
-            self.why = why_not_reusable(self._name, self._module)
-            self.has_half = any(map(is_half, self._parts.tensors))
-            self.key = b"" if self.why is not None else self._fingerprint(self._parts)
+        form, functions, writes = parts.marks()
+        old_form, old_functions, old_writes = self._marks
+        self._marks = form, functions, writes
+        if has_changed := form != old_form or functions != old_functions:
+            if old_functions and functions != old_functions:
+                self._program = secrets.token_bytes(16)  # functions have no text that says all that they do
+            self.why = why_not_reusable(*self._named)
+            self.has_half = any(map(is_half, parts.tensors))
+            self._text = parts.text() + self._program
+        if self.why is None and (has_changed or writes != old_writes or not self._digests):
+            self.key = xxhash.xxh3_128_digest(self._text + self._contents(parts.tensors))
         return self
 
-    def _is_as_read(self, parts: _Parts) -> bool:
-        """Whether tensors hold what they did, though they have been written to: DDP writes buffers in every step."""
-        before = [self._digests[id(tensor)][1] for tensor in parts.tensors]
-        if self._must_recheck:
-            self._digests.clear()
-        return before == self._contents(parts)
-
-    def _contents(self, parts: _Parts) -> list[bytes]:
+    def _contents(self, tensors: list[Tensor]) -> bytes:
         """Return a hash of each tensor, computed anew where something was written to it."""
-        marks = {id(t): (version_of(t), t.data_ptr(), t.shape, t.stride(), t.device) for t in parts.tensors}
-        moved = [t for t in parts.tensors if self._digests.get(id(t), (None,))[0] != marks[id(t)]]
+        marks = {id(t): (version_of(t), t.data_ptr(), t.shape, t.stride(), t.device) for t in tensors}
+        moved = [t for t in tensors if self._digests.get(id(t), (None,))[0] != marks[id(t)]]
         for tensor, digest in zip(moved, self._hash.tensors(moved), strict=True):
             self._digests[id(tensor)] = marks[id(tensor)], f"{tensor.stride()}{tensor.device}".encode() + digest
-        return [self._digests[id(tensor)][1] for tensor in parts.tensors]
-
-    def _fingerprint(self, parts: _Parts) -> bytes:
-        contents = b"".join(self._contents(parts))
-        kinds = [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in parts.layers]
-        modes, codes = list(map(_training, parts.layers)), list(map(_code, parts.graphs))
-        text = f"{self._module!r}{kinds}{modes}{codes}".encode()
-        return xxhash.xxh3_128_digest(text + self._program(parts.functions()) + contents)
-
-    def _program(self, functions: list[Any]) -> bytes:
-        """Return nothing for the functions that the layers had at first, and random bytes for each other set."""
-        for known, key in self._programs:
-            if len(known) == len(functions) and all(map(is_, known, functions)):
-                return key
-        self._programs.append((functions, secrets.token_bytes(16) if self._programs else b""))
-        return self._programs[-1][1]
+        return b"".join(self._digests[id(tensor)][1] for tensor in tensors)
 
 
 class _Parts:
     """The layers and tensors of a module, and cheap marks of what can move about them."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.layers = list(module.modules())
+        self._module, self._layers = module, list(module.modules())
         # What TorchScript keeps are no dictionaries.
-        plain = [layer for layer in self.layers if not isinstance(layer, torch.jit.ScriptModule)]
-        self.graphs = [layer for layer in plain if isinstance(layer, fx.GraphModule)]
+        plain = [layer for layer in self._layers if not isinstance(layer, torch.jit.ScriptModule)]
+        self._graphs = [layer for layer in plain if isinstance(layer, fx.GraphModule)]
         self.tensors: list[Tensor] = [*dict.fromkeys(chain(module.parameters(), module.buffers()))]
         self._counted = [t for t in self.tensors if not t.is_inference() and why_no_key(t) is None]
         self._dicts = [part for layer in plain for part in parts_of(layer)]
-        self._hooks = [hooks for layer in plain for hooks in forward_hooks_of(layer)]
+        self._hooks = [hooks for layer in plain for hooks in hooks_of(layer)]
         self._own = list(map(vars, plain))
         # Not of torch.fx's modules, nor what a descriptor makes anew whenever it is read.
         classes = dict.fromkeys(type(layer) for layer in plain if not isinstance(layer, fx.GraphModule))
         self._classes = [c for c in classes if getattr(c, "forward", None) is getattr(c, "forward", None)]
         self._objects = self._gather()
-        self._marks: Any = (None, None)
 
     def hold(self) -> bool:
         """Whether every layer, parameter and buffer is the object it was."""
         objects = self._gather()
         return len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
 
-    def functions(self) -> list[Any]:
-        """Return what calls of the layers run: the ``forward`` of their own, and those of their classes."""
-        return [
-            *map(dict.get, self._own, repeat("forward")),
-            *map(getattr, self._classes, repeat("forward"), repeat(None)),
-        ]
-
-    def moved(self) -> tuple[bool, bool]:
-        """Return whether something is other than at the last time, and whether tensors were written to.
-
-        Writes through ``tensor.data`` cannot be seen here.
-        """
+    def marks(self) -> tuple[Any, Any, Any]:
+        """Return modes and flags, the functions that calls run, and marks of writes but those through ``.data``."""
         form = (
-            list(map(_training, self.layers)),
+            list(map(_training, self._layers)),
             list(map(bool, self._hooks)),
-            list(map(_code, self.graphs)),
-            self.functions(),
+            list(map(_code, self._graphs)),
             list(map(_trains, self.tensors)),
         )
-        writes = list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted))
-        before, self._marks = self._marks, (form, writes)
-        return bool(before[0] != form), bool(before[1] != writes)
+        own = list(map(dict.get, self._own, repeat("forward")))
+        functions = own + list(map(getattr, self._classes, repeat("forward"), repeat(None)))
+        return form, functions, (list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted)))
+
+    def text(self) -> bytes:
+        """Return classes, settings, modes and the code of graphs."""
+        kinds = [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in self._layers]
+        modes, codes = list(map(_training, self._layers)), list(map(_code, self._graphs))
+        return f"{self._module!r}{kinds}{modes}{codes}".encode()
 
     def _gather(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._dicts)))

@@ -45,28 +45,18 @@ class FeatureStats:
 
 @dataclass
 class Counts:
-    """What the calls of one stage have come to.
-
-    Args:
-        hits: Samples whose output was there.
-        misses: Samples whose output was computed.
-        known: Samples that had been there before, whether or not what was there could serve.
-        run_seconds: Time in the modules for the misses.
-        all_seconds: Time in all, keys and checks included.
-        difference: The largest difference between two computations of the same, in parts of the largest number.
-        off: Why nothing is remembered in this stage any more.
-    """
+    """What the calls of one stage have come to."""
 
     hits: int = 0
     misses: int = 0
-    known: int = 0
-    run_seconds: float = 0.0
-    all_seconds: float = 0.0
+    known: int = 0  # samples that had been there before, whether or not what was there could serve
+    run_seconds: float = 0.0  # in the modules for the misses
+    all_seconds: float = 0.0  # keys and checks included
     difference: float = 0.0
-    off: str | None = None
+    off: str | None = None  # why nothing is remembered in this stage any more
+    left_out: int = 0  # samples for which there was no room in this epoch
     _epochs: int = 0
-    _before: tuple[int, int] = (0, 0)
-    _covers: tuple[str, ...] = ()
+    _before: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def seconds_saved(self) -> float:
@@ -75,39 +65,35 @@ class Counts:
             return 0.0
         return self.hits * self.run_seconds / self.misses - (self.all_seconds - self.run_seconds)
 
-    def end_epoch(self, stage: str, refused: str | None) -> None:
-        """Set :attr:`off` if samples have not come back, though for a second epoch they could have.
-
-        Args:
-            stage: For the sentence.
-            refused: Why outputs could not be kept, if so.
-        """
-        samples, known = self.hits + self.misses - self._before[0], self.known - self._before[1]
-        self._before = self.hits + self.misses, self.known
-        if self._epochs >= 1 and samples and known < _WORTH * samples:
-            self.off = refused or (
-                f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they "
-                "are augmented at random, or there is too little room for them"
-            )
+    def end_epoch(self, stage: str, refused: str | None, row_bytes: float) -> str | None:
+        """Return why nothing is remembered any more, if samples have not come back though they could have."""
+        hits, known, samples = (now - before for now, before in zip(self._so_far(), self._before, strict=True))
+        self._before, left_out, self.left_out = self._so_far(), self.left_out, 0
+        if self._epochs >= 1 and samples and self.off is None:
+            if known < _WORTH * samples:
+                self.off = refused or (
+                    f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they "
+                    "are augmented at random, or there is too little room for them"
+                )
+            elif left_out and hits < _WORTH * samples:
+                self.off = (
+                    f"there is no room for {left_out:,} of the {samples:,} samples of the last {stage} epoch, and a "
+                    f"batch is answered only if all of its samples are there. All take {samples * row_bytes:,.0f} bytes"
+                )
+            return self.off
         self._epochs += samples > 0
+        return None
 
     def restart(self) -> None:
         """Do not count on samples to come back of which nothing is known any more."""
-        self._epochs = -1 if self.hits + self.misses > self._before[0] else 0
+        self._epochs = -1 if self._so_far()[2] > self._before[2] else 0
 
-    def follow(self, covers: tuple[str, ...]) -> None:
-        """Restart if outputs of other modules are remembered from now on."""
-        if covers != self._covers:
-            self._covers = covers
-            self.restart()
+    def _so_far(self) -> tuple[int, int, int]:
+        return self.hits, self.known, self.hits + self.misses
 
 
 class Stages:
-    """What has been done in training, validation and so on.
-
-    Args:
-        name: Returns what is going on now.
-    """
+    """What has been done in training, validation and so on, as ``name`` says what is going on now."""
 
     def __init__(self, name: Callable[[], str] = str) -> None:
         self.name = name

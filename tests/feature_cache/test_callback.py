@@ -157,6 +157,24 @@ def test_random_augmentation_switches_it_off_once_and_for_training_only(caplog: 
     assert seen[-1].hits > seen[12].hits  # validation samples come back
 
 
+def test_shuffled_data_for_which_there_is_too_little_room_switches_it_off(caplog: pytest.LogCaptureFixture) -> None:
+    """Batches of which some samples are missing would be computed for ever, and all that could be gained is lost."""
+    caplog.set_level(logging.INFO, "lightning_freeze")
+    results = []
+    cache = FeatureCache("backbone", max_bytes=25_000)
+    for callbacks in ([], [cache]):
+        torch.manual_seed(0)
+        net = Frozen()
+        trainer(callbacks=callbacks, max_epochs=4).fit(net, shuffled(64, 16))
+        results.append(torch.stack(net.losses))
+    assert torch.equal(*results)
+    (said,) = [record.message for record in caplog.records if "off for train" in record.message]
+    assert "All take 44,800 bytes" in said
+    assert not cache.stats.active
+    assert cache.stats.why is not None
+    assert cache.stats.samples == 0
+
+
 def test_training_validation_and_test_share_what_is_kept() -> None:
     cache = FeatureCache("backbone")
     net = Frozen()

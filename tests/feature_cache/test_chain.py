@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_freeze.feature_cache.arguments import sequential_links
 from lightning_freeze.feature_cache.chain import FeatureChain
 from lightning_freeze.feature_cache.hashing import DeviceHash, Hash
 from lightning_freeze.feature_cache.interceptor import is_intercepted
-from lightning_freeze.feature_cache.links import sequential_links
 from lightning_freeze.feature_cache.rows import MemoryRows
 
 WIDE = 300  # outputs with this many numbers are trusted after one comparison
@@ -122,7 +122,8 @@ def test_a_short_last_batch_is_not_computed_for_ever(kind: str) -> None:
     x = x.bfloat16() if kind == "half" else x
     with Watched(made[kind]().requires_grad_(False)) as watched:
         ran = sum(watched.runs(x[places]) for _ in range(10) for places in torch.randperm(size).split(32))
-    assert ran <= (2.4 if kind == "half" else 1.2) * size  # rounding to half precision hides where kernels differ
+    # In half precision the short batch itself is computed in each epoch: rounding hides where kernels differ.
+    assert ran <= (1.6 if kind == "half" else 1.2) * size
 
 
 class KernelOfShort(nn.Module):
@@ -142,6 +143,18 @@ def test_sizes_that_differ_in_one_sample_never_serve_each_other() -> None:
             for places in torch.randperm(44).split(8):
                 watched.runs(x[places])
         assert watched.chain.stats().hits > 0
+
+
+def test_sizes_that_differ_in_an_earlier_link_never_serve_each_other() -> None:
+    """The last link alone would give the same bits in both sizes."""
+    links = {"one": KernelOfShort(), "two": nn.Linear(6 * WIDE, WIDE).requires_grad_(False)}
+    net, x = nn.Sequential(*links.values()), torch.randn(44, 6)
+    orders = [torch.randperm(44).split(8) for _ in range(6)]
+    expected = [net(x[places]) for order in orders for places in order]
+    with FeatureChain(None, links, rows=MemoryRows(10**8)) as chain:
+        outputs = [net(x[places]) for order in orders for places in order]
+        assert chain.stats().hits > 3 * 40
+    assert all(map(torch.equal, outputs, expected))
 
 
 TWINS = {
@@ -442,11 +455,12 @@ def test_a_module_that_writes_into_its_input_is_left_alone() -> None:
         assert "writes into what it is given" in watched.said[0]
 
 
-def test_hooks_below_are_called(watched: Watched) -> None:
+@pytest.mark.parametrize("own", [False, True])
+def test_hooks_are_called(own: bool, watched: Watched) -> None:
     x = torch.randn(8, 6)
     watched.learn(x)
     seen = []
-    handle = watched.net.inner.register_forward_hook(lambda *_: seen.append(1))
+    handle = (watched.net if own else watched.net.inner).register_forward_hook(lambda *_: seen.append(1))
     for _ in range(3):
         watched.net(x)
     assert len(seen) == 3
@@ -537,27 +551,22 @@ def test_tracing_and_transforms_run_the_module(watched: Watched) -> None:
         assert net(torch.empty(8, 6)).shape == (8, WIDE)
 
 
-@pytest.mark.parametrize("how", ["wrapper", "in place", "around"])
+@pytest.mark.parametrize("how", ["wrapper", "in place"])
 def test_compiled_modules(how: str) -> None:
-    inner = Counting(small())
+    net: Any = Counting(small())
     x = torch.randn(8, 6)
     if how == "wrapper":
-        net: Any = torch.compile(inner, backend="eager")
-    elif how == "in place":
-        net = inner
-        net.compile(backend="eager")
+        net = torch.compile(net, backend="eager")
     else:
-        net = inner
+        net.compile(backend="eager")
     before = dict(vars(net))
-    call = torch.compile(lambda x: net(x) * 2, backend="eager") if how == "around" else net
-    expected = call(x)
-    chain = FeatureChain(("net", net), {}, rows=MemoryRows(10**6))
-    with chain.enter(compiled_around=how == "around"):
-        outputs = [call(x) for _ in range(4)]
+    expected = net(x)
+    with FeatureChain(("net", net), {}, rows=MemoryRows(10**6)) as chain:
+        outputs = [net(x) for _ in range(4)]
         assert chain.stats().hits >= 8
     assert all(torch.equal(output, expected) for output in outputs)
     assert list(vars(net)) == list(before)
-    assert torch.equal(call(x), expected)
+    assert torch.equal(net(x), expected)
 
 
 # Chains
@@ -797,6 +806,19 @@ class Scaled(Attends):
         options = {} if name == "stage1" else {"scale": self.scale}
         output: Tensor = getattr(self, name)(h, future, mask=(mask, None), **options)
         return output
+
+
+def test_a_link_that_writes_into_what_it_is_given_is_left_alone() -> None:
+    links = {"one": nn.ReLU(inplace=True), "two": nn.Linear(6, WIDE).requires_grad_(False)}
+    said: list[str] = []
+    net, x = nn.Sequential(*links.values()), torch.randn(8, 6)
+    with FeatureChain(None, links, rows=MemoryRows(10**6), say=said.append):
+        for _ in range(4):
+            given = x.clone()
+            output = net(given)
+            assert torch.equal(given, x.relu())
+            assert torch.equal(output, nn.functional.linear(x.relu(), links["two"].weight, links["two"].bias))
+    assert "one: off, because it writes into what it is given." in said
 
 
 def test_another_chain_does_not_go_on_with_what_links_gave_for_other_arguments() -> None:

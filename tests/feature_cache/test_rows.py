@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,16 +70,16 @@ def test_what_is_other_in_any_way_is_not_found(rows: Rows) -> None:
     assert rows.find(NET, keys, 50, LENGTH + 1) == [None] * 50
 
 
-def test_what_another_fit_has_left_can_be_forgotten(rows: Rows) -> None:
-    keys, values = content(100)
-    fill(rows, keys[:50], values[:50], batch=3 << 32)
-    fill(rows, keys[50:], values[50:], batch=4 << 32)
-    rows.ban(NET, 3)
-    found = rows.find(NET, keys, 50, LENGTH)
-    assert [entry is None for entry in found] == [True] * 50 + [False] * 50
-    fill(rows, keys[:50], values[50:], batch=5 << 32)
-    again = [entry for entry in rows.find(NET, keys[:50], 50, LENGTH) if entry is not None]
-    assert torch.equal(rows.read(again, CPU), values[50:])
+def test_what_is_wrong_can_be_forgotten(rows: Rows) -> None:
+    keys, values = content(50)
+    fill(rows, keys, values)
+    rows.put(b"m" * 16, keys, 1, values, list(range(50)))
+    rows.forget(NET)
+    assert rows.find(NET, keys, 50, LENGTH) == [None] * 50
+    assert None not in rows.find(b"m" * 16, keys, 50, LENGTH)
+    fill(rows, keys, values.flip(0))
+    again = [entry for entry in rows.find(NET, keys, 50, LENGTH) if entry is not None]
+    assert torch.equal(rows.read(again, CPU), values.flip(0))
 
 
 @pytest.mark.parametrize("limit", [1, 3000, 100_000])
@@ -91,7 +92,7 @@ def test_a_budget_is_never_exceeded_and_comes_back(limit: int) -> None:
         assert rows.bytes_taken <= rows.taken <= limit
     assert kept >= 0.8 * min(300, limit // (LENGTH + 300) - 3)
     for name in (b"a" * 16, b"b" * 16, b"c" * 16):
-        rows.forget(name)
+        rows.free(name)
     assert (rows.taken, rows.count) == (0, 0)
 
 
@@ -108,11 +109,6 @@ def test_what_nobody_asks_for_makes_room() -> None:
     assert any(rows.find(b"m" * 16, keys, 50, LENGTH))
 
 
-def test_no_memory_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_freeze.feature_cache.rows.available_memory", lambda: 0)
-    assert fill(MemoryRows(10**9), *content(3)) == 0
-
-
 def test_rows_that_were_kept_in_inference_mode_serve_in_training() -> None:
     rows = MemoryRows(10**6)
     keys, values = content(8)
@@ -122,6 +118,27 @@ def test_rows_that_were_kept_in_inference_mode_serve_in_training() -> None:
     found = [entry for size in (4,) for entry in rows.find(NET, keys, size, LENGTH) if entry is not None]
     assert len(found) == 8
     assert not rows.read(found, CPU).is_inference()
+
+
+def test_rows_of_one_batch_may_lie_on_a_device_and_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a device's share is used up; here both are the host's, one as on a device."""
+    monkeypatch.setattr("lightning_freeze.feature_cache.rows._FIRST_BLOCK", 5000)
+    rows, on_host = MemoryRows(10**6), MemoryRows._block
+    rows._device_left[CPU] = 0
+
+    def block(count: int, length: int, device: torch.device) -> Any:
+        is_device = sum(len(table.blocks) for table in rows._tables.values()) % 2
+        return torch.empty(count, length, dtype=torch.uint8) if is_device else on_host(rows, count, length, device)
+
+    monkeypatch.setattr(rows, "_block", block)
+    keys, values = content(1000)
+    assert fill(rows, keys, values) == 1000
+    order = torch.randperm(1000).tolist()
+    found = rows.find(NET, [keys[i] for i in order], 50, LENGTH)
+    assert torch.equal(rows.read([entry for entry in found if entry is not None], CPU), values[order])
+    rows.free(NET)
+    assert rows.taken == 0
+    assert rows._device_left[CPU] > 0
 
 
 # Folders

@@ -107,9 +107,9 @@ class Walking(Frozen):
 
 
 def test_layers_of_a_sequential_that_are_called_one_by_one(caplog: pytest.LogCaptureFixture) -> None:
-    cache, said = run(caplog, Walking())
-    assert len(said) == 1
-    assert not cache.stats.active
+    cache, said = run(caplog, Walking(), max_epochs=4)
+    assert not said
+    assert cache.stats.hits > 24
 
 
 def test_no_false_alarm_where_they_are_answered(caplog: pytest.LogCaptureFixture) -> None:
