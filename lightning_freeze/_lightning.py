@@ -1,34 +1,27 @@
-"""The one door to Lightning: its classes, and the few private names of it that the package needs."""
+"""The one door to Lightning: ``lightning.pytorch``, ``pytorch_lightning``, or both side by side.
+
+Their classes are not each other's. So the bases of ours have those of both as bases, and a class that is only checked
+against is a tuple of both; an older version than the package needs is passed over.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-import lightning
-from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, StochasticWeightAveraging, WeightAveraging
-
-# What Lightning puts in the place of an optimizer where ``configure_optimizers`` returns none.
-from lightning.pytorch.core.optimizer import _MockOptimizer
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
-from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
-from lightning.pytorch.strategies.xla import XLAStrategy
-from torch import Tensor, ones
+import torch
+import torchmetrics
+from lightning_utilities.core import rank_zero
+from packaging.version import Version
+from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = [
-    "LIGHTNING_FILE",
+    "LIGHTNING_FILES",
+    "OLDEST",
     "BaseFinetuning",
     "Callback",
     "DDPStrategy",
@@ -57,8 +50,87 @@ __all__ = [
     "without_fit",
 ]
 
-#: The file of the installed Lightning's package: what lies beside it is no code of the user's.
-LIGHTNING_FILE = str(lightning.__file__)
+#: The oldest Lightning that is supported; each of the two packages counts for itself.
+OLDEST = "2.5.3"
+
+
+def _is_recent(distribution: str) -> bool:
+    try:
+        return Version(version(distribution)) >= Version(OLDEST)
+    except PackageNotFoundError:
+        return False
+
+
+for _module, _needed in ((torch, "2.6"), (torchmetrics, "1.4")):
+    if Version(_module.__version__) < Version(_needed):
+        raise ImportError(f"lightning_freeze needs {_module.__name__} {_needed} or later, not {_module.__version__}.")
+_HOMES = [
+    {"pytorch": pytorch, "fabric": fabric}
+    for distribution, pytorch, fabric in (
+        ("lightning", "lightning.pytorch", "lightning.fabric"),
+        ("pytorch-lightning", "pytorch_lightning", "lightning_fabric"),
+    )
+    if _is_recent(distribution)
+]
+if not _HOMES:
+    raise ImportError(f"lightning_freeze needs Lightning {OLDEST} or later: pip install 'lightning>={OLDEST}'")
+
+_logs = rank_zero.log
+#: The files of the installed Lightnings: what lies beside them is no code of the user's.
+LIGHTNING_FILES = tuple(str(import_module(name).__file__) for home in _HOMES for name in home.values())
+# Both say things through one logger, which the last that is imported makes its own: it obeys the levels of both then, and
+# is that of the one that the user has imported.
+if _logs.name.startswith(tuple(home["pytorch"] for home in _HOMES)):
+    rank_zero.log = _logs
+rank_zero.log.addFilter(
+    lambda record: all(logging.getLogger(home["pytorch"]).isEnabledFor(record.levelno) for home in _HOMES)
+)
+
+
+def _all(module: str, name: str) -> tuple[Any, ...]:
+    """Return what each Lightning has under a name in a module, such as ``pytorch.callbacks``, if it is new enough."""
+    package, _, rest = module.partition(".")
+    modules = [import_module(f"{home[package]}.{rest}".rstrip(".")) for home in _HOMES]
+    return tuple(vars(found)[name] for found in modules if name in vars(found))
+
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, StochasticWeightAveraging, WeightAveraging
+    from lightning.pytorch.core.optimizer import _MockOptimizer
+    from lightning.pytorch.strategies import (
+        DDPStrategy,
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        ParallelStrategy,
+        SingleDeviceStrategy,
+        Strategy,
+    )
+    from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+    from lightning.pytorch.strategies.xla import XLAStrategy
+else:
+    for _module, _names in {
+        "pytorch": ("LightningModule", "Trainer"),
+        "pytorch.callbacks": ("BaseFinetuning", "EarlyStopping", "StochasticWeightAveraging", "WeightAveraging"),
+        # What Lightning puts in the place of an optimizer where ``configure_optimizers`` returns none.
+        "pytorch.core.optimizer": ("_MockOptimizer",),
+        "pytorch.strategies": (
+            *("DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"),
+            *("ParallelStrategy", "SingleDeviceStrategy", "Strategy"),
+        ),
+        "pytorch.strategies.single_xla": ("SingleDeviceXLAStrategy",),
+        "pytorch.strategies.xla": ("XLAStrategy",),
+    }.items():
+        globals().update({name: _all(_module, name) for name in _names})
+    _here = {"__module__": __name__}
+    Callback = type("Callback", _all("pytorch", "Callback"), _here)
+    MisconfigurationException = type(
+        "MisconfigurationException", _all("fabric.utilities.exceptions", "MisconfigurationException"), _here
+    )
+    _optimizer_handles_unscaling, *_ = _all("fabric.plugins.precision.amp", "_optimizer_handles_unscaling")
 
 # Lightning lends every callback the model's log functions, and with them the model.
 _LENT = frozenset({"log", "log_dict"})
@@ -119,7 +191,7 @@ def loss_scale(trainer: Trainer) -> Tensor | None:
     """Return what AMP multiplies the loss by, without waiting for the device; None without a scaler."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     # `get_scale` would wait.
-    return scaler.scale(ones((), device=trainer.strategy.root_device)) if scaler is not None else None
+    return scaler.scale(torch.ones((), device=trainer.strategy.root_device)) if scaler is not None else None
 
 
 def unscales_gradients(optimizer: Optimizer) -> bool:

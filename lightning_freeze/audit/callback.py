@@ -71,6 +71,7 @@ class GradientAudit(Callback):
 
     Example:
         >>> import torch
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> class Forgetful(BoringModel):
         ...     def configure_optimizers(self):
@@ -100,7 +101,7 @@ class GradientAudit(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be audited."""
-        if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        if stage == "fit" and isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
                 f"GradientAudit does not work with {type(trainer.strategy).__name__}: between steps a process has only "
                 "a part of the parameters. Audit a short run on one device or with strategy='ddp'."

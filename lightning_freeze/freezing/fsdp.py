@@ -51,7 +51,7 @@ class CheckpointsByName:
         parameters: Mapping[str, nn.Parameter],
         paused: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._strategy: Any = strategy if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) else None
+        self._strategy: Any = strategy if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) else None
         self._parameters = parameters
         self._paused = paused
         if self._strategy is not None:

@@ -73,6 +73,7 @@ class NormLogger(Callback):
             first kind, DeepSpeed), or an optimizer is not a ``torch.optim.Optimizer``.
 
     Example:
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[NormLogger(every_n_steps=1)], logger=False,
         ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)
@@ -104,7 +105,7 @@ class NormLogger(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be measured rightly."""
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             raise MisconfigurationException(
                 f"NormLogger does not work with {type(trainer.strategy).__name__}: each process would show the norm of "
                 "its own shard only. Use ModelParallelStrategy (FSDP2), DDP or one device."

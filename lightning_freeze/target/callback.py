@@ -155,7 +155,7 @@ class TargetNetwork(Holder):
 
     def _check_trainer(self, trainer: Trainer) -> None:
         """Refuse a strategy, an optimizer or a callback with which the target cannot follow."""
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
                 f"TargetNetwork does not work with {type(trainer.strategy).__name__}: between steps a process has only "
                 "a part of the parameters. Use one device or strategy='ddp'."
