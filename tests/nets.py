@@ -6,8 +6,9 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -97,6 +98,11 @@ class Stops(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:
         return None
+
+
+def averaging(name: str = "WeightAveraging") -> Any:
+    """A class of Lightning's callbacks that is new in 2.6; before, the test is skipped."""
+    return getattr(callbacks, name, None) or pytest.skip(f"this Lightning has no {name}")
 
 
 def data(samples: int = 24, seed: int = 1) -> TensorDataset:

@@ -49,7 +49,7 @@ def is_observed() -> bool:
     """Whether somebody traces, exports, counts or transforms what runs: then everything has to run."""
     return bool(
         torch._C._get_tracing_state() is not None
-        or torch.compiler.is_exporting()
+        or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # torch 2.6 has one flag for both
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or nn_module._global_forward_hooks
@@ -196,7 +196,10 @@ def _is_more_than_forward(module: nn.Module) -> bool:
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or nn_module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+        or nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
         or torch._C._get_tracing_state() is not None
     )
 

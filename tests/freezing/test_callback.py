@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase
 from lightning_freeze.freezing.callback import refuse_new_statistics
-from tests.nets import Net, Probe, loader, moved, sgd, snapshot, trainer
+from tests.nets import Net, Probe, averaging, loader, moved, sgd, snapshot, trainer
 
 AFFINE = {f"backbone.{layer}.{name}" for layer in (1, 5) for name in ("weight", "bias")}
 STATISTICS = {
@@ -187,4 +187,4 @@ def test_refused_only_where_statistics_would_be_lost() -> None:
     with pytest.raises(MisconfigurationException, match="has Me and StochasticWeightAveraging"):
         refuse_new_statistics(averaging, nn.Sequential(nn.BatchNorm1d(2)), "Me")
     refuse_new_statistics(averaging, nn.LayerNorm(2), "Me")
-    refuse_new_statistics(trainer(callbacks=[WeightAveraging()]), nn.BatchNorm1d(2), "Me")
+    refuse_new_statistics(trainer(callbacks=[averaging()()]), nn.BatchNorm1d(2), "Me")
