@@ -78,8 +78,8 @@ if not _HOMES:
 _logs = rank_zero.log
 #: The files of the installed Lightnings: what lies beside them is no code of the user's.
 LIGHTNING_FILES = tuple(str(import_module(name).__file__) for home in _HOMES for name in home.values())
-# Both speak through one logger, which the last that is imported makes its own. It stays that of the one that the user has
-# imported, and obeys the levels of both.
+# Both speak through one logger, which the last that is imported makes its own. It stays that of the one that the user
+# has imported, and obeys the levels of both.
 if _logs.name.startswith(tuple(home["pytorch"] for home in _HOMES)):
     rank_zero.log = _logs
 rank_zero.log.addFilter(

@@ -100,6 +100,10 @@ class Stops(torch.autograd.Function):
         return None
 
 
+#: Muon is new in torch 2.9.
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
+
 def averaging(name: str = "WeightAveraging") -> Any:
     """A class of Lightning's callbacks that is new in 2.6; before, the test is skipped."""
     return getattr(callbacks, name, None) or pytest.skip(f"this Lightning has no {name}")

@@ -183,8 +183,8 @@ def test_a_loss_that_is_the_same_as_by_hand() -> None:
 
 
 def test_refused_only_where_statistics_would_be_lost() -> None:
-    averaging = trainer(callbacks=[StochasticWeightAveraging(0.1)])
+    swa = trainer(callbacks=[StochasticWeightAveraging(0.1)])
     with pytest.raises(MisconfigurationException, match="has Me and StochasticWeightAveraging"):
-        refuse_new_statistics(averaging, nn.Sequential(nn.BatchNorm1d(2)), "Me")
-    refuse_new_statistics(averaging, nn.LayerNorm(2), "Me")
+        refuse_new_statistics(swa, nn.Sequential(nn.BatchNorm1d(2)), "Me")
+    refuse_new_statistics(swa, nn.LayerNorm(2), "Me")
     refuse_new_statistics(trainer(callbacks=[averaging()()]), nn.BatchNorm1d(2), "Me")
