@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+
+if "weights_only" not in inspect.signature(Trainer.fit).parameters:  # Lightning 2.5, where all is loaded
+
+    def _loads_all(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, weights_only=None, **kwargs: method(*args, **kwargs)
+
+    for _name in ("fit", "validate", "test", "predict"):
+        setattr(Trainer, _name, _loads_all(getattr(Trainer, _name)))
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]

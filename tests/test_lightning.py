@@ -19,7 +19,8 @@ from tests import main_job
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 both = pytest.mark.skipif(
-    "NAMESPACE" in os.environ or not all(find_spec(name.partition(".")[0]) for name in PACKAGES),
+    os.environ.get("NAMESPACE") == "pytorch_lightning"
+    or not all(find_spec(name.partition(".")[0]) for name in PACKAGES),
     reason="One of the packages is not installed, or has the other's name.",
 )
 
