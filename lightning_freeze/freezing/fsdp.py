@@ -10,11 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, OptimStateKeyType
 from torch.optim import Optimizer
 
+from lightning_freeze._distributed import (
+    FileSystemReader,
+    FSDPModule,
+    FullyShardedDataParallel,
+    OptimStateKeyType,
+    StateDictOptions,
+    set_optimizer_state_dict,
+)
 from lightning_freeze._lightning import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning_freeze.functional import can_train
 

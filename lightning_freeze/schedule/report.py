@@ -152,7 +152,7 @@ def _ends_too_early(
 
 
 def _line(schedule: Sequence[Mapping[str, Any]]) -> str:
-    return " → ".join(
+    return " -> ".join(
         " ".join(
             [
                 str(phase["train"]),
