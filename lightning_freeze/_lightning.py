@@ -1,39 +1,27 @@
-"""The one door to Lightning: its classes, and the few private names of it that the package needs."""
+"""The one door to Lightning: ``lightning.pytorch``, ``pytorch_lightning``, or both side by side.
+
+Their classes are not each other's. So the bases of ours have those of both as bases, and a class that is only checked
+against is a tuple of both; an older version than the package needs is passed over.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-import lightning
-from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    StochasticWeightAveraging,
-    WeightAveraging,
-)
-from lightning.pytorch.core import optimizer as _core
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    ParallelStrategy,
-    SingleDeviceStrategy,
-    Strategy,
-)
-from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
-from lightning.pytorch.strategies.xla import XLAStrategy
-from lightning.pytorch.utilities.types import LRSchedulerConfig
-from torch import Tensor, ones
+import torch
+import torchmetrics
+from lightning_utilities.core import rank_zero
+from packaging.version import Version
+from torch import Tensor
 from torch.optim import Optimizer
 
 __all__ = [
-    "LIGHTNING_FILE",
+    "LIGHTNING_FILES",
+    "OLDEST",
     "BaseFinetuning",
     "Callback",
     "DDPStrategy",
@@ -65,8 +53,98 @@ __all__ = [
     "without_fit",
 ]
 
-#: The file of the installed Lightning's package: what lies beside it is no code of the user's.
-LIGHTNING_FILE = str(lightning.__file__)
+#: The oldest Lightning that is supported; each of the two packages counts for itself.
+OLDEST = "2.5.3"
+
+
+def _is_recent(distribution: str) -> bool:
+    try:
+        return Version(version(distribution)) >= Version(OLDEST)
+    except PackageNotFoundError:
+        return False
+
+
+for _module, _needed in ((torch, "2.6"), (torchmetrics, "1.4")):
+    if Version(_module.__version__) < Version(_needed):
+        raise ImportError(f"lightning_freeze needs {_module.__name__} {_needed} or later, not {_module.__version__}.")
+_HOMES = [
+    {"pytorch": pytorch, "fabric": fabric}
+    for distribution, pytorch, fabric in (
+        ("lightning", "lightning.pytorch", "lightning.fabric"),
+        ("pytorch-lightning", "pytorch_lightning", "lightning_fabric"),
+    )
+    if _is_recent(distribution)
+]
+if not _HOMES:
+    raise ImportError(f"lightning_freeze needs Lightning {OLDEST} or later: pip install 'lightning>={OLDEST}'")
+
+_logs = rank_zero.log
+#: The files of the installed Lightnings: what lies beside them is no code of the user's.
+LIGHTNING_FILES = tuple(str(import_module(name).__file__) for home in _HOMES for name in home.values())
+# Both speak through one logger, which the last that is imported makes its own. It stays that of the one that the user
+# has imported, and obeys the levels of both.
+if _logs.name.startswith(tuple(home["pytorch"] for home in _HOMES)):
+    rank_zero.log = _logs
+rank_zero.log.addFilter(
+    lambda record: all(logging.getLogger(home["pytorch"]).isEnabledFor(record.levelno) for home in _HOMES)
+)
+
+
+def _all(module: str, name: str) -> tuple[Any, ...]:
+    """Return what each Lightning has under a name in a module, such as ``pytorch.callbacks``, if it is new enough."""
+    package, _, rest = module.partition(".")
+    modules = [import_module(f"{home[package]}.{rest}".rstrip(".")) for home in _HOMES]
+    return tuple(vars(found)[name] for found in modules if name in vars(found))
+
+
+if TYPE_CHECKING:
+    from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.callbacks import (
+        BaseFinetuning,
+        EarlyStopping,
+        GradientAccumulationScheduler,
+        StochasticWeightAveraging,
+        WeightAveraging,
+    )
+    from lightning.pytorch.core.optimizer import _MockOptimizer
+    from lightning.pytorch.strategies import (
+        DDPStrategy,
+        DeepSpeedStrategy,
+        FSDPStrategy,
+        ModelParallelStrategy,
+        ParallelStrategy,
+        SingleDeviceStrategy,
+        Strategy,
+    )
+    from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+    from lightning.pytorch.strategies.xla import XLAStrategy
+    from lightning.pytorch.utilities.types import LRSchedulerConfig
+else:
+    for _module, _names in {
+        "pytorch": ("LightningModule", "Trainer"),
+        "pytorch.callbacks": (
+            *("BaseFinetuning", "EarlyStopping", "GradientAccumulationScheduler"),
+            *("StochasticWeightAveraging", "WeightAveraging"),
+        ),
+        # What Lightning puts in the place of an optimizer where ``configure_optimizers`` returns none.
+        "pytorch.core.optimizer": ("_MockOptimizer",),
+        "pytorch.strategies": (
+            *("DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"),
+            *("ParallelStrategy", "SingleDeviceStrategy", "Strategy"),
+        ),
+        "pytorch.strategies.single_xla": ("SingleDeviceXLAStrategy",),
+        "pytorch.strategies.xla": ("XLAStrategy",),
+        "pytorch.utilities.types": ("LRSchedulerConfig",),
+    }.items():
+        globals().update({name: _all(_module, name) for name in _names})
+    _here = {"__module__": __name__}
+    Callback = type("Callback", _all("pytorch", "Callback"), _here)
+    MisconfigurationException = type(
+        "MisconfigurationException", _all("fabric.utilities.exceptions", "MisconfigurationException"), _here
+    )
+    _optimizer_handles_unscaling, *_ = _all("fabric.plugins.precision.amp", "_optimizer_handles_unscaling")
 
 # Lightning lends every callback the model's log functions, and with them the model.
 _LENT = frozenset({"log", "log_dict"})
@@ -85,20 +163,22 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 def optimizers_of(trainer: Trainer) -> list[Optimizer]:
     """Return the Trainer's optimizers; an empty list where ``configure_optimizers`` returned none."""
-    # Lightning puts a mock there.
-    return [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _core._MockOptimizer)]
+    return [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
 
 
 def scheduler_configs(module: LightningModule, schedulers: list[dict[str, Any]]) -> list[LRSchedulerConfig]:
     """Return what Lightning makes of the schedulers that ``configure_optimizers`` returns, which it checks."""
     # Public is only the way through `configure_optimizers`.
-    automatic = module.automatic_optimization
-    configs: list[LRSchedulerConfig] = (
-        _core._configure_schedulers_automatic_opt(schedulers, None)
-        if automatic
-        else _core._configure_schedulers_manual_opt(schedulers)
+    home = next(
+        home["pytorch"] for home in _HOMES if isinstance(module, import_module(home["pytorch"]).LightningModule)
     )
-    _core._validate_scheduler_api(configs, module)
+    core = import_module(f"{home}.core.optimizer")
+    configs: list[LRSchedulerConfig] = (
+        core._configure_schedulers_automatic_opt(schedulers, None)
+        if module.automatic_optimization
+        else core._configure_schedulers_manual_opt(schedulers)
+    )
+    core._validate_scheduler_api(configs, module)
     return configs
 
 
@@ -141,7 +221,7 @@ def loss_scale(trainer: Trainer) -> Tensor | None:
     """Return what AMP multiplies the loss by, without waiting for the device; None without a scaler."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     # `get_scale` would wait.
-    return scaler.scale(ones((), device=trainer.strategy.root_device)) if scaler is not None else None
+    return scaler.scale(torch.ones((), device=trainer.strategy.root_device)) if scaler is not None else None
 
 
 def unscales_gradients(optimizer: Optimizer) -> bool:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
+
+if "weights_only" not in inspect.signature(Trainer.fit).parameters:  # Lightning 2.5, where all is loaded
+
+    def _loads_all(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, weights_only=None, **kwargs: method(*args, **kwargs)
+
+    for _name in ("fit", "validate", "test", "predict"):
+        setattr(Trainer, _name, _loads_all(getattr(Trainer, _name)))
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -97,6 +107,15 @@ class Stops(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> None:
         return None
+
+
+#: Muon is new in torch 2.9.
+needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
+
+def averaging(name: str = "WeightAveraging") -> Any:
+    """A class of Lightning's callbacks that is new in 2.6; before, the test is skipped."""
+    return getattr(callbacks, name, None) or pytest.skip(f"this Lightning has no {name}")
 
 
 def data(samples: int = 24, seed: int = 1) -> TensorDataset:

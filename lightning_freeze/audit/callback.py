@@ -62,6 +62,7 @@ class GradientAudit(Callback):
 
     Example:
         >>> import torch
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> class Forgetful(BoringModel):
         ...     def configure_optimizers(self):

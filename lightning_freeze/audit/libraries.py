@@ -5,26 +5,29 @@ from __future__ import annotations
 import inspect
 import os
 import site
+import sys
 import sysconfig
 from functools import cache
+from pathlib import Path
 
 import torch
 
-from lightning_freeze._lightning import LIGHTNING_FILE
+from lightning_freeze._lightning import LIGHTNING_FILES
 
 _LIBRARIES = tuple(
     os.path.join(os.path.abspath(folder), "")
     for folder in {
-        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-        *site.getsitepackages(),  # several with --system-site-packages
+        *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib")),
+        *site.getsitepackages(),
         site.getusersitepackages(),
-        os.path.dirname(os.path.dirname(torch.__file__)),  # pip --target
+        # pip --target, PYTHONPATH, containers: where something was installed, libraries are
+        *(folder for folder in sys.path if folder and any(Path(folder).glob("*.dist-info"))),
     }
 )
 # Their frames are around every operation and say nothing, not even where no line is the user's own.
 _MACHINERY = tuple(
     os.path.join(os.path.dirname(os.path.abspath(file)), "")
-    for file in (torch.__file__, LIGHTNING_FILE, os.path.dirname(__file__))
+    for file in (torch.__file__, *LIGHTNING_FILES, os.path.dirname(__file__))
 )
 
 

@@ -203,7 +203,7 @@ class FeatureCache(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._chain is not None:
             return
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
             why = f"under {type(trainer.strategy).__name__} a process has only a part of the weights"
             self._stats = FeatureStats(why=why)
             self._say(trainer, f"{self.module}: off, because {why}.")

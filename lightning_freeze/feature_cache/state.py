@@ -11,9 +11,8 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor, fx, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
+from lightning_freeze._distributed import DTensor, FSDPModule
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.interceptor import (
     BatchNormBase,

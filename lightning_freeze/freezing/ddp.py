@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
-from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-from torch.distributed.algorithms.model_averaging.utils import average_parameters
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_freeze._distributed import PeriodicModelAverager, PowerSGDState, average_parameters
 from lightning_freeze._lightning import DDPStrategy, Strategy
 
 

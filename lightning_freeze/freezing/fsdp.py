@@ -10,11 +10,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, OptimStateKeyType
 from torch.optim import Optimizer
 
+from lightning_freeze._distributed import (
+    FileSystemReader,
+    FSDPModule,
+    FullyShardedDataParallel,
+    OptimStateKeyType,
+    StateDictOptions,
+    set_optimizer_state_dict,
+)
 from lightning_freeze._lightning import FSDPStrategy, ModelParallelStrategy, Strategy
 from lightning_freeze.functional import can_train
 
@@ -46,7 +51,7 @@ class CheckpointsByName:
         parameters: Mapping[str, nn.Parameter],
         paused: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._strategy: Any = strategy if isinstance(strategy, FSDPStrategy | ModelParallelStrategy) else None
+        self._strategy: Any = strategy if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) else None
         self._parameters = parameters
         self._paused = paused
         if self._strategy is not None:
@@ -63,25 +68,27 @@ class CheckpointsByName:
         state: dict[str, Any] = type(self._strategy).optimizer_state(self._strategy, optimizer)
         return state
 
-    def _load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def _load_checkpoint(self, checkpoint_path: Any, **options: Any) -> dict[str, Any]:
         reshard(self._strategy, self._strategy.lightning_module)
         flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         path = Path(self._strategy.broadcast(checkpoint_path))
         if path.is_dir():
             saved, have_state = None, {match[1] for match in _entries(path, r"optimizer_\d+\.state\.(.+)\.\w+")}
         else:
-            saved = torch.load(path, mmap=True, map_location="cpu", weights_only=weights_only)["optimizer_states"]
+            # Lightning 2.5 has no such option, and loads whatever is in the file.
+            read = torch.load(path, mmap=True, map_location="cpu", **({"weights_only": False} | options))
+            saved = read["optimizer_states"]
             have_state = _names_with_state(saved, list(self._parameters))
         try:
             for name, parameter in self._parameters.items():
                 parameter.requires_grad_(name in have_state and can_train(parameter))
             with self._paused():
-                return self._load(path, saved, weights_only)
+                return self._load(path, saved, options)
         finally:
             for name, parameter in self._parameters.items():
                 parameter.requires_grad_(flags[name])
 
-    def _load(self, path: Path, saved: list[dict[str, Any]] | None, weights_only: bool | None) -> dict[str, Any]:
+    def _load(self, path: Path, saved: list[dict[str, Any]] | None, options: dict[str, Any]) -> dict[str, Any]:
         """Load as the strategy does, except where FSDP2 would fail at what was saved while something was frozen."""
         strategy = self._strategy
         optimizers = strategy.optimizers
@@ -93,7 +100,7 @@ class CheckpointsByName:
         )
 
         def load() -> dict[str, Any]:
-            checkpoint: dict[str, Any] = type(strategy).load_checkpoint(strategy, path, weights_only=weights_only)
+            checkpoint: dict[str, Any] = type(strategy).load_checkpoint(strategy, path, **options)
             return checkpoint
 
         if not one_by_one:

@@ -35,7 +35,7 @@ class Holder(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a strategy under which parameters cannot freeze."""
         if stage == "fit":
-            check_strategy(trainer.strategy)
+            check_strategy(trainer.strategy, manual=not pl_module.automatic_optimization)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze before anything is trained or restored."""
@@ -68,7 +68,7 @@ class Holder(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save modules among the hyperparameters as they are after the fit."""
         if self._ledger is not None:
-            saved = checkpoint.get(LightningModule.CHECKPOINT_HYPER_PARAMS_KEY, {})
+            saved = checkpoint.get(pl_module.CHECKPOINT_HYPER_PARAMS_KEY, {})
             self._ledger.as_after_fit(saved, pl_module.hparams)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

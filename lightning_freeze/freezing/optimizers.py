@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import LBFGS, Optimizer
 
+from lightning_freeze._distributed import ZeroRedundancyOptimizer
 from lightning_freeze.freezing.adoption import Adoption
 from lightning_freeze.freezing.step_view import Scale, StepView, factor_at
 from lightning_freeze.freezing.trial import try_adoption, try_scales

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import (
+    OLDEST,
     DDPStrategy,
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -21,13 +22,13 @@ _SUPPORTED = (SingleDeviceStrategy, DDPStrategy, FSDPStrategy, ModelParallelStra
 _UNSUPPORTED = (DeepSpeedStrategy, XLAStrategy, SingleDeviceXLAStrategy)
 
 
-def check_strategy(strategy: Strategy) -> None:
-    """Refuse a strategy under which the trainable set cannot change exactly, or of the package pytorch_lightning."""
+def check_strategy(strategy: Strategy, *, manual: bool = False) -> None:
+    """Refuse a strategy under which the trainable set cannot change exactly; ``manual`` is how the module optimizes."""
     name = type(strategy).__name__
-    if any(base.__module__.startswith("pytorch_lightning.") for base in type(strategy).__mro__):
+    if not isinstance(strategy, Strategy):
+        package = type(strategy).__module__.partition(".")[0]
         raise MisconfigurationException(
-            f"{name} comes from the package pytorch_lightning, whose classes are not those of lightning.pytorch. "
-            "Import Trainer and LightningModule from lightning.pytorch."
+            f"{name} comes from {package}, in a version before {OLDEST}. Upgrade it: pip install --upgrade {package}"
         )
     if not isinstance(strategy, _SUPPORTED) or isinstance(strategy, _UNSUPPORTED):
         raise MisconfigurationException(
@@ -40,13 +41,19 @@ def check_strategy(strategy: Strategy) -> None:
             f"{name}(use_orig_params=False) makes one flat parameter of all in a unit, which cannot freeze in part. "
             f"Use {name}(use_orig_params=True)."
         )
+    static = getattr(strategy, "_ddp_kwargs", {}).get("static_graph")
+    # Lightning 2.6 flushes the first reduction by hand, and has this attribute for it.
+    if manual and static and not hasattr(strategy, "_pl_static_graph_delay_done"):
+        raise MisconfigurationException(
+            f"{name}(static_graph=True) loses gradients in manual optimization before Lightning 2.6, so replicas drift "
+            "apart. Leave static_graph out, or upgrade Lightning."
+        )
 
 
 def refuse_shards(who: str, strategy: Strategy, *, fsdp2: bool = False) -> None:
     """Refuse a strategy under which a process holds a part of the parameters only, FSDP2's unless that works."""
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy) or (
-        isinstance(strategy, ModelParallelStrategy) and not fsdp2
-    ):
+    shards = isinstance(strategy, (FSDPStrategy, DeepSpeedStrategy))
+    if shards or (isinstance(strategy, ModelParallelStrategy) and not fsdp2):
         others = ", ModelParallelStrategy (FSDP2)" if fsdp2 else ""
         raise MisconfigurationException(
             f"{who} does not work with {type(strategy).__name__}: between steps a process has only a part of the "

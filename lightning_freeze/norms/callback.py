@@ -71,6 +71,7 @@ class NormLogger(Callback):
             first kind, DeepSpeed), or an optimizer is not a ``torch.optim.Optimizer``.
 
     Example:
+        >>> from lightning.pytorch import Trainer
         >>> from lightning.pytorch.demos.boring_classes import BoringModel
         >>> trainer = Trainer(max_steps=1, accelerator="cpu", callbacks=[NormLogger(every_n_steps=1)], logger=False,
         ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0)

@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from lightning_freeze._distributed import DTensor, Partial, Replicate
 from lightning_freeze.tensors import divide_all, norms_of_all, stored_values
 
 #: What has a norm of its own beside everything together.

@@ -21,7 +21,7 @@ def refuse_sharded(strategy: Strategy, phases: Sequence[Phase]) -> None:
         MisconfigurationException: If a phase asks for it.
     """
     asks = next((phase for phase in phases if phase.plateau is not None and phase.plateau.restore_best), None)
-    if asks is not None and isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+    if asks is not None and isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
         raise MisconfigurationException(
             f"Phase {asks.label!r} ends by a Plateau(restore_best=True). Under {type(strategy).__name__} each "
             "process has a part of every parameter, which a callback's state cannot hold. Leave restore_best out, and "

@@ -25,7 +25,7 @@ def weights_to_keep(pl_module: LightningModule, fit: Fit, history: Sequence[tupl
     People keep only what requires grad while the file is written; an earlier phase's weights would be missing. They
     share their memory with the model's, so a file that has both does not grow.
     """
-    if pl_module.strict_loading or isinstance(fit.ledger.strategy, FSDPStrategy | ModelParallelStrategy):
+    if pl_module.strict_loading or isinstance(fit.ledger.strategy, (FSDPStrategy, ModelParallelStrategy)):
         return {}
     return {name: fit.ledger.parameters[name].detach() for name in trained_so_far(fit, history)}
 

@@ -230,7 +230,7 @@ class Fit:
                 f"The schedule trains parameters that none of the {len(optimizers)} optimizers holds: "
                 f"{listed(adopt)}. Which one should is for you to say: give them to one in configure_optimizers."
             )
-        if isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
             raise MisconfigurationException(
                 f"The schedule trains parameters that the optimizer was not given: {listed(adopt)}. With "
                 f"{type(strategy).__name__}, which saves optimizers in parts, they cannot be added later: give them to "

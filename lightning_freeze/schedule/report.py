@@ -213,6 +213,6 @@ def _line(schedule: Sequence[Mapping[str, Any]]) -> str:
             )
             for phase in schedule
         ),
-        " → ",
+        " -> ",
         most=20,
     )

@@ -17,7 +17,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
-    EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
     StochasticWeightAveraging,
@@ -37,7 +36,7 @@ from lightning_freeze.target.callback import TargetNetwork
 from tests.devices import Hooked as HookedDDP
 from tests.followers import Student
 from tests.laws.test_law6_replicas_agree import post_local_sgd
-from tests.nets import Net, Probe, Stops, adamw, data, loader, sgd, trainer
+from tests.nets import Net, Probe, Stops, adamw, averaging, data, loader, sgd, trainer
 from tests.replicas import on_two_processes
 
 
@@ -337,6 +336,12 @@ class Plain(Net):
     lr = 0.1
 
 
+def test_averaged_weights_are_no_alarm() -> None:
+    schedule = FreezeSchedule([Phase("*", steps=3), Phase(["head", "neck"])])
+    average = averaging("EMAWeightAveraging")(decay=0.5)
+    assert found(fit(Net(optimizer=sgd), schedule, average, max_epochs=3)) == {}
+
+
 # BackboneFinetuning's, of BatchNorm layers that it leaves trainable.
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
 def test_callbacks_that_move_weights_by_design_are_no_finding(tmp_path: Path) -> None:
@@ -344,8 +349,6 @@ def test_callbacks_that_move_weights_by_design_are_no_finding(tmp_path: Path) ->
         pass
 
     assert found(fit(Net(optimizer=sgd_of_trainable), BackboneFinetuning(1), max_epochs=3)) == {}
-    schedule = FreezeSchedule([Phase("*", steps=3), Phase(["head", "neck"])])
-    assert found(fit(Net(optimizer=sgd), schedule, EMAWeightAveraging(decay=0.5), max_epochs=3)) == {}
     frozen = Net(optimizer=sgd)
     frozen.neck.requires_grad_(False)
     assert found(fit(frozen, Swa(1e-3, swa_epoch_start=1, annealing_epochs=1), max_epochs=4)) == {}

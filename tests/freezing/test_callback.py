@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import nn
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase
 from lightning_freeze.freezing.callback import refuse_new_statistics
-from tests.nets import Net, Probe, loader, moved, sgd, snapshot, trainer
+from tests.nets import Net, Probe, averaging, loader, moved, sgd, snapshot, trainer
 
 AFFINE = {f"backbone.{layer}.{name}" for layer in (1, 5) for name in ("weight", "bias")}
 STATISTICS = {
@@ -185,8 +185,8 @@ def test_training_equals_a_loop_with_layers_in_eval_mode_to_the_bit() -> None:
 
 
 def test_weight_averaging_is_refused_only_where_it_resets_statistics() -> None:
-    averaging = trainer(callbacks=[StochasticWeightAveraging(0.1)])
+    swa = trainer(callbacks=[StochasticWeightAveraging(0.1)])
     with pytest.raises(MisconfigurationException, match="has Me and StochasticWeightAveraging"):
-        refuse_new_statistics(averaging, nn.Sequential(nn.BatchNorm1d(2)), "Me")
-    refuse_new_statistics(averaging, nn.LayerNorm(2), "Me")
-    refuse_new_statistics(trainer(callbacks=[WeightAveraging()]), nn.BatchNorm1d(2), "Me")
+        refuse_new_statistics(swa, nn.Sequential(nn.BatchNorm1d(2)), "Me")
+    refuse_new_statistics(swa, nn.LayerNorm(2), "Me")
+    refuse_new_statistics(trainer(callbacks=[averaging()()]), nn.BatchNorm1d(2), "Me")

@@ -16,7 +16,7 @@ from lightning_freeze import Ramp
 from lightning_freeze.freezing.optimizers import foreign, missing
 from lightning_freeze.freezing.step_view import factor_at
 from lightning_freeze.freezing.trial import try_adoption
-from tests.nets import adamw, members, same, sgd
+from tests.nets import adamw, members, needs_muon, same, sgd
 from tests.phased import Phased
 
 MAKE: dict[str, Any] = {
@@ -280,16 +280,21 @@ class OneRate(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_what_the_first_step_would_refuse_is_found_before(two: Any) -> None:
+@needs_muon
+def test_what_the_constructor_would_refuse_is_found_before(two: Any) -> None:
     net, phased = two
-    with pytest.raises(ValueError, match="which OneRate refuses: one rate only Leave lr_scale out"):
-        phased(OneRate(net.parameters(), lr=0.1), scales=[{}, {id(net[0].weight): 0.1}])
-    phased(OneRate(net.parameters(), lr=0.1))
     muon = torch.optim.Muon([net[0].weight])
     bias = nn.Parameter(torch.zeros(2))
     with pytest.raises(ValueError, match=r"does not take: 1\.bias\. It says: Muon only supports"):
         phased(muon, adopt={"1.bias": bias})
     assert members(muon) == [id(net[0].weight)]
+
+
+def test_what_the_first_step_would_refuse_is_found_before(two: Any) -> None:
+    net, phased = two
+    with pytest.raises(ValueError, match="which OneRate refuses: one rate only Leave lr_scale out"):
+        phased(OneRate(net.parameters(), lr=0.1), scales=[{}, {id(net[0].weight): 0.1}])
+    phased(OneRate(net.parameters(), lr=0.1))
     table, other, dense = nn.Embedding(3, 2, sparse=True), nn.Embedding(3, 2, sparse=True), nn.Linear(2, 2)
     adam = torch.optim.SparseAdam(table.parameters())
     sparse = [id(table.weight), id(other.weight)]

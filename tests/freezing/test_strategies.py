@@ -61,13 +61,21 @@ def test_strategy_that_cannot_freeze_exactly_is_refused_by_name(cls: type[Strate
         check_strategy(unbuilt(cls))
 
 
-def test_strategy_of_pytorch_lightning_is_refused_with_the_right_import() -> None:
-    theirs = type("DDPStrategy", (OfMyOwn,), {"__module__": "pytorch_lightning.strategies.ddp"})
-    for cls in (theirs, type("MyDDP", (theirs,), {})):
-        with pytest.raises(
-            MisconfigurationException, match=r"Import Trainer and LightningModule from lightning\.pytorch"
-        ):
-            check_strategy(unbuilt(cls))
+def test_a_lightning_that_is_too_old_is_named() -> None:
+    """It may lie beside one that is not: ``lightning`` takes any ``pytorch_lightning``."""
+    theirs = type("DDPStrategy", (), {"__module__": "pytorch_lightning.strategies.ddp"})
+    with pytest.raises(MisconfigurationException, match=r"before 2\.5\.3.* pip install --upgrade pytorch_lightning"):
+        check_strategy(theirs())
+
+
+def test_static_graph_is_refused_where_lightning_loses_gradients() -> None:
+    """Lightning 2.5 does, in manual optimization; without the attribute this is one."""
+    strategy = DDPStrategy(static_graph=True)
+    check_strategy(strategy)
+    vars(strategy).pop("_pl_static_graph_delay_done", None)
+    check_strategy(strategy)
+    with pytest.raises(MisconfigurationException, match="Leave static_graph out, or upgrade Lightning"):
+        check_strategy(strategy, manual=True)
 
 
 @pytest.mark.parametrize("cls", [SingleDeviceStrategy, DDPStrategy, MyDDP, FSDPStrategy, ModelParallelStrategy])

@@ -45,7 +45,7 @@ def build(name: str, policy: Any = "keep") -> tuple[nn.Module, torch.optim.Optim
 
 def test_there_are_as_many_as_expected() -> None:
     assert len(OPTIMIZERS) >= 13
-    assert {"AdamW", "SGD", "Adagrad", "Muon", "Adafactor", "Rprop"} <= set(OPTIMIZERS)
+    assert {"AdamW", "SGD", "Adagrad", "Adafactor", "Rprop"} <= set(OPTIMIZERS)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

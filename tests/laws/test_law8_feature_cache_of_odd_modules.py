@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_freeze import FeatureCache, FreezeSchedule, Phase
-from tests.nets import snapshot, trainer
+from tests.nets import averaging, snapshot, trainer
 
 WIDE = 64
 
@@ -242,18 +241,17 @@ def test_a_batchwise_module_is_found_out_when_batches_are_first_put_together_ane
 # Weights
 
 
-class Averages(WeightAveraging):
-    """Swaps averaged weights in for validation, from some step on."""
-
-    def __init__(self) -> None:
-        super().__init__(avg_fn=get_ema_avg_fn(0.5))
-
-    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
-        return step_idx is not None and step_idx >= 15
-
-
 @pytest.mark.parametrize("first", [False, True])
 def test_averaged_weights_of_a_module_that_froze_again(first: bool) -> None:
+    class Averages(averaging()):  # type: ignore[misc]
+        """Swaps averaged weights in for validation, from some step on."""
+
+        def __init__(self) -> None:
+            super().__init__(avg_fn=get_ema_avg_fn(0.5))
+
+        def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+            return step_idx is not None and step_idx >= 15
+
     def callbacks() -> list[Callback]:
         return [FreezeSchedule([Phase("*", epochs=1), Phase("head")], verbose=False), Averages()]
 
