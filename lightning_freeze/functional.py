@@ -13,9 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_freeze.selectors import Selector, named_unique_parameters, select_parameters, unwrapped
+from lightning_freeze.selectors import Selector, clean_name, named_unique_parameters, select_parameters, unwrapped
+from lightning_freeze.tables import Table
 from lightning_freeze.tensors import as_array
-from lightning_freeze.words import Table, percent
+from lightning_freeze.words import percent, whole_number
 
 
 def freeze(module: nn.Module, select: Selector = "*") -> dict[str, nn.Parameter]:
@@ -149,19 +150,31 @@ class TrainableSummary:
         return self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
         rows = [*self.rows, SummaryRow("total", "", self.trainable, self.total)]
         cells = [(r.name, r.kind, f"{r.trainable:,}", f"{r.total:,}", percent(r.trainable, r.total)) for r in rows]
-        return str(Table(("module", "type", "trainable", "total", "share"), cells))
+        return Table(("module", "type", "trainable", "total", "share"), cells)
 
 
-def trainable_summary(module: nn.Module) -> TrainableSummary:
+def trainable_summary(module: nn.Module, *, depth: int = 1) -> TrainableSummary:
     """Return how much of a module trains; a tied parameter counts once, where it comes first.
 
     Args:
         module: Any module.
+        depth: How deep the modules lie that have a row. Those that only wrap another one do not count.
 
     Returns:
         An object with ``trainable``, ``total``, ``fraction`` and ``rows``; print it for a table.
+
+    Raises:
+        TypeError: If ``depth`` is no whole number.
+        ValueError: If it is below 1.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
@@ -173,15 +186,27 @@ def trainable_summary(module: nn.Module) -> TrainableSummary:
         1       Linear          4      4  100.0 %
         total                   4     13   30.8 %
     """
-    module = unwrapped(module)
-    children = dict(module.named_children())
+    module, depth = unwrapped(module), whole_number("trainable_summary", "depth", depth)
+    parameters = named_unique_parameters(module)
+    paths = {name: name.split(".") for name in parameters}
+    modules = {clean_name(name): child for name, child in module.named_modules(remove_duplicate=False)}
+    while len({tuple(path[:depth]) for path in paths.values()}) == 1 and any(
+        len(path) > depth + 1 for path in paths.values()
+    ):
+        depth += 1
     tops: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in named_unique_parameters(module).items():
-        tops.setdefault(name.split(".")[0], []).append(parameter)
-    kinds = {top: type(children[top]).__name__ if top in children else "Parameter" for top in tops}
+    for name, path in paths.items():
+        # A layer is not split into its parameters.
+        above = ".".join(path[:-1])
+        is_layer = above != "" and next(modules[above].children(), None) is None
+        tops.setdefault(".".join(path[: min(depth, len(path) - is_layer)]), []).append(parameters[name])
     trainable = {top: sum(scalars(p) for p in own if p.requires_grad) for top, own in tops.items()}
-    rows = [SummaryRow(top, kinds[top], trainable[top], sum(map(scalars, own))) for top, own in tops.items()]
+    rows = [SummaryRow(top, _kind(modules, top), trainable[top], sum(map(scalars, own))) for top, own in tops.items()]
     return TrainableSummary(tuple(rows))
+
+
+def _kind(modules: Mapping[str, nn.Module], name: str) -> str:
+    return type(modules[name]).__name__ if name in modules else "Parameter"
 
 
 def to_numpy(outputs: Any) -> Any:

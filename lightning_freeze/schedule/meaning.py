@@ -11,6 +11,7 @@ from lightning_freeze.freezing.batchnorm import frozen_running_statistics
 from lightning_freeze.freezing.eval_mode import wholly_frozen
 from lightning_freeze.functional import can_train, scalars
 from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import (
     Predicate,
     as_patterns,
@@ -102,7 +103,8 @@ def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float]:
     """
     parameters = named_unique_parameters(module)
     owner = scale_owners(module, phase)
-    return {id(parameters[name]): float(phase.scales[select]) for name, select in owner.items()}  # type: ignore[arg-type]
+    scales = {select: s.end if isinstance(s, Ramp) else float(s) for select, s in phase.scales.items()}
+    return {id(parameters[name]): scales[select] for name, select in owner.items()}
 
 
 def scale_owners(module: nn.Module, phase: Phase) -> dict[str, Any]:
