@@ -6,7 +6,7 @@ import io
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby, pairwise
@@ -101,8 +101,7 @@ class Colours:
 
 def plot_schedule(plan: Plan) -> Figure:
     """Return a figure with what :func:`draw_schedule` draws, and the learning rates below if any is scaled."""
-    rows, scaled = rows_of(plan), any(factor != 1 for factors in plan.factors for factor in factors.values())
-    height = 0.24 * max(4, len(rows))
+    height, scaled = 0.24 * max(4, len(rows_of(plan))), _scales(plan) != [1.0]
     figure = Picture(figsize=(9, 0.6 + height + 1.7 * scaled), layout="constrained")
     if scaled:
         bars, below = figure.subplots(2, 1, sharex=True, height_ratios=[height, 1.5])
@@ -122,9 +121,11 @@ def draw_schedule(axes: Axes, plan: Plan) -> None:
     """Draw a row for each run of layers that do the same throughout: pale while frozen, the darker the faster."""
     rows, colours = rows_of(plan), Colours.of(plan)
     for place, row in enumerate(rows):
-        total, top = row.courses.total(), place - 0.42
-        for course, count in row.courses.items():
-            height = 0.84 * count / total
+        # The few that train among many that do not are still to be seen.
+        shares = [max(0.15, count / row.courses.total()) for count in row.courses.values()]
+        top = place - 0.42
+        for course, share in zip(row.courses, shares, strict=True):
+            height = 0.84 * share / sum(shares)
             pieces = list(_pieces(plan, course))
             axes.broken_barh(
                 [(begin, end - begin) for (begin, _), (end, _) in pieces], (top, height),
@@ -185,18 +186,21 @@ def rows_of(plan: Plan) -> list[Row]:
     """Return the rows of a picture, from input to output: split as deep as layers differ and rows are not too many."""
     courses = {name: plan.course(name) for name in plan.parameters}
     deepest = max(name.count(".") for name in courses) + 1
-    for depth in range(deepest, 0, -1):
-        rows: list[Row] = []
-        for layer, inside in branches(courses, depth, leaves=False):
-            counted: Counter[Course] = Counter()
-            for name in inside:
-                counted[courses[name]] += max(1, scalars(plan.parameters[name]))
-            if rows and rows[-1].courses.keys() == counted.keys():
-                rows[-1] = Row([*rows[-1].layers, layer], rows[-1].courses + counted)
-            else:
-                rows.append(Row([layer], counted))
-        if len(rows) <= _ROWS:
-            break
+    found = [_rows(plan, courses, depth) for depth in range(1, deepest + 1)]
+    fitting = [rows for rows in found if len(rows) <= _ROWS] or found[:1]
+    return max(fitting, key=lambda rows: (len(rows), -sum(len(row.courses) for row in rows)))
+
+
+def _rows(plan: Plan, courses: Mapping[str, Course], depth: int) -> list[Row]:
+    rows: list[Row] = []
+    for layer, inside in branches(courses, depth, leaves=False):
+        counted: Counter[Course] = Counter()
+        for name in inside:
+            counted[courses[name]] += max(1, scalars(plan.parameters[name]))
+        if rows and rows[-1].courses.keys() == counted.keys():
+            rows[-1] = Row([*rows[-1].layers, layer], rows[-1].courses + counted)
+        else:
+            rows.append(Row([layer], counted))
     return rows
 
 

@@ -76,7 +76,7 @@ def scales_text(factors: Iterable[Factor]) -> str:
         >>> scales_text([Ramp(0.1)]), scales_text([0.125, 0.25, 0.5, 1.0])
         ('0.1→1', '0.12 … 1')
     """
-    different = sorted(set(factors), key=lambda one: one.end if isinstance(one, Ramp) else one)
+    different = sorted(set(factors), key=lambda one: (one.end, one.start) if isinstance(one, Ramp) else (one, one))
     if len(different) <= 2:
         return ", ".join(
             f"{one.start:.3g}→{one.end:.3g}" if isinstance(one, Ramp) else f"{one:.3g}" for one in different
