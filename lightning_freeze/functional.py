@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_freeze.selectors import Selector, clean_name, named_unique_parameters, select_parameters, unwrapped
+from lightning_freeze.selectors import Selector, named_unique_parameters, select_parameters, unwrapped
 from lightning_freeze.tables import Table
 from lightning_freeze.tensors import as_array
-from lightning_freeze.words import percent, whole_number
+from lightning_freeze.words import percent
 
 
 def freeze(module: nn.Module, select: Selector = "*") -> dict[str, nn.Parameter]:
@@ -162,19 +162,14 @@ class TrainableSummary:
         return Table(("module", "type", "trainable", "total", "share"), cells)
 
 
-def trainable_summary(module: nn.Module, *, depth: int = 1) -> TrainableSummary:
+def trainable_summary(module: nn.Module) -> TrainableSummary:
     """Return how much of a module trains; a tied parameter counts once, where it comes first.
 
     Args:
         module: Any module.
-        depth: How deep the modules lie that have a row. Those that only wrap another one do not count.
 
     Returns:
         An object with ``trainable``, ``total``, ``fraction`` and ``rows``; print it for a table.
-
-    Raises:
-        TypeError: If ``depth`` is no whole number.
-        ValueError: If it is below 1.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
@@ -186,27 +181,15 @@ def trainable_summary(module: nn.Module, *, depth: int = 1) -> TrainableSummary:
         1       Linear          4      4  100.0 %
         total                   4     13   30.8 %
     """
-    module, depth = unwrapped(module), whole_number("trainable_summary", "depth", depth)
-    parameters = named_unique_parameters(module)
-    paths = {name: name.split(".") for name in parameters}
-    modules = {clean_name(name): child for name, child in module.named_modules(remove_duplicate=False)}
-    while len({tuple(path[:depth]) for path in paths.values()}) == 1 and any(
-        len(path) > depth + 1 for path in paths.values()
-    ):
-        depth += 1
+    module = unwrapped(module)
+    children = dict(module.named_children())
     tops: dict[str, list[nn.Parameter]] = {}
-    for name, path in paths.items():
-        # A layer is not split into its parameters.
-        above = ".".join(path[:-1])
-        is_layer = above != "" and next(modules[above].children(), None) is None
-        tops.setdefault(".".join(path[: min(depth, len(path) - is_layer)]), []).append(parameters[name])
+    for name, parameter in named_unique_parameters(module).items():
+        tops.setdefault(name.split(".")[0], []).append(parameter)
+    kinds = {top: type(children[top]).__name__ if top in children else "Parameter" for top in tops}
     trainable = {top: sum(scalars(p) for p in own if p.requires_grad) for top, own in tops.items()}
-    rows = [SummaryRow(top, _kind(modules, top), trainable[top], sum(map(scalars, own))) for top, own in tops.items()]
+    rows = [SummaryRow(top, kinds[top], trainable[top], sum(map(scalars, own))) for top, own in tops.items()]
     return TrainableSummary(tuple(rows))
-
-
-def _kind(modules: Mapping[str, nn.Module], name: str) -> str:
-    return type(modules[name]).__name__ if name in modules else "Parameter"
 
 
 def to_numpy(outputs: Any) -> Any:

@@ -67,13 +67,14 @@ class Row:
     @property
     def label(self) -> str:
         """The names of the layers, in short."""
+        parts = " (in parts)" if len(self.courses) > 1 else ""
         together, *apart = runs(self.layers)
         if not apart:
-            return _cut(together)
+            return _cut(together) + parts
         first, last = self.layers[0], self.layers[-1]
         parent = first.rpartition(".")[0]  # said once
         last = _cut(last.removeprefix(f"{parent}.") if parent else last, _LABEL // 2)
-        return f"{_cut(first, _LABEL - len(last))}{', ' if len(self.layers) == 2 else ' … '}{last}"
+        return f"{_cut(first, _LABEL - len(last))}{', ' if len(self.layers) == 2 else ' … '}{last}{parts}"
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,8 @@ def draw_rates(axes: Axes, plan: Plan) -> None:
         beside = axes.secondary_yaxis("right", functions=(partial(np.multiply, rate), partial(np.multiply, 1 / rate)))
         beside.set_ylabel(f"at lr={rate:g}\nof {type(optimizers[0]).__name__}", fontsize=8)
         beside.tick_params(labelsize=8)
+        beside.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        beside.yaxis.set_minor_locator(NullLocator())
         beside.spines["right"].set_visible(False)
     _draw_time(axes, plan)
 

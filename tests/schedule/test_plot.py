@@ -158,10 +158,10 @@ def test_rows_stay_few_where_every_layer_has_parts_that_differ() -> None:
         net = torchvision.models.resnet50()
     plan = Plan.of(FreezeSchedule([Phase("*")]), net, 3, callbacks=[FreezeBatchNorm("*")])
     rows = rows_of(plan)
-    assert [row.label for row in rows] == ["conv1", "bn1", "layer1…4", "fc"]
+    assert [row.label for row in rows] == ["conv1", "bn1", "layer1…4 (in parts)", "fc"]
     assert [len(row.courses) for row in rows] == [1, 1, 2, 1]
     plan = Plan.of(FreezeSchedule([Phase("*.bias")]), net, 3)
-    assert [row.label for row in rows_of(plan)] == ["conv1", "bn1 … fc"]
+    assert [row.label for row in rows_of(plan)] == ["conv1", "bn1 … fc (in parts)"]
 
 
 def colours_drawn(axes: Any, plan: Plan, name: str, position: float) -> set[str]:
