@@ -10,7 +10,7 @@ WORKERS ?= 2
 BENCHMARKS := rivals rivals_ddp overhead frozen_step feature_cache norms communication memory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples test sweep lint types wheel bench clean
+.PHONY: help setup demo examples gallery test sweep lint types wheel bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +33,9 @@ examples: setup ## Run all examples, one after another
 			*) $(BIN)/python -W ignore $$script ;; \
 		esac || exit 1; \
 	done
+
+gallery: setup ## Write docs/gallery: every schedule as a table and a picture
+	$(BIN)/python -W ignore docs/gallery/make.py
 
 test: setup ## Run all tests and doctests but the slow sweeps
 	$(BIN)/python -m pytest -n $(WORKERS)

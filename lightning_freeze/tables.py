@@ -20,14 +20,14 @@ class Table:
         columns: The column headings.
         rows: One sequence of cells a row, as many as there are columns.
         notes: Sentences below the rows.
-        width: How many characters a line may have: the widest columns of text are cut; without it none is.
+        width: How many characters a line may have: the widest columns of text are cut; without it none is cut.
 
     Example:
         >>> print(Table(("phase", "epochs"), [("head", 2), ("everything", 10)], width=15))
         phase    epochs
         -------  ------
         head          2
-        everyt…      10
+        ever…ng      10
     """
 
     columns: tuple[str, ...]
@@ -82,13 +82,13 @@ class Table:
 
 
 def shortened(text: str, most: int) -> str:
-    """Return a text cut to a number of characters, with an ellipsis for what is missing.
+    """Return a text cut to a number of characters, with an ellipsis for its middle.
 
     Example:
         >>> shortened("backbone.layer4", 10)
-        'backbone.…'
+        'backb…yer4'
     """
-    return text if len(text) <= most else f"{text[: most - 1]}…"
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
 
 
 def in_bytes(count: int) -> str:

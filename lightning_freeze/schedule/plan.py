@@ -207,6 +207,13 @@ class Plan:
         """Where the fit ends: at its limit, or with the last phase."""
         return max(end for _, end in self.reached.values())
 
+    @property
+    def step(self) -> float | None:
+        """The length of an optimizer step, None if unknown."""
+        if self.length.unit == "step":
+            return 1.0
+        return float(1 / self.length.per_epoch) if self.length.per_epoch else None
+
     def course(self, name: str) -> tuple[Factor | None, ...]:
         """Return the learning rate scale of a parameter in each phase that begins, None where it is frozen."""
         return tuple(self.factors[index].get(name) for index in self.reached)

@@ -189,14 +189,15 @@ def rows_of(plan: Plan) -> list[Row]:
     """Return the rows of a picture, from input to output: split as deep as layers differ and rows are not too many."""
     courses = {name: plan.course(name) for name in plan.parameters}
     deepest = max(name.count(".") for name in courses) + 1
-    found = [_rows(plan, courses, depth) for depth in range(1, deepest + 1)]
-    fitting = [rows for rows in found if len(rows) <= _ROWS] or found[:1]
-    return max(fitting, key=lambda rows: (len(rows), -sum(len(row.courses) for row in rows)))
+    for depth in range(deepest, 0, -1):
+        if len(rows := _rows(plan, courses, depth)) <= _ROWS:
+            break
+    return rows
 
 
 def _rows(plan: Plan, courses: Mapping[str, Course], depth: int) -> list[Row]:
     rows: list[Row] = []
-    for layer, inside in branches(courses, depth, leaves=False):
+    for layer, inside in branches(courses, depth=depth, alike=3, leaves=False):
         counted: Counter[Course] = Counter()
         for name in inside:
             counted[courses[name]] += max(1, scalars(plan.parameters[name]))
@@ -213,10 +214,15 @@ def _pieces(plan: Plan, course: Course) -> Iterator[tuple[Point, Point]]:
         if not isinstance(factor, Ramp):
             yield (begin, factor), (end, factor)
             continue
-        until = min(end, plan.ramp_end(index, factor))
-        edges = [begin + (until - begin) * step / _SLICES for step in range(_SLICES + 1)]
-        points = [(edge, plan.at(index, factor, edge)) for edge in ([*edges, end] if end > until else edges)]
-        yield from pairwise(points)
+        until, step = min(end, plan.ramp_end(index, factor)), plan.step
+        if by_steps := step is not None and until - begin <= _SLICES * step:
+            edges = [begin + step * number for number in range(math.ceil((until - begin) / step - 1e-6) + 1)]
+        else:
+            edges = [begin + (until - begin) * number / _SLICES for number in range(_SLICES + 1)]
+        edges += [end] * (edges[-1] < end)
+        for one, other in pairwise(edges):
+            value = plan.at(index, factor, one)
+            yield (one, value), (other, value if by_steps else plan.at(index, factor, other))
 
 
 def _mean(one: Point, other: Point) -> float | None:

@@ -162,6 +162,14 @@ def test_rows_stay_few_where_every_layer_has_parts_that_differ() -> None:
     assert [len(row.courses) for row in rows] == [1, 1, 2, 1]
     plan = Plan.of(FreezeSchedule([Phase("*.bias")]), net, 3)
     assert [row.label for row in rows_of(plan)] == ["conv1", "bn1 … fc (in parts)"]
+    gradual = FreezeSchedule([Phase(["layer4", "fc"], epochs=1), Phase("*")])
+    rows = rows_of(Plan.of(gradual, net, 3, callbacks=[FreezeBatchNorm("*")]))
+    assert [row.label for row in rows] == ["conv1", "bn1", "layer1…3 (in parts)", "layer4[0:3] (in parts)", "fc"]
+    with torch.device("meta"):
+        towers = nn.ModuleDict({name: nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))) for name in "ab"})
+    phases = [Phase(["a.3", "b.3"], epochs=1), Phase(["a", "b"])]
+    rows = rows_of(Plan.of(FreezeSchedule(phases), towers, 3))
+    assert [row.label for row in rows] == ["a[0:3]", "a.3", "b[0:3]", "b.3"]
 
 
 def colours_drawn(axes: Any, plan: Plan, name: str, position: float) -> set[str]:
@@ -196,6 +204,14 @@ TRUTHS: dict[str, tuple[list[Phase], list[Any]]] = {
     "frozen again": ([Phase("*", epochs=1), Phase("neck", epochs=1, lr_scale=2.0), Phase(["*", "!*.bias"])], []),
     "steps": ([Phase("head", steps=4), Phase("neck", steps=5, lr_scale=0.2), Phase("*")], []),
     "plateau": ([Phase("head", until=Plateau("val_loss", patience=1, mode="max")), Phase("*", lr_scale=0.5)], []),
+    "ramps": (
+        [
+            Phase("head", epochs=1, lr_scale=Ramp(0.2)),
+            Phase(["head", "neck"], epochs=2, lr_scale={"neck": Ramp(0.01, 0.5, epochs=1, shape="exponential")}),
+            Phase("*", lr_scale={"*": Ramp(0.0, steps=3), "head": 1.0}),
+        ],
+        [],
+    ),
     "BatchNorm": ([Phase("head", epochs=1), Phase("*")], [FreezeBatchNorm("*")]),
 }
 
