@@ -27,7 +27,7 @@ class Table:
         phase    epochs
         -------  ------
         head          2
-        ever…ng      10
+        eve…ing      10
     """
 
     columns: tuple[str, ...]

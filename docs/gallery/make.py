@@ -327,8 +327,8 @@ def main() -> None:
             made.append(text)
     if not sys.argv[1:]:
         introduction = (
-            "# Gallery\n\nEvery ready-made schedule and option, as `preview` prints it and `plot` draws it. The memory\n"
-            "is that of AdamW. This file and its pictures are written by `make gallery`.\n"
+            "# Gallery\n\nEvery ready-made schedule and option, as `preview` prints it and `plot` draws it. The\n"
+            "memory is that of AdamW. This file and its pictures are written by `make gallery`.\n"
         )
         (HERE / "index.md").write_text("\n".join([introduction, *made]), encoding="utf-8")
     size = sum(path.stat().st_size for path in HERE.glob("*.png"))

@@ -33,6 +33,7 @@ except ModuleNotFoundError as error:
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.text import Annotation
 
 Course = tuple[Factor | None, ...]
 Point = tuple[float, float | None]
@@ -251,39 +252,37 @@ def _draw_time(axes: Axes, plan: Plan) -> None:
 
 
 def _draw_phases(axes: Axes, plan: Plan) -> None:
-    """Write the names of phases above them: across if there is room for all, else upright, as many as there is."""
+    """Write the names of phases above them: across where there is room, else upright, as many as there is."""
     figure = axes.get_figure(root=True)
     assert figure is not None
-    spans = plan.reached
     texts = {
         index: axes.annotate(
             _phase_text(plan, index), ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
             textcoords="offset points", ha="center", va="bottom", fontsize=8, parse_math=False,
         )
-        for index, (begin, end) in spans.items()
+        for index, (begin, end) in plan.reached.items()
     }  # fmt: skip
     figure.draw_without_rendering()  # how wide the axes are is known when they have been laid out
     pixels = axes.get_window_extent().width / plan.end
-    room = {index: (end - begin) * pixels - 8 for index, (begin, end) in spans.items()}
-
-    def fit() -> bool:
-        return all(text.get_window_extent().width <= room[index] for index, text in texts.items())
-
-    if fit():
-        return
-    for index, text in texts.items():
-        letters = int(room[index] / text.get_window_extent().width * len(text.get_text()))
-        text.set_text(textwrap.fill(text.get_text(), max(1, letters), break_long_words=False))
-    if fit() and max(text.get_text().count("\n") for text in texts.values()) < 3:
-        return
     right = -math.inf
     for index, text in texts.items():
-        text.set(rotation=90, text=shortened(_phase_text(plan, index), _LABEL))
+        begin, end = plan.reached[index]
+        _fit(text, (end - begin) * pixels - 8)
         box = text.get_window_extent()
         if box.x0 < right:
             text.remove()
         else:
             right = box.x1
+
+
+def _fit(text: Annotation, room: float) -> None:
+    """Break a text into at most three lines of so many pixels, or set it upright."""
+    words, width = text.get_text(), text.get_window_extent().width
+    if width > room:
+        letters = max(1, int(room / width * len(words)))
+        text.set_text(textwrap.fill(words, letters, break_long_words=False))
+        if text.get_window_extent().width > room or text.get_text().count("\n") > 2:
+            text.set(rotation=90, text=shortened(words, _LABEL))
 
 
 def _phase_text(plan: Plan, index: int) -> str:

@@ -63,7 +63,8 @@ def preview_table(plan: Plan, policy: OptimizerState = "keep", optimizer: Optimi
     }
     if layers:
         columns["frozen BN"] = [f"{len(stay & layers)}/{len(layers)}" for stay in plan.in_eval]
-    columns["gradients"] = [in_bytes(sum(plan.parameters[name].nbytes for name in own)) for own in plan.factors]
+    size = {name: scalars(parameter) * parameter.dtype.itemsize for name, parameter in plan.parameters.items()}
+    columns["gradients"] = [in_bytes(sum(map(size.__getitem__, factors))) for factors in plan.factors]
     if (states := _state_bytes(plan, optimizers_of(plan, optimizer))) is not None:
         columns["optimizer"] = list(map(in_bytes, _kept(plan, policy, states)))
     return Table(tuple(columns), list(zip(*columns.values(), strict=True)), tuple(_notes(plan)), _WIDTH)
@@ -133,7 +134,7 @@ def _state_bytes(plan: Plan, optimizers: list[Optimizer]) -> dict[str, tuple[int
     ledger = ledger_of(trainer) if trainer is not None else None
     with ledger.steps.paused() if ledger is not None else nullcontext():  # throw-away optimizers step
         for name, parameter in plan.parameters.items() if optimizers else ():
-            if name not in trained and id(parameter) not in groups:
+            if not scalars(parameter) or (name not in trained and id(parameter) not in groups):
                 continue
             # What no optimizer was given goes into the first group.
             one, group = groups.get(id(parameter), (optimizers[0], optimizers[0].param_groups[0]))
@@ -154,7 +155,7 @@ def _kept(plan: Plan, policy: OptimizerState, states: Mapping[str, tuple[int, in
         if policy == "keep":
             yield sum(stepped if name in so_far else built for name, (built, stepped) in states.items())
         else:
-            yield sum(states[name][1] for name in factors)
+            yield sum(states[name][1] for name in factors if name in states)
 
 
 def _unit(plan: Plan) -> str:
@@ -177,9 +178,11 @@ def _when(plan: Plan, index: int) -> str:
 def _notes(plan: Plan) -> Iterator[str]:
     """Yield what no row says."""
     for index in plan.reached:
-        if (until := plan.phases[index].until) is not None:
+        if (until := (phase := plan.phases[index]).until) is not None:
             what = f"{until.monitor} plateaus" if isinstance(until, Plateau) else f"{_name(until)}() is true"
-            yield f"Phase {index + 1} lasts until {what}, or as long as shown; that is a guess if it has no other end."
+            is_guess = index + 1 < len(plan.phases) and not (phase.epochs or phase.steps or phase.fraction)
+            sure = "how long that takes is a guess" if is_guess else "at most as long as shown"
+            yield f"Phase {index + 1} lasts until {what}: {sure}."
     if never := [number for number in range(1, len(plan.phases) + 1) if number - 1 not in plan.reached]:
         yield f"The fit ends before phase {never[0]}{f' to {never[-1]}' * (len(never) > 1)} would begin."
     if plan.end < (total := float(plan.length.total)):

@@ -152,7 +152,7 @@ def test_a_preview_of_forty_layers_in_forty_phases_fits_a_terminal() -> None:
     table = FreezeSchedule(phases).preview(Blocks(39), 50, optimizer=torch.optim.AdamW)
     lines = str(table).splitlines()
     assert max(map(len, lines)) <= 100
-    assert "blocks[20:39]" in lines[2 + 19]
+    assert column(table, "trains")[19] == "blocks[20:39], head"
     assert column(table, "lr scale")[-1] == "0.00068 … 1"
     assert "Never trains: norm (128 parameters)." in lines
 
@@ -200,7 +200,7 @@ def test_preview_table_words_epochs_plateaus_and_scales() -> None:
     assert column(table, "trains") == ["head", "head, backbone.4", "neck", "*"]
     assert column(table, "epochs") == ["0-1", "2-3", "3-5 or until", "5"]
     assert column(table, "lr scale") == ["1", "0.1, 1", "1", "0.1→1, 1"]
-    assert any("Phase 3 lasts until val_loss plateaus" in note for note in table.notes)
+    assert "Phase 3 lasts until val_loss plateaus: how long that takes is a guess." in table.notes
     short = FreezeSchedule(PHASES).preview(Net(), 2, steps_per_epoch=6)
     assert column(short, "epochs") == ["0-1", "never", "never", "never"]
 
