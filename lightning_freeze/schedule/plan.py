@@ -159,28 +159,34 @@ class Plan:
             callbacks: See there.
             happened: Whether to return what it did, if it had begun in a fit of the model.
         """
-        phases, model, trainer = schedule.phases, unwrapped(model), trainer_of(model)
+        model, trainer = unwrapped(model), trainer_of(model)
         if trainer is not None and happened and schedule.history and trainer.global_step >= schedule.history[-1][1]:
             length = _length_in_steps(trainer)
-            spans = _spans_of(schedule.history, len(phases), trainer.global_step)
         else:
             happened, length = False, FitLength.of(max_epochs, max_steps, steps_per_epoch, trainer)
-            spans = phase_spans(phases, length)
         if callbacks is None:
             callbacks = callbacks_of(trainer) if trainer is not None else []
         parameters, layers = named_unique_parameters(model), running_statistics(model)
-        holds = {one.state_key: one.holds(model) for one in callbacks if isinstance(one, Holder)}
-        held = {key: who for who, hold in holds.items() for key in hold.frozen}
         ledger = ledger_of(trainer) if trainer is not None else None
         found = {id(p) for p in parameters.values() if can_train(p) and not p.requires_grad}
+        came_frozen = found if ledger is None else ledger.came_frozen
+        holds = {one.state_key: one.holds(model) for one in callbacks if isinstance(one, Holder)}
+        held = {key: who for who, hold in holds.items() for key in hold.frozen}
+        held |= dict.fromkeys(affine_frozen_by_hand(layers), BY_HAND)
+        phases = schedule.phases
         resolved = resolve_phases(
             model,
             parameters,
             phases,
-            came_frozen=found if ledger is None else ledger.came_frozen,
-            held=held | dict.fromkeys(affine_frozen_by_hand(layers), BY_HAND),
+            came_frozen=came_frozen,
+            held=held,
             mode=schedule.frozen_mode,
             left_alone={module for hold in holds.values() for module in hold.own},
+        )
+        spans = (
+            _spans_of(schedule.history, len(phases), trainer.global_step)
+            if happened and trainer is not None
+            else phase_spans(phases, length)
         )
         stay = {module for hold in holds.values() for module in hold.eval_mode}
         stay |= {one for one in layers if (by := interceptor(one)) is not None and BY_HAND in by.holders}
