@@ -23,8 +23,8 @@ from lightning_freeze import (
     freeze_batchnorm,
     gradual_unfreezing,
 )
-from lightning_freeze.schedule.plan import FitLength, phase_spans
 from lightning_freeze.schedule.progress import walk
+from lightning_freeze.schedule.spans import FitLength, phase_spans
 from lightning_freeze.tables import Table, in_bytes
 from tests.nets import Net, Probe, adamw, loader, trainer
 
