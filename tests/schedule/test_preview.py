@@ -173,6 +173,8 @@ def test_preview_in_steps_and_by_fractions() -> None:
     table = FreezeSchedule(phases).preview(Net(), max_steps=100, steps_per_epoch=20)
     assert column(table, "steps") == ["0-9", "10-19", "20-99"]
     assert column(FreezeSchedule(phases).preview(Net(), 20), "epochs") == ["0-1", "2", "3-19"]
+    thirds = FreezeSchedule([Phase("*", fraction=1 / 3) for _ in range(3)])  # together they are the fit
+    assert column(thirds.preview(Net(), max_steps=10), "steps") == ["0-2", "3-6", "7-9"]
     # Phases that begin in one epoch would look alike in epochs.
     table = FreezeSchedule([Phase("head", steps=3), Phase("neck", steps=4), Phase("*")]).preview(
         Net(), 2, steps_per_epoch=10
