@@ -11,7 +11,6 @@ from lightning_freeze.freezing.batchnorm import frozen_running_statistics
 from lightning_freeze.freezing.eval_mode import wholly_frozen
 from lightning_freeze.functional import can_train, scalars
 from lightning_freeze.schedule.phases import Phase
-from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import (
     Predicate,
     as_patterns,
@@ -90,7 +89,7 @@ def phase_trains(
     return left
 
 
-def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float]:
+def phase_scales(module: nn.Module, phase: Phase) -> dict[int, Any]:
     """Return the learning rate scale of each parameter that has one in a phase, by identity.
 
     Raises:
@@ -103,8 +102,7 @@ def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float]:
     """
     parameters = named_unique_parameters(module)
     owner = scale_owners(module, phase)
-    scales = {select: s.end if isinstance(s, Ramp) else float(s) for select, s in phase.scales.items()}
-    return {id(parameters[name]): scales[select] for name, select in owner.items()}
+    return {id(parameters[name]): phase.scales[select] for name, select in owner.items()}
 
 
 def scale_owners(module: nn.Module, phase: Phase) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.ledger import ledger_of
 from lightning_freeze.functional import can_train
 from lightning_freeze.schedule.fit import resolve_phases
-from lightning_freeze.schedule.meaning import scale_owners
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.schedule.spans import FitLength, Span, length_in_steps, past_spans, phase_spans, planned
@@ -71,22 +70,16 @@ class Plan:
         *,
         happened: bool = False,
     ) -> Plan:
-        """Return the plan of a schedule, or what it did in a fit.
+        """Return the plan of a schedule, with the arguments of :meth:`FreezeSchedule.preview`.
 
-        Args:
-            schedule: The schedule.
-            model: The module.
-            max_epochs: As of :meth:`FreezeSchedule.preview`, and so are those that follow.
-            max_steps: See there.
-            steps_per_epoch: See there.
-            callbacks: See there.
-            happened: Whether to return what it did, if it had begun in a fit of the model.
+        With ``happened`` it is what the schedule did, if it has begun in a fit of the model.
         """
         model, trainer = unwrapped(model), trainer_of(model)
-        if trainer is not None and happened and schedule.history and trainer.global_step >= schedule.history[-1][1]:
-            length = length_in_steps(trainer)
+        taken = 0 if trainer is None else trainer.global_step + schedule.progress.uncounted
+        if trainer is not None and happened and taken and schedule in callbacks_of(trainer):
+            past, length = list(schedule.history), length_in_steps(trainer)
         else:
-            happened, length = False, FitLength.of(max_epochs, max_steps, steps_per_epoch, trainer)
+            past, length = [], FitLength.of(max_epochs, max_steps, steps_per_epoch, trainer)
         if callbacks is None:
             callbacks = callbacks_of(trainer) if trainer is not None else []
         parameters, layers = named_unique_parameters(model), running_statistics(model)
@@ -106,20 +99,15 @@ class Plan:
             mode=schedule.frozen_mode,
             left_alone={module for hold in holds.values() for module in hold.own},
         )
-        spans = (
-            past_spans(schedule.history, len(phases), trainer.global_step)
-            if happened and trainer is not None
-            else phase_spans(phases, length)
-        )
+        spans = past_spans(past, len(phases), taken) if past else phase_spans(phases, length)
         stay = {module for hold in holds.values() for module in hold.eval_mode}
         stay |= {one for one in layers if (by := interceptor(one)) is not None and BY_HAND in by.holders}
         in_eval = [stay.union(hold.eval_mode) for hold in resolved.holds]
-        owners = [scale_owners(model, phase) for phase in phases]
-        factors = [
-            {name: phase.scales[owner[name]] if name in owner else 1.0 for name in trains}
-            for phase, owner, trains in zip(phases, owners, resolved.trains, strict=True)
+        factors: list[dict[str, Factor]] = [
+            {name: scales.get(id(parameter), 1.0) for name, parameter in trains.items()}
+            for scales, trains in zip(resolved.scales, resolved.trains, strict=True)
         ]
-        return cls(phases, model, length, spans, factors, in_eval, happened)
+        return cls(phases, model, length, spans, factors, in_eval, bool(past))
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 from matplotlib.collections import PolyCollection
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from torch import nn
 
@@ -204,14 +204,6 @@ TRUTHS: dict[str, tuple[list[Phase], list[Any]]] = {
     "frozen again": ([Phase("*", epochs=1), Phase("neck", epochs=1, lr_scale=2.0), Phase(["*", "!*.bias"])], []),
     "steps": ([Phase("head", steps=4), Phase("neck", steps=5, lr_scale=0.2), Phase("*")], []),
     "plateau": ([Phase("head", until=Plateau("val_loss", patience=1, mode="max")), Phase("*", lr_scale=0.5)], []),
-    "ramps": (
-        [
-            Phase("head", epochs=1, lr_scale=Ramp(0.2)),
-            Phase(["head", "neck"], epochs=2, lr_scale={"neck": Ramp(0.01, 0.5, epochs=1, shape="exponential")}),
-            Phase("*", lr_scale={"*": Ramp(0.0, steps=3), "head": 1.0}),
-        ],
-        [],
-    ),
     "BatchNorm": ([Phase("head", epochs=1), Phase("*")], [FreezeBatchNorm("*")]),
 }
 
@@ -250,6 +242,20 @@ def test_the_colours_of_a_picture_are_what_the_fit_did(name: str) -> None:
 def hooked(optimizer: torch.optim.Optimizer, hook: Any) -> torch.optim.Optimizer:
     optimizer.register_step_post_hook(hook)
     return optimizer
+
+
+def test_the_faster_the_darker_and_frozen_is_none_of_these() -> None:
+    colours = Colours(0.01, 1.0)
+    light = [sum(to_rgb(colours(factor))) for factor in (0.0, 0.01, 0.1, 0.3, 1.0)]
+    assert light[0] == light[1] > light[2] > light[3] > light[4]
+    assert sum(to_rgb(FROZEN)) > light[0] + 0.5
+
+
+def test_every_phase_has_its_name_above_it() -> None:
+    for name, (_, phases, _) in PICTURES.items():
+        names = [text.get_text().replace("\n", " ") for text in picture(name).axes[0].texts]
+        assert len(names) == len(phases), name
+        assert names[0].startswith(phases[0].label[:10])
 
 
 def test_labels_of_the_legend_are_rates_that_there_are() -> None:
