@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import sys
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -122,6 +122,15 @@ def test_no_text_of_a_picture_lies_over_another(name: str) -> None:
         for text, box in zip(texts, boxes, strict=True):
             inside = figure.bbox.padded(1)
             assert inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1), text.get_text()  # noqa: PT018
+
+
+def test_names_for_which_there_is_no_room_are_left_out() -> None:
+    names = [f"{number}" for number in range(4)]
+    phases = layerwise_sampling(names, total_steps=4000, count=1)
+    figure = FreezeSchedule(phases).plot(nn.Sequential(*(nn.Linear(1, 1) for _ in names)), max_steps=4000)
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert 20 < len(boxes) < len(phases)
+    assert all(one.x1 <= other.x0 for one, other in pairwise(boxes))
 
 
 def texts_of(axes: Any) -> list[Any]:
