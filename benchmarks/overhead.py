@@ -121,8 +121,8 @@ def fit(callback: Callback, tensors: int, epochs: int, steps: int = STEPS) -> La
     Recorder().watch(lead)
     watched.watch(callback)
     bare.watch(nothing)
-    hooks = Steps._begin, Steps._end
-    Steps._begin, Steps._end = map(watched.around, hooks)  # type: ignore[method-assign]
+    hooks = Steps._begin, Steps._resume, Steps._end
+    Steps._begin, Steps._resume, Steps._end = map(watched.around, hooks)  # type: ignore[method-assign]
     lap = Lap(watched, bare)
     trainer = Trainer(
         max_epochs=epochs,
@@ -139,7 +139,7 @@ def fit(callback: Callback, tensors: int, epochs: int, steps: int = STEPS) -> La
             Many(tensors), DataLoader(TensorDataset(torch.randn(64 * steps, 256), torch.arange(64 * steps) % 10), 64)
         )
     finally:
-        Steps._begin, Steps._end = hooks  # type: ignore[method-assign]
+        Steps._begin, Steps._resume, Steps._end = hooks  # type: ignore[method-assign]
     return lap
 
 

@@ -13,6 +13,7 @@ from lightning_freeze.functional import freeze, frozen, to_numpy, trainable_summ
 from lightning_freeze.metrics.callback import MetricLogger
 from lightning_freeze.norms.callback import NormLogger
 from lightning_freeze.schedule.callback import FreezeSchedule
+from lightning_freeze.schedule.layers import layers_of, layerwise_lr_decay
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.plateau import Plateau
 from lightning_freeze.schedule.presets import (
@@ -49,6 +50,8 @@ __all__ = [
     "freeze_batchnorm",
     "frozen",
     "gradual_unfreezing",
+    "layers_of",
+    "layerwise_lr_decay",
     "layerwise_sampling",
     "linear_probe_then_finetune",
     "parameter_groups",

@@ -9,10 +9,14 @@ import lightning
 from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping, StochasticWeightAveraging, WeightAveraging
-
-# What Lightning puts in the place of an optimizer where ``configure_optimizers`` returns none.
-from lightning.pytorch.core.optimizer import _MockOptimizer
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.core import optimizer as _core
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -24,6 +28,7 @@ from lightning.pytorch.strategies import (
 )
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
 from lightning.pytorch.strategies.xla import XLAStrategy
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch import Tensor, ones
 from torch.optim import Optimizer
 
@@ -35,6 +40,8 @@ __all__ = [
     "DeepSpeedStrategy",
     "EarlyStopping",
     "FSDPStrategy",
+    "GradientAccumulationScheduler",
+    "LRSchedulerConfig",
     "LightningModule",
     "MisconfigurationException",
     "ModelParallelStrategy",
@@ -53,6 +60,7 @@ __all__ = [
     "logged_step",
     "loss_scale",
     "optimizers_of",
+    "scheduler_configs",
     "unscales_gradients",
     "without_fit",
 ]
@@ -77,7 +85,21 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
 
 def optimizers_of(trainer: Trainer) -> list[Optimizer]:
     """Return the Trainer's optimizers; an empty list where ``configure_optimizers`` returned none."""
-    return [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
+    # Lightning puts a mock there.
+    return [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _core._MockOptimizer)]
+
+
+def scheduler_configs(module: LightningModule, schedulers: list[dict[str, Any]]) -> list[LRSchedulerConfig]:
+    """Return what Lightning makes of the schedulers that ``configure_optimizers`` returns, which it checks."""
+    # Public is only the way through `configure_optimizers`.
+    automatic = module.automatic_optimization
+    configs: list[LRSchedulerConfig] = (
+        _core._configure_schedulers_automatic_opt(schedulers, None)
+        if automatic
+        else _core._configure_schedulers_manual_opt(schedulers)
+    )
+    _core._validate_scheduler_api(configs, module)
+    return configs
 
 
 def logged_step(trainer: Trainer) -> int:

@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_freeze.selectors import Selector, named_unique_parameters, select_parameters, unwrapped
+from lightning_freeze.selectors import Selector, clean_name, named_unique_parameters, select_parameters, unwrapped
 from lightning_freeze.tables import Table
 from lightning_freeze.tensors import as_array
-from lightning_freeze.words import percent
+from lightning_freeze.words import percent, whole_number
 
 
 def freeze(module: nn.Module, select: Selector = "*") -> dict[str, nn.Parameter]:
@@ -116,7 +116,7 @@ def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """How many scalars one top-level module has, and how many of them train."""
+    """How many scalars one module has, and how many of them train."""
 
     name: str
     kind: str
@@ -129,7 +129,7 @@ class TrainableSummary:
     """How much of a module trains; print it for a table.
 
     Args:
-        rows: One for each top-level module that has parameters, and one for parameters of the module itself.
+        rows: One for each module that has parameters, at one depth, and one for each parameter above it.
     """
 
     rows: tuple[SummaryRow, ...]
@@ -162,14 +162,19 @@ class TrainableSummary:
         return Table(("module", "type", "trainable", "total", "share"), cells)
 
 
-def trainable_summary(module: nn.Module) -> TrainableSummary:
+def trainable_summary(module: nn.Module, depth: int = 1) -> TrainableSummary:
     """Return how much of a module trains; a tied parameter counts once, where it comes first.
 
     Args:
         module: Any module.
+        depth: How deep the modules are that get a row each, at least 1. It counts from where there is more than one
+            module: below ``model`` in a LightningModule that has nothing else with parameters.
 
     Returns:
         An object with ``trainable``, ``total``, ``fraction`` and ``rows``; print it for a table.
+
+    Raises:
+        ValueError: If ``depth`` is below 1.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
@@ -181,15 +186,27 @@ def trainable_summary(module: nn.Module) -> TrainableSummary:
         1       Linear          4      4  100.0 %
         total                   4     13   30.8 %
     """
-    module = unwrapped(module)
-    children = dict(module.named_children())
-    tops: dict[str, list[nn.Parameter]] = {}
+    depth = whole_number("trainable_summary", "depth", depth) + _wrappers(unwrapped(module))
+    modules = {clean_name(name): child for name, child in unwrapped(module).named_modules(remove_duplicate=False)}
+    found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in named_unique_parameters(module).items():
-        tops.setdefault(name.split(".")[0], []).append(parameter)
-    kinds = {top: type(children[top]).__name__ if top in children else "Parameter" for top in tops}
-    trainable = {top: sum(scalars(p) for p in own if p.requires_grad) for top, own in tops.items()}
-    rows = [SummaryRow(top, kinds[top], trainable[top], sum(map(scalars, own))) for top, own in tops.items()]
+        row = ".".join(name.split(".")[:depth])
+        owner = row.rpartition(".")[0]
+        is_of_a_layer = row not in modules and owner and not list(modules[owner].children())
+        found.setdefault(owner if is_of_a_layer else row, []).append(parameter)
+    rows = []
+    for row, own in found.items():
+        kind = type(modules[row]).__name__ if row in modules else "Parameter"
+        rows.append(SummaryRow(row, kind, sum(scalars(p) for p in own if p.requires_grad), sum(map(scalars, own))))
     return TrainableSummary(tuple(rows))
+
+
+def _wrappers(module: nn.Module) -> int:
+    """Return how many modules, one inside of the other, have nothing but one that is made of modules itself."""
+    children = [child for child in map(unwrapped, module.children()) if any(True for _ in child.parameters())]
+    if any(True for _ in module.parameters(recurse=False)) or len(children) != 1 or not list(children[0].children()):
+        return 0
+    return 1 + _wrappers(children[0])
 
 
 def to_numpy(outputs: Any) -> Any:

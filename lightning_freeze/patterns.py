@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 from lightning_freeze.words import closest
+
+_SLICE = re.compile(r"\[(-?\d+|-?\d*:-?\d*)\]")
 
 
 def expressions(pattern: str, shown: str) -> list[re.Pattern[str]]:
@@ -35,6 +37,58 @@ def expressions(pattern: str, shown: str) -> list[re.Pattern[str]]:
     return [re.compile(rf"{re.escape(pattern)}(\..*)?"), re.compile("|".join(map(fnmatch.translate, globs)))]
 
 
+def sliced(pattern: str, lists: Mapping[str, Sequence[str]], shown: str) -> list[str]:
+    """Return what a pattern with indices or slices of lists stands for; nothing if it has none.
+
+    Brackets behind what is no list are a glob's: without a list ``layer``, ``layer[12]`` is ``layer1`` and ``layer2``.
+
+    Args:
+        pattern: A name or a glob.
+        lists: The names of lists of modules, each with the names of its members.
+        shown: How an error shows the pattern.
+
+    Raises:
+        ValueError: If a list has no such members.
+
+    Example:
+        >>> sliced("net.blocks[-1:].*.bias", {"net.blocks": ["net.blocks.0", "net.blocks.1"]}, "")
+        ['net.blocks.1.*.bias']
+    """
+    for match in _SLICE.finditer(pattern):
+        before, after = pattern[: match.start()], pattern[match.end() :]
+        globs = re.compile("|".join(map(fnmatch.translate, (before, before.removeprefix("*.")))))
+        if names := [name for name in lists if globs.fullmatch(name)]:
+            picked = [f"{one}{after}" for name in names for one in _members(name, lists[name], match[1], shown)]
+            return [one for name in picked for one in sliced(name, lists, shown) or [name]]
+    return []
+
+
+def split_slice(pattern: str) -> tuple[str, str]:
+    """Return what is before the first index or slice of a pattern, and the rest, empty if there is none.
+
+    Example:
+        >>> split_slice("blocks[-4:].attn"), split_slice("blocks")
+        (('blocks', '[-4:].attn'), ('blocks', ''))
+    """
+    match = _SLICE.search(pattern)
+    return (pattern[: match.start()], pattern[match.start() :]) if match else (pattern, "")
+
+
+def _members(name: str, members: Sequence[str], picked: str, shown: str) -> Sequence[str]:
+    """Return the members of a list that an index or a slice picks."""
+    count, bounds = len(members), [int(bound) if bound else None for bound in picked.split(":")]
+    last = count if len(bounds) > 1 else count - 1
+    found: Sequence[str] = []
+    if all(bound is None or -count <= bound <= last for bound in bounds):
+        found = members[slice(*bounds)] if len(bounds) > 1 else [members[int(picked)]]
+    if not found:
+        raise ValueError(
+            f'{shown}: [{picked}] picks nothing or is out of range. "{name}" has {count} modules: '
+            f"[0] to [{count - 1}], from the end [-1] to [-{count}]."
+        )
+    return found
+
+
 def nearest(pattern: str, known: Collection[str]) -> list[str]:
     """Return what a pattern that matches no known name may have been meant to be, at most two.
 
@@ -44,13 +98,19 @@ def nearest(pattern: str, known: Collection[str]) -> list[str]:
     """
     if pattern.startswith("re:"):
         return closest(_literal(pattern.removeprefix("re:")), known, most=2)
-    below = [name for name in known if name.endswith(f".{pattern}")]
-    if below:
-        return below[:2]
+    before, after = split_slice(pattern)
+    if after:
+        return [] if before in known else [name + after for name in nearest(before, known)]
+    wrapped = re.compile(rf"(.+?)\.(?:{fnmatch.translate(pattern)})")
+    if below := dict.fromkeys(f"{match[1]}.{pattern}" for name in known if (match := wrapped.fullmatch(name))):
+        return list(below)[:2]
     fixed = _fixed(pattern, known)
     if fixed != pattern and any(one.fullmatch(name) for one in expressions(fixed, fixed) for name in known):
         return [fixed]
-    return [] if _is_glob(pattern) else closest(pattern, known, most=2)
+    if _is_glob(pattern):
+        return []
+    inside = {name.partition(".")[2]: name for name in known}  # of a LightningModule that wraps a model
+    return closest(pattern, known, most=2) or [inside[name] for name in closest(pattern, inside, most=2)]
 
 
 def _is_glob(pattern: str) -> bool:

@@ -15,12 +15,7 @@ T = TypeVar("T")
 
 
 def from_all(value: T) -> list[T]:
-    """Return the values that the processes passed, anything that pickles, in the order of ranks.
-
-    Example:
-        >>> from_all("alone")
-        ['alone']
-    """
+    """Return the values that the processes passed, anything that pickles, in the order of ranks."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return [value]
     values: list[T | None] = [None] * dist.get_world_size()
@@ -31,9 +26,7 @@ def from_all(value: T) -> list[T]:
 def check_agreement(strategy: Strategy, tell: Callable[[], Mapping[str, Any]]) -> None:
     """Refuse ranks that are about to do different things.
 
-    Args:
-        strategy: Any strategy.
-        tell: Returns what must be the same everywhere, by name; what is compared is its ``repr``.
+    ``tell`` returns what must be the same everywhere, by name; what is compared is its ``repr``.
 
     Raises:
         RuntimeError: On every rank, if one differs in a fact; it names the fact and what this rank has.
@@ -55,13 +48,7 @@ def check_agreement(strategy: Strategy, tell: Callable[[], Mapping[str, Any]]) -
 
 
 def mean_over_ranks(strategy: Strategy, value: float | None) -> float | None:
-    """Return the mean of a value over the ranks that have one, the same on every rank; None if no rank has one.
-
-    Example:
-        >>> from lightning.pytorch.strategies import SingleDeviceStrategy
-        >>> mean_over_ranks(SingleDeviceStrategy(device="cpu"), 0.5)
-        0.5
-    """
+    """Return the mean of a value over the ranks that have one, the same on every rank; None if no rank has one."""
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return value
     pair = torch.tensor([0.0 if value is None else value, value is not None], dtype=torch.float64)
@@ -74,12 +61,21 @@ def only_true(strategy: Strategy, fact: bool) -> bool:
     return strategy.reduce_boolean_decision(fact, all=True)
 
 
-def refuse_differences(strategy: Strategy, why: str, **facts: Any) -> None:
-    """Refuse ranks that differ before the first batch, as :func:`check_agreement` does, and say why they must not.
+def greatest(strategy: Strategy, value: int) -> int:
+    """Return the greatest of the ranks' values, the same on every rank.
 
-    Raises:
-        MisconfigurationException: On every rank, if one differs in a fact.
+    Example:
+        >>> from lightning.pytorch.strategies import SingleDeviceStrategy
+        >>> greatest(SingleDeviceStrategy(device="cpu"), 2)
+        2
     """
+    if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
+        return value
+    return int(strategy.reduce(torch.tensor(value, device=strategy.root_device), reduce_op="max").item())
+
+
+def refuse_differences(strategy: Strategy, why: str, **facts: Any) -> None:
+    """Refuse ranks that differ before the first batch, as :func:`check_agreement` does, and say why they must not."""
     try:
         check_agreement(strategy, lambda: facts)
     except RuntimeError as error:

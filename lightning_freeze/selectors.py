@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from lightning_freeze.patterns import expressions, nearest
+from lightning_freeze.patterns import expressions, nearest, sliced, split_slice
 from lightning_freeze.words import closest
 
 Predicate: TypeAlias = Callable[[str, Any], bool]
@@ -63,6 +63,7 @@ def select_parameters(module: nn.Module, select: Selector) -> dict[str, nn.Param
     selector                 means
     ======================== ==================================================================
     ``"backbone.layer4"``    that parameter, or every parameter below that module
+    ``"encoder.layer[-4:]"`` members of an ``nn.ModuleList`` or ``nn.Sequential``, also one, ``[0]``
     ``"backbone.*.bias"``    glob over dotted parameter or module names; ``*`` crosses dots
     ``"re:.*\.norm\d\..*"``  regular expression, full match on parameter names
     ``"type:BatchNorm2d"``   parameters of every module of that class or a subclass
@@ -239,12 +240,25 @@ class _Names:
         if callable(pattern):
             return {key for key, names in self.names.items() if pattern(names[0], self.tensors[key])}
         if pattern.startswith("type:"):
-            inside = (chain(module.parameters(), module.buffers()) for module in self.of_class(pattern))
-            return set(map(id, chain.from_iterable(inside))) & self.names.keys()
-        for expression in expressions(clean_name(pattern), shown):
+            inside = (id(p) for module in self.of_class(pattern) for p in chain(module.parameters(), module.buffers()))
+            return set(inside) & self.names.keys()
+        pattern = clean_name(pattern)
+        parts = sliced(pattern, self.lists, shown) if "[" in pattern else []
+        return set[int]().union(*(self.named(part, shown) for part in parts or [pattern]))
+
+    def named(self, pattern: str, shown: str) -> set[int]:
+        """Return the identities of the tensors of a name or, if there are none, of a glob."""
+        for expression in expressions(pattern, shown):
             if found := {key for key, names in self.names.items() if any(map(expression.fullmatch, names))}:
                 return found
         return set()
+
+    @property
+    def lists(self) -> dict[str, list[str]]:
+        """The names of the lists of modules, each with the names of its members."""
+        lists = [name for name, module in self.modules if isinstance(module, nn.ModuleList | nn.Sequential)]
+        names = [name for name in dict(self.modules) if name]
+        return {one: [name for name in names if name.rpartition(".")[0] == one] for one in lists}
 
     def of_class(self, pattern: str) -> list[nn.Module]:
         """Return the modules of the class in a ``"type:…"`` pattern."""
@@ -260,6 +274,8 @@ class _Names:
                 hint = f' There is a module "{pattern}", but it has none.'
             elif pattern.startswith("type:") and self.of_class(pattern):
                 hint = " There are modules of that class, but they have none."
+            elif (of := split_slice(pattern)[0]) != pattern and of in set(below) - self.lists.keys():
+                hint = f' "{of}" is no nn.ModuleList or nn.Sequential.'
             elif close := self.closest(pattern, sorted({*below, *chain.from_iterable(self.names.values())})):
                 hint = f" Did you mean {' or '.join(map(_quote, close))}?"
         if below:

@@ -30,16 +30,9 @@ def as_array(tensor: Tensor) -> NDArray[Any]:
 
 
 def shared_bytes(tensor: Tensor) -> NDArray[np.uint8]:
-    """Return a flat array of the bytes of a tensor, which shares its memory.
+    """Return the bytes of a contiguous tensor on the CPU as a flat array that shares its memory.
 
     ``Tensor.numpy`` is no choice: it makes the tensor's storage impossible to resize for good.
-
-    Args:
-        tensor: Strided and contiguous, on the CPU, with no conjugation or negation that is still to be done.
-
-    Example:
-        >>> shared_bytes(torch.tensor([[1.0], [-1.0]]))
-        array([  0,   0, 128,  63,   0,   0, 128, 191], dtype=uint8)
     """
     # Not view or reshape: what has one element counts as contiguous with any stride.
     flat = tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
@@ -50,16 +43,7 @@ def digest(tensor: Tensor) -> bytes:
     """Return the 128-bit xxh3 hash of a tensor's values, shape and dtype.
 
     Two tensors with the same digest are bit-identical, but for a chance of 2⁻¹²⁸; minus zero differs from zero, and one
-    NaN from another. On a GPU the values are copied to the host, one tensor at a time. Of a distributed tensor, the
-    part that this process holds counts.
-
-    Args:
-        tensor: Any tensor that has values.
-
-    Example:
-        >>> a = torch.ones(2, 3)
-        >>> digest(a) == digest(a.clone()), digest(a) == digest(-a), digest(a) == digest(a.T)
-        (True, False, False)
+    NaN from another. On a GPU the values are copied to the host. Of a distributed tensor, this process's part counts.
     """
     hasher = xxhash.xxh3_128(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
     for plain in _plain(tensor.detach()):

@@ -9,12 +9,7 @@ from typing import Any
 
 
 def closest(word: object, known: Iterable[str], *, most: int = 1) -> list[str]:
-    """Return the known words that are most like a word, whatever their case.
-
-    Example:
-        >>> closest("Hed", ["head", "neck"])
-        ['head']
-    """
+    """Return the known words that are most like a word, whatever their case."""
     folded = {name.casefold(): name for name in known}
     return [folded[name] for name in difflib.get_close_matches(str(word).casefold(), folded, n=most)]
 
@@ -40,22 +35,23 @@ def listed(names: Iterable[str], separator: str = ", ", *, most: int = 5) -> str
     return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def percent(part: int, whole: int) -> str:
-    """Return a share as text.
+def counted(number: int, unit: str) -> str:
+    """Return a number of units as text.
 
     Example:
-        >>> percent(3, 4)
-        '75.0 %'
+        >>> counted(1, "epoch"), counted(3, "step")
+        ('1 epoch', '3 steps')
     """
+    return f"{number:,} {unit}{'s' * (number != 1)}"
+
+
+def percent(part: int, whole: int) -> str:
+    """Return a share as text, such as ``75.0 %``."""
     return f"{100 * part / whole if whole else 0.0:.1f} %"
 
 
 def whole_number(where: str, name: str, value: object) -> int:
     """Return a count as an int, also if it is NumPy's, which a checkpoint could not hold.
-
-    Raises:
-        TypeError: If it is no whole number.
-        ValueError: If it is below 1.
 
     Example:
         >>> whole_number("Phase", "epochs", 0)

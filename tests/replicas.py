@@ -17,7 +17,7 @@ SECONDS = 100
 
 
 def on_two_processes(function: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:
-    """Call ``function(*args)`` in both and give both results; what it returns has to be plain data and tensors."""
+    """Call ``function(*args)`` in both and give both results."""
     # The server imports once what every process needs.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.nets"])
     context = torch.multiprocessing.start_processes(

@@ -19,7 +19,7 @@ def some(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.bool, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3, 4, 5)], ids=str)
-def test_every_single_bit_counts(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_digest_changes_with_every_single_bit(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     tensor = some(dtype, *shape)
     flat = tensor.reshape(-1).view(torch.uint8)
     seen = {digest(tensor)}
@@ -33,13 +33,13 @@ def test_every_single_bit_counts(dtype: torch.dtype, shape: tuple[int, ...]) -> 
 
 
 @given(st.lists(st.floats(width=32), min_size=1, max_size=20), st.integers(1, 3))
-def test_it_is_the_values_that_count_and_not_how_they_lie(values: list[float], columns: int) -> None:
+def test_digest_depends_on_values_not_on_strides(values: list[float], columns: int) -> None:
     tensor = torch.tensor(values, dtype=torch.float32).repeat(columns, 1)
     assert digest(tensor) == digest(tensor.T.contiguous().T) == digest(nn.Parameter(tensor.clone()))
     assert digest(tensor[:, :1]) == digest(tensor[:, :1].contiguous())
 
 
-def test_shape_dtype_sign_and_conjugation_count() -> None:
+def test_digest_changes_with_shape_dtype_sign_and_conjugation() -> None:
     zeros = torch.zeros(4)
     different = [zeros, zeros.view(2, 2), zeros.view(torch.int32), -zeros, torch.zeros(2, dtype=torch.float64)]
     assert len(set(map(digest, different))) == len(different)
@@ -49,7 +49,7 @@ def test_shape_dtype_sign_and_conjugation_count() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-def test_images_in_channels_last_and_sparse_tensors() -> None:
+def test_digest_is_the_same_in_every_memory_format_and_layout() -> None:
     images = torch.randn(2, 3, 4, 4)
     assert digest(images.to(memory_format=torch.channels_last)) == digest(images)
     sparse = torch.eye(3).to_sparse()
@@ -57,7 +57,7 @@ def test_images_in_channels_last_and_sparse_tensors() -> None:
     assert digest(torch.eye(3).to_sparse_csr()) == digest(torch.eye(3).to_sparse_csr())
 
 
-def test_what_has_no_values() -> None:
+def test_tensors_without_values_are_told_apart() -> None:
     assert not has_values(torch.empty(2, device="meta"))
     assert not has_values(torch.empty(0))
     assert not has_values(nn.parameter.UninitializedParameter())

@@ -62,7 +62,11 @@ def test_summary_counts_every_scalar_once(data: st.DataObject) -> None:
     assert summary.total == sum(p.numel() for p in parameters)
     assert summary.trainable == sum(p.numel() for p in parameters if p.requires_grad)
     assert summary.fraction == summary.trainable / summary.total
-    assert {row.name for row in summary.rows} <= {name for name, _ in module.named_children()}
+    names = {name for name, _ in module.named_modules(remove_duplicate=False)} | dict(module.named_parameters()).keys()
+    assert {row.name for row in summary.rows} <= names
+    assert {row.total for row in trainable_summary(module, 99).rows} <= {
+        sum(p.numel() for p in owner.parameters(False)) for owner in module.modules()
+    } | {p.numel() for p in parameters}
     lines = str(summary).splitlines()
     assert len(lines) == len(summary.rows) + 3
     assert lines[-1].split()[0] == "total"
@@ -73,6 +77,32 @@ def test_summary_of_a_bare_layer_and_of_no_parameters() -> None:
     empty = trainable_summary(nn.ReLU())
     assert (empty.trainable, empty.total, empty.fraction) == (0, 0, 0.0)
     assert "0.0 %" in str(empty)
+
+
+def rows(module: nn.Module, depth: int) -> list[str]:
+    return [row.name for row in trainable_summary(module, depth).rows]
+
+
+def test_depth_of_a_summary_counts_below_a_wrapper_of_one_module() -> None:
+    class Body(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token = nn.Parameter(torch.ones(1))
+            self.blocks = nn.Sequential(nn.Sequential(nn.Linear(1, 1)), nn.Linear(1, 1))
+            self.head = nn.Linear(1, 1)
+
+    net = nn.ModuleDict({"loss": nn.CrossEntropyLoss(), "model": Body()})
+    assert rows(net, 1) == ["model.token", "model.blocks", "model.head"]
+    assert rows(net, 2) == ["model.token", "model.blocks.0", "model.blocks.1", "model.head"]
+    assert rows(net, 3) == rows(net, 9) == ["model.token", "model.blocks.0.0", "model.blocks.1", "model.head"]
+    assert rows(nn.ModuleDict({"around": torch.compile(net, backend="eager")}), 1) == [
+        f"around.{name}" for name in rows(net, 1)
+    ]
+    assert rows(nn.ModuleDict({"model": nn.Linear(1, 1)}), 1) == ["model"]
+    net["extra"] = nn.Linear(1, 1)
+    assert rows(net, 1) == ["model", "extra"]
+    with pytest.raises(ValueError, match=r"trainable_summary\(depth=0\): depth is at least 1"):
+        trainable_summary(net, depth=0)
 
 
 def test_freeze_of_an_unknown_name_is_an_error() -> None:

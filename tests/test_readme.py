@@ -71,6 +71,7 @@ def loader() -> DataLoader[Any]:
 @pytest.mark.filterwarnings("ignore:.*logging interval")
 @pytest.mark.filterwarnings("ignore:.*tensorboardX")
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.filterwarnings("ignore:Found .* module.s. in eval mode")  # a finder begins to train while some are frozen
 @pytest.mark.parametrize(("path", "source"), blocks())
 def test_python_block_of_the_docs_runs(
     path: Path, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -212,10 +212,74 @@ def test_name_with_brackets_comes_before_a_glob() -> None:
     assert "There is a module" not in str(caught.value)
 
 
-def test_error_names_what_is_below_a_wrapper() -> None:
-    net = nn.ModuleDict({"model": nn.ModuleDict({"fc": nn.Linear(1, 1)})})
-    with pytest.raises(ValueError, match=r'"fc" matches no parameter\. Did you mean "model\.fc"\?'):
-        select_parameters(net, "fc")
+@pytest.mark.parametrize(
+    ("select", "meant"),
+    [
+        ("fc", "model.fc"),
+        ("fc.*", "model.fc.*"),
+        ("layre4", "model.layer4"),
+        ("layer4[-1]", "model.layer4[-1]"),
+        ("model.layre4[0].bias", "model.layer4[0].bias"),
+    ],
+)
+def test_error_names_what_is_below_a_wrapper(select: str, meant: str) -> None:
+    layers = {"layer4": nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), "fc": nn.Linear(1, 1)}
+    net = nn.ModuleDict({"model": nn.ModuleDict(layers)})
+    with pytest.raises(ValueError, match=re.escape(f'"{select}" matches no parameter. Did you mean "{meant}"')):
+        select_parameters(net, select)
+    assert select_parameters(net, meant)
+
+
+def block() -> nn.Module:
+    return nn.ModuleDict({"attn": nn.Linear(1, 1, bias=False), "mlp": nn.Linear(1, 1, bias=False)})
+
+
+def stacked() -> nn.Module:
+    parts = {"blocks": nn.ModuleList(block() for _ in range(3)), "layer1": nn.Sequential(block(), block())}
+    return nn.ModuleDict({"body": nn.ModuleDict(parts | {"layer2": nn.Sequential(block())}), "head": nn.Linear(1, 1)})
+
+
+@pytest.mark.parametrize(
+    ("select", "expected"),
+    [
+        ("body.blocks[-2:]", ["body.blocks.1", "body.blocks.2"]),
+        ("body.blocks[0]", ["body.blocks.0"]),
+        ("body.blocks[-1]", ["body.blocks.2"]),
+        ("body.blocks[:-1].attn", ["body.blocks.0.attn", "body.blocks.1.attn"]),
+        ("body.blocks[1:2].mlp.*", ["body.blocks.1.mlp"]),
+        ("*.layer?[0]", ["body.layer1.0", "body.layer2.0"]),
+        ("body.layer[12][0].attn", ["body.layer1.0.attn", "body.layer2.0.attn"]),
+        ("body.layer[12]", ["body.layer1", "body.layer2"]),
+        (["body", "!body.blocks[:2]", "!body.layer1[-1]"], ["body.blocks.2", "body.layer1.0", "body.layer2"]),
+        (["*", "!body.blocks[:]", "!body.layer[12]"], ["head"]),
+    ],
+    ids=selector_text,
+)
+def test_slice_selects_members_of_a_list(select: Any, expected: list[str]) -> None:
+    net = stacked()
+    found = select_parameters(net, select)
+    assert list(found) == [name for name, _ in net.named_parameters() if name.startswith(tuple(expected))]
+    for index in range(2):
+        net["body"]["blocks"][index] = torch.compile(net["body"]["blocks"][index], backend="eager")
+    assert list(select_parameters(net, select)) == list(found)
+
+
+def test_slice_of_a_module_that_is_a_list_itself() -> None:
+    assert list(select_parameters(nn.Sequential(block(), block()), "[-1]")) == ["1.attn.weight", "1.mlp.weight"]
+
+
+@pytest.mark.parametrize("picked", ["3", "-4", "-4:", ":4", "2:1"])
+def test_slice_out_of_range_says_how_many_there_are(picked: str) -> None:
+    with pytest.raises(ValueError, match=r'"body\.blocks" has 3 modules: \[0\] to \[2\], from the end') as caught:
+        select_parameters(stacked(), f"body.blocks[{picked}].attn")
+    assert f'select="body.blocks[{picked}].attn": [{picked}] picks nothing' in str(caught.value)
+
+
+def test_slice_of_what_is_no_list_says_so() -> None:
+    with pytest.raises(ValueError, match=r'matches no parameter\. "head" is no nn\.ModuleList or nn\.Sequential\.'):
+        select_parameters(stacked(), "head[0]")
+    with pytest.raises(ValueError, match=r"matches no parameter\.\nTop"):
+        select_parameters(stacked(), "body.blocks[0].nope")
 
 
 def test_error_of_a_module_without_children_lists_its_parameters() -> None:

@@ -9,17 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import (
-    Callback,
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    LightningModule,
-    MisconfigurationException,
-    ModelParallelStrategy,
-    Trainer,
-    optimizers_of,
-    without_fit,
-)
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, optimizers_of, without_fit
 from lightning_freeze.audit.checks import At, Check, Moment
 from lightning_freeze.audit.findings import AuditError, Finding, Report, alike, described
 from lightning_freeze.audit.frozen_values import FrozenValues
@@ -27,6 +17,7 @@ from lightning_freeze.audit.gradients import Gradients
 from lightning_freeze.audit.graphs import Graphs, container
 from lightning_freeze.audit.optimizers import Membership
 from lightning_freeze.audit.replicas import Replicas
+from lightning_freeze.freezing.strategies import refuse_shards
 from lightning_freeze.logs import get_logger
 from lightning_freeze.ranks import from_all
 from lightning_freeze.selectors import Selector, resolve
@@ -100,11 +91,8 @@ class GradientAudit(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be audited."""
-        if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"GradientAudit does not work with {type(trainer.strategy).__name__}: between steps a process has only "
-                "a part of the parameters. Audit a short run on one device or with strategy='ddp'."
-            )
+        if stage == "fit":
+            refuse_shards("GradientAudit", trainer.strategy)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a new report, and make the checks."""

@@ -16,6 +16,7 @@ from lightning_freeze._lightning import optimizers_of
 from lightning_freeze.audit.checks import At, Check, Moment
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.uses import Uses, runs_in_python, watching
+from lightning_freeze.freezing.optimizers import members
 
 # How many times as many batches are audited for parameters that can be expected to get a gradient later.
 _PATIENCE = 10
@@ -87,7 +88,7 @@ class Gradients(Check):
         self._batch.steps = 1
         self._received.follow()
         if optimizer is not None:
-            self._received.take_in(parameter for group in optimizer.param_groups for parameter in group["params"])
+            self._received.take_in(members([optimizer]))
             self._batch.stepped |= {i for i, other in enumerate(optimizers_of(now.trainer)) if other is optimizer}
 
     def observe(self, now: Moment) -> Facts:
@@ -136,7 +137,7 @@ class Gradients(Check):
         later = missing & self._known
         if not now.module.automatic_optimization:
             resting = [o for i, o in enumerate(optimizers_of(now.trainer)) if i not in self._row.stepped]
-            held = {id(p) for optimizer in resting for group in optimizer.param_groups for p in group["params"]}
+            held = set(map(id, members(resting)))
             later |= {name for name in missing if id(now.parameters[name]) in held}
         return later
 

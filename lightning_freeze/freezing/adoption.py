@@ -16,26 +16,11 @@ class Adoption:
     """Keeps parameters at the end of an optimizer's first group, and out of its ``state_dict()``.
 
     Saving and loading see the optimizer as the user made it. The state of what is adopted is saved apart, by name, as
-    the optimizer's own ``state_dict()`` has it: :meth:`state`.
-
-    Args:
-        optimizer: The optimizer.
-        parameters: Name to parameter, for what it takes in.
-        made: The state that the optimizer's constructor makes for a parameter, where it makes one.
+    the optimizer's own ``state_dict()`` has it: :meth:`state`. ``made`` is the state that the constructor makes for a
+    parameter, where it makes one.
 
     Raises:
         ValueError: If the optimizer saves in a way of its own, without hooks, as wrappers do.
-
-    Example:
-        >>> from torch.optim import SGD
-        >>> net = nn.Linear(2, 1)
-        >>> sgd = SGD([net.weight])
-        >>> adoption = Adoption(sgd, {"bias": net.bias})
-        >>> len(sgd.param_groups[0]["params"]), len(sgd.state_dict()["param_groups"][0]["params"])
-        (2, 1)
-        >>> adoption.release()
-        >>> len(sgd.param_groups[0]["params"])
-        1
     """
 
     def __init__(

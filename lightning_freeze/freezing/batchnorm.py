@@ -16,12 +16,7 @@ from lightning_freeze.selectors import Selector, select_layers
 
 
 def has_running_statistics(module: nn.Module) -> bool:
-    """Return whether a layer keeps running statistics: any BatchNorm, also SyncBatchNorm, timm's, or InstanceNorm.
-
-    Example:
-        >>> has_running_statistics(nn.BatchNorm2d(3)), has_running_statistics(nn.LayerNorm(3))
-        (True, False)
-    """
+    """Return whether a layer keeps running statistics: any BatchNorm, also SyncBatchNorm, timm's, or InstanceNorm."""
     return any(name == "running_mean" for name, _ in module.named_buffers(recurse=False))
 
 
@@ -106,11 +101,7 @@ def unfreeze_batchnorm(module: nn.Module, select: Selector = "*") -> dict[str, n
 
 
 def batchnorm_layers(module: nn.Module, select: Selector, given: str = "select={}") -> dict[str, nn.Module]:
-    """Return the layers with running statistics that a selector names.
-
-    Raises:
-        ValueError: If ``select`` matches nothing, or no such layer; ``"*"`` may match none.
-    """
+    """Return the layers with running statistics that a selector names; raise if there is none, unless it is ``"*"``."""
     layers = select_layers(module, select, has_running_statistics, given=given)
     if not layers and select != "*":
         shown = given.format(repr(select))

@@ -71,12 +71,7 @@ class FreezeBatchNorm(Holder):
 def refuse_new_statistics(trainer: Trainer, module: nn.Module, who: str) -> None:
     """Refuse a callback that computes the running statistics of every BatchNorm anew, the frozen ones too.
 
-    In eval mode they would stay at what it resets them to, zero and one.
-
-    Args:
-        trainer: The Trainer whose callbacks are looked at.
-        module: The module; without running statistics there is nothing to refuse.
-        who: The callback that freezes, for the error.
+    In eval mode they would stay at what it resets them to, zero and one. ``who`` is the callback that freezes.
 
     Raises:
         MisconfigurationException: If there is a StochasticWeightAveraging and a layer with running statistics.

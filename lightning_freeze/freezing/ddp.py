@@ -22,12 +22,7 @@ def follow_trainable_set(strategy: Strategy, froze: Iterable[nn.Parameter] = ())
 
     DDP's reducer only knows parameters that required grad when it was built; one that is unfrozen later would never be
     reduced and replicas would drift apart in silence. So the wrapper is built anew, without the broadcast of
-    parameters: they are equal on all ranks, or are meant not to be between two steps of a model averager.
-
-    Args:
-        strategy: Any strategy that :func:`check_strategy` accepts.
-        froze: What has just frozen. Between two steps of a model averager replicas differ; these are averaged now, as
-            they will not be later.
+    parameters. Between two steps of a model averager replicas differ; what just ``froze`` is averaged now.
     """
     if not (isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel)):
         return
@@ -74,10 +69,7 @@ def _without_initial_broadcast(strategy: DDPStrategy) -> Iterator[None]:
 
 
 def _forget_buckets(state: Any) -> None:
-    """Make PowerSGD begin anew: what it keeps is by bucket, and a new reducer has other buckets, twice.
-
-    A reducer orders its buckets anew after its first step, so two steps are sent whole, as at the beginning.
-    """
+    """Make PowerSGD begin anew: what it keeps is by bucket, and a new reducer has other buckets, twice."""
     if isinstance(state, PowerSGDState):
         for memory in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
             memory.clear()

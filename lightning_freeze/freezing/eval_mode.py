@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +17,7 @@ BY_HAND, BY_FIT = "freeze_batchnorm", "fit"
 class StaysInEval:
     """Intercepts ``module.train`` and keeps that one module in eval mode, whoever asks for training mode.
 
-    It refers to the module it sits on, so the module still pickles and deep-copies. A copy is held if
-    :func:`freeze_batchnorm` holds the module; what a fit holds is the fit's, and a copy is in none.
+    The module still pickles and deep-copies; a copy is held if :func:`freeze_batchnorm` holds the module, not by a fit.
 
     Args:
         module: The module that is held.
@@ -51,18 +50,6 @@ class StaysInEval:
         return StaysInEval, (self.module, self.wants_training, self.own, {BY_HAND}, self.affine)
 
 
-def hold_eval(modules: Iterable[nn.Module], holder: str = BY_FIT) -> None:
-    """Put each module, without its children, in eval mode until every holder has released it."""
-    for module in modules:
-        hold(module, holder)
-
-
-def release_eval(modules: Iterable[nn.Module], holder: str = BY_FIT, *, training: bool = True) -> None:
-    """Return modules to ``train()``, unless another holder keeps them; in the mode they would be in by now."""
-    for module in modules:
-        release(module, holder, training=training)
-
-
 def is_held(module: nn.Module) -> bool:
     """Return whether a module is kept in eval mode."""
     return interceptor(module) is not None
@@ -79,14 +66,9 @@ def leave_as_after_fit(module: nn.Module, twin: nn.Module, *, training: bool) ->
 
 
 def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
-    """Return the modules that have parameters of which none trains, and everything below them.
+    """Return the modules that have parameters of which none trains, and everything below them, each once.
 
-    Args:
-        module: The module to look in.
-        trains: The ``id`` of every parameter that trains.
-
-    Returns:
-        Each module once. A module without parameters counts when every module that contains it is wholly frozen.
+    A module without parameters counts when every module that contains it is wholly frozen.
     """
     states: dict[nn.Module, bool | None] = {}
 
@@ -115,8 +97,8 @@ def interceptor(module: nn.Module) -> StaysInEval | None:
     return stay if isinstance(stay, StaysInEval) else None
 
 
-def hold(module: nn.Module, holder: str) -> StaysInEval:
-    """Put one module in eval mode and keep it there until every holder has released it."""
+def hold(module: nn.Module, holder: str = BY_FIT) -> StaysInEval:
+    """Put one module, without its children, in eval mode and keep it there until every holder has released it."""
     stay = interceptor(module)
     if stay is None:
         own = module.__dict__.get("train")
@@ -129,8 +111,8 @@ def hold(module: nn.Module, holder: str) -> StaysInEval:
     return stay
 
 
-def release(module: nn.Module, holder: str, *, training: bool) -> bool:
-    """Release one module from one holder; return whether it was held by it."""
+def release(module: nn.Module, holder: str = BY_FIT, *, training: bool = True) -> bool:
+    """Release one module from one holder, in the end in the mode it would be in; return whether it was held by it."""
     stay = interceptor(module)
     if stay is None or holder not in stay.holders:
         return False

@@ -22,8 +22,7 @@ from lightning_freeze.functional import can_train
 def reshard(strategy: Strategy, module: nn.Module) -> None:
     """Free what FSDP2 has gathered, so that a module's parameters are the sharded ones, always the same objects.
 
-    After a step with frozen parameters FSDP2 leaves them gathered: tensors that it will throw away, and in which it
-    does not look for flags.
+    After a step with frozen parameters it leaves them gathered: tensors that it throws away, with flags of their own.
     """
     if not isinstance(strategy, ModelParallelStrategy):
         return
@@ -37,12 +36,8 @@ class CheckpointsByName:
 
     It does so by the names of parameters, and when it loads, only for those that require grad; so for the time of a
     load, those require grad that have a state in the file. A single file is read with the ``weights_only`` that
-    Lightning was asked for. Other strategies are left alone.
-
-    Args:
-        strategy: Any strategy; two methods of this one object are covered until :meth:`release`.
-        parameters: All parameters of the module, by name.
-        paused: Returns a context in which steps are nobody's: torch takes one to make the states that it then fills.
+    Lightning was asked for. Two methods of a sharded strategy are covered until :meth:`release`; other strategies are
+    left alone. ``paused`` returns a context in which steps are nobody's: torch takes one to make the states it fills.
     """
 
     def __init__(

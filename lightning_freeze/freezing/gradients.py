@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -12,39 +11,47 @@ from torch.optim import Optimizer
 from lightning_freeze.freezing.optimizers import members
 
 
-@dataclass
 class FrozenGradients:
     """Keeps frozen parameters without a gradient, by one look after each backward.
 
     Args:
-        parameters: What is frozen.
+        on_stray: Called with the parameters that had a gradient.
 
     Example:
-        >>> layer = nn.Linear(1, 1)
-        >>> gradients = FrozenGradients([layer.bias])
+        >>> layer, stray = nn.Linear(1, 1), []
+        >>> gradients = FrozenGradients(stray.extend)
+        >>> gradients.watch([layer.bias])
         >>> layer(torch.ones(1, 1)).sum().backward()
-        >>> gradients.drop() == [layer.bias], layer.bias.grad, layer.weight.grad
+        >>> gradients.drop()
+        >>> stray == [layer.bias], layer.bias.grad, layer.weight.grad
         (True, None, tensor([[1.]]))
     """
 
-    parameters: list[nn.Parameter]
-    _lent: dict[int, Tensor] = field(default_factory=dict)
-    _clean: bool = False  # since the last step
+    def __init__(self, on_stray: Callable[[list[nn.Parameter]], object]) -> None:
+        self._on_stray = on_stray
+        self._lent: dict[int, Tensor] = {}
+        self._clean = False  # since the last step
+        self.watch([])
 
-    def drop(self) -> list[nn.Parameter]:
-        """Drop the gradients, also what was lent, and return the parameters that had one."""
-        self._lent = {}
-        return self._drop()
+    def watch(self, parameters: list[nn.Parameter]) -> None:
+        """Take what is frozen from now on."""
+        self.parameters, self._lent, self._clean = parameters, {}, False
 
-    def begin_step(self, stepping: Optimizer) -> list[nn.Parameter]:
-        """Drop what an optimizer must not see that is about to step, and return the parameters that had a gradient."""
+    def drop(self) -> None:
+        """Drop the gradients, also what was lent."""
+        if self._lent:
+            self._lent = {}
+        self._drop()
+
+    def begin_step(self, stepping: Optimizer) -> None:
+        """Drop what an optimizer must not see that is about to step."""
         if self._lent:
             for parameter in members([stepping]):
                 if self._lent.pop(id(parameter), None) is not None:
                     parameter.grad = None
-        stray = [] if self._clean else self._drop()
+        if not self._clean:
+            self._drop()
         self._clean = False
-        return stray
 
     def lend(self, optimizers: Iterable[Optimizer]) -> None:
         """Set one zero gradient in each wholly frozen optimizer, until its step: a GradScaler refuses it without."""
@@ -55,10 +62,10 @@ class FrozenGradients:
                 smallest = min(own, key=torch.numel)
                 smallest.grad = self._lent[id(smallest)] = torch.zeros_like(smallest)
 
-    def _drop(self) -> list[nn.Parameter]:
-        lent = self._lent
+    def _drop(self) -> None:
+        self._clean, lent = True, self._lent
         stray = [p for p in self.parameters if p.grad is not None and not (lent and p.grad is lent.get(id(p)))]
-        for parameter in stray:
-            parameter.grad = None
-        self._clean = True
-        return stray
+        if stray:
+            for parameter in stray:
+                parameter.grad = None
+            self._on_stray(stray)

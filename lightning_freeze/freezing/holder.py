@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of, optimizers_of, without_fit
-from lightning_freeze.freezing.ledger import Hold, Ledger, close_ledger, open_ledger
+from lightning_freeze.freezing.ledger import Hold, Ledger, close_ledger, ledger_of, open_ledger
 from lightning_freeze.freezing.strategies import check_strategy
 
 
@@ -15,10 +15,12 @@ class Holder(Callback):
     """A callback that keeps parameters frozen, and modules in eval mode, from fit start to the end of the fit.
 
     All holders of a Trainer share the fit's :class:`Ledger`, which the first one opens with what :meth:`holds` of each
-    returns; so their order does not matter.
+    returns, and then keeps in line for all; so their order does not matter.
     """
 
     _ledger: Ledger | None = None
+    _leads = False
+    _has_scaler = False
 
     def holds(self, module: nn.Module) -> Hold:
         """Return what the callback keeps frozen in a module, also outside of a fit."""
@@ -37,24 +39,31 @@ class Holder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze before anything is trained or restored."""
-        holders = [callback for callback in callbacks_of(trainer) if isinstance(callback, Holder)]
-        holds = {holder.state_key: holder.holds(pl_module) for holder in holders}
-        self._ledger = open_ledger(trainer, pl_module, holds)
-        self._ledger.settle(modes=False)
+        self._ledger, self._leads = ledger_of(trainer), False
+        self._has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if self._ledger is None:
+            holders = [callback for callback in callbacks_of(trainer) if isinstance(callback, Holder)]
+            holds = {holder.state_key: holder.holds(pl_module) for holder in holders}
+            self._ledger, self._leads = open_ledger(trainer, pl_module, holds), True
+            self._ledger.settle(modes=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put modules in eval mode; before, Lightning warns of them."""
-        self.ledger.settle()
+        if self._leads:
+            self.ledger.settle()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put right what other code has switched."""
-        self.ledger.settle()
+        if self._leads:
+            self.ledger.settle()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop gradients of what is frozen before they are clipped; lend a GradScaler one where nothing trains."""
-        self.ledger.drop_gradients()
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            self.ledger.lend_gradients(optimizers_of(trainer))
+        """Drop gradients of what is frozen before they are clipped."""
+        if self._leads:
+            gradients = self.ledger.gradients
+            gradients.drop()
+            if self._has_scaler:
+                gradients.lend(optimizers_of(trainer))
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save modules among the hyperparameters as they are after the fit."""

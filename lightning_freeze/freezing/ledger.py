@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_freeze._lightning import LightningModule, Strategy, Trainer
 from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
 from lightning_freeze.freezing.ddp import follow_trainable_set
-from lightning_freeze.freezing.eval_mode import BY_HAND, hold_eval, leave_as_after_fit, release_eval
+from lightning_freeze.freezing.eval_mode import BY_HAND, hold, leave_as_after_fit, release
 from lightning_freeze.freezing.fsdp import reshard
 from lightning_freeze.freezing.gradients import FrozenGradients
 from lightning_freeze.freezing.steps import Steps
@@ -58,13 +58,10 @@ class Ledger:
     A parameter that a holder keeps frozen is frozen, whoever else wants it to train. :meth:`settle` goes by what was
     decided, not by the flags it finds: other code switches those too, for an online evaluation or a GAN's other half.
 
-    Args:
-        strategy: The Trainer's.
-        module: The LightningModule, as the fit found it.
-
     Attributes:
         parameters: All parameters by name, tied ones once.
         trains: The identities of the parameters that train, as decided last.
+        gradients: Those of what is frozen.
         steps: What is done around the optimizers' steps during the fit.
     """
 
@@ -77,10 +74,10 @@ class Ledger:
         self.trains = {key for key, flag in self._found.flags.items() if flag}
         self._holds: dict[str, Hold] = {}
         self._in_eval: list[nn.Module] = []
-        self._frozen = FrozenGradients([])
         self._warned = False
+        self.gradients = FrozenGradients(self._warn_of_switched)
         self.steps = Steps()
-        self.steps.before.append(self._begin_step)
+        self.steps.before.append(self.gradients.begin_step)
 
     @property
     def batchnorm(self) -> list[nn.Module]:
@@ -94,9 +91,7 @@ class Ledger:
 
     def has(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer steps parameters of the module."""
-        return any(
-            id(parameter) in self._found.flags for group in optimizer.param_groups for parameter in group["params"]
-        )
+        return any(id(p) in self._found.flags for group in optimizer.param_groups for p in group["params"])
 
     def hold(self, who: str, hold: Hold) -> None:
         """Replace what a holder asks for; :meth:`settle` then does it."""
@@ -115,35 +110,27 @@ class Ledger:
     def settle(self, *, modes: bool = True) -> None:
         """Bring everything in line; doing it twice changes nothing. For all ranks at the same step.
 
-        Args:
-            modes: Whether modules change mode. Lightning warns of some in eval mode before ``on_train_start``.
+        Without ``modes``, no module changes mode: Lightning warns of some in eval mode before ``on_train_start``.
         """
         reshard(self.strategy, self.module)
         before, frozen = self.trains, self.held().keys()
         wanted = {key for hold in self._holds.values() for key in hold.trains}
-        self._warn_of_switched(self._frozen.parameters)
-        self.trains, self._frozen = set(), FrozenGradients([])
+        self._warn_of_switched(self.gradients.parameters)
+        self.trains = set()
+        self.gradients.watch([])
         for parameter in self.parameters.values():
             self._decide(parameter, frozen=id(parameter) in frozen, wanted=id(parameter) in wanted)
             if id(parameter) in self.trains and id(parameter) not in before:
                 parameter.grad = None  # from before its phase
         if modes:
             stay = dict.fromkeys(module for hold in self._holds.values() for module in hold.eval_mode)
-            release_eval((m for m in self._in_eval if m not in stay), training=self.module.training)
-            hold_eval(stay)
+            self._release_modes(stay)
+            for child in stay:
+                hold(child)
             self._in_eval = list(stay)
         if self.trains != before:
             froze = before - self.trains
             follow_trainable_set(self.strategy, [p for p in self.parameters.values() if id(p) in froze])
-
-    def drop_gradients(self) -> None:
-        """Drop the gradients of what is frozen: they would count in a clip and move it in a step."""
-        if stray := self._frozen.drop():
-            self._warn_of_switched(stray)
-
-    def lend_gradients(self, optimizers: Iterable[Optimizer]) -> None:
-        """Have a GradScaler accept each optimizer of which nothing trains, until its step."""
-        self._frozen.lend(optimizers)
 
     def as_after_fit(self, hyperparameters: dict[str, Any], live: Mapping[str, Any]) -> None:
         """Put copies in the place of modules among hyperparameters that are about to be saved, as they came.
@@ -165,18 +152,20 @@ class Ledger:
     def close(self) -> None:
         """Restore flags and modes; what was learned stays. Calling it again does nothing."""
         self.steps.close()
-        self._frozen.drop()
+        self.gradients.drop()
         reshard(self.strategy, self.module)
-        release_eval(self._in_eval, training=self.module.training)
+        self._release_modes()
         by_hand = affine_frozen_by_hand(self._found.layers)
         for parameter in self.parameters.values():
             if id(parameter) in self._found.touched and id(parameter) not in by_hand:
                 parameter.requires_grad = self._found.flags[id(parameter)]
-        self._in_eval, self._found.touched, self._frozen = [], set(), FrozenGradients([])
+        self._in_eval, self._found.touched = [], set()
+        self.gradients.watch([])
 
-    def _begin_step(self, stepping: Optimizer) -> None:
-        if stray := self._frozen.begin_step(stepping):
-            self._warn_of_switched(stray)
+    def _release_modes(self, stay: Collection[nn.Module] = ()) -> None:
+        for child in self._in_eval:
+            if child not in stay:
+                release(child, training=self.module.training)
 
     def _decide(self, parameter: nn.Parameter, *, frozen: bool, wanted: bool) -> None:
         key, found = id(parameter), self._found
@@ -187,7 +176,7 @@ class Ledger:
             found.touched.remove(key)
             set_trainable(parameter, found.flags[key])
         if frozen:
-            self._frozen.parameters.append(parameter)
+            self.gradients.parameters.append(parameter)
         elif wanted or found.flags[key]:
             self.trains.add(key)
 
@@ -209,12 +198,11 @@ _LEDGERS: WeakKeyDictionary[Trainer, Ledger] = WeakKeyDictionary()
 
 
 def open_ledger(trainer: Trainer, pl_module: LightningModule, holds: Mapping[str, Hold]) -> Ledger:
-    """Return the ledger of the fit that runs; the first to ask opens it, with what all holders ask for."""
-    if trainer not in _LEDGERS:
-        _LEDGERS[trainer] = Ledger(trainer.strategy, pl_module)
-        for who, hold in holds.items():
-            _LEDGERS[trainer].hold(who, hold)
-    return _LEDGERS[trainer]
+    """Open the ledger of the fit that begins, with what all holders ask for."""
+    ledger = _LEDGERS[trainer] = Ledger(trainer.strategy, pl_module)
+    for who, asked in holds.items():
+        ledger.hold(who, asked)
+    return ledger
 
 
 def ledger_of(trainer: Trainer) -> Ledger | None:

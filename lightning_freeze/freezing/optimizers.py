@@ -6,7 +6,7 @@ learning rate scale, parameters that the optimizer was never given, and a policy
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,18 +15,14 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import LBFGS, Optimizer
 
 from lightning_freeze.freezing.adoption import Adoption
-from lightning_freeze.freezing.step_view import StepView
+from lightning_freeze.freezing.step_view import Scale, StepView, factor_at
 from lightning_freeze.freezing.trial import try_adoption, try_scales
 
 OptimizerState = Literal["keep", "drop", "offload"]
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that moves parameters without a gradient.
-
-    Raises:
-        ValueError: If it is LBFGS.
-    """
+    """Raise a ValueError for LBFGS, which moves parameters without a gradient."""
     if isinstance(optimizer, LBFGS):
         raise ValueError(
             "LBFGS flattens its parameters into one vector when it is built, so none can freeze later. "
@@ -56,30 +52,22 @@ class PhasedOptimizer:
 
     Args:
         optimizer: Any that :func:`check_optimizer` accepts.
-        scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor.
+        scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor, or what
+            moves it.
         adopt: Name to parameter, for what the optimizer shall train and was not given.
-        optimizer_state: What becomes of a parameter's state when it freezes: ``"keep"``, ``"drop"``, or ``"offload"``
-            to the CPU until it trains again.
+        optimizer_state: What becomes of a parameter's state when it freezes, see :class:`FreezeSchedule`.
         sparse: The identities of parameters that get sparse gradients.
 
     Raises:
         ValueError: If the optimizer is refused, has no learning rate where one is scaled, or would refuse in mid-fit
             what is adopted or scaled.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
-        >>> sgd = torch.optim.SGD(net[0].parameters(), lr=0.1)
-        >>> phased = PhasedOptimizer(sgd, scales=[{id(net[1].weight): 0.5}], adopt={"1.weight": net[1].weight})
-        >>> phased.apply(0, trains={id(net[1].weight)})
-        >>> len(sgd.param_groups), len(sgd.state_dict()["param_groups"][0]["params"])
-        (1, 1)
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
         *,
-        scales: Sequence[Mapping[int, float]] = ({},),
+        scales: Sequence[Mapping[int, Scale]] = ({},),
         adopt: Mapping[str, nn.Parameter] | None = None,
         optimizer_state: OptimizerState = "keep",
         sparse: Iterable[int] = (),
@@ -110,14 +98,9 @@ class PhasedOptimizer:
             if state and not any(isinstance(value, Tensor) for value in state.values())
         }
 
-    def apply(self, phase: int, trains: Collection[int]) -> None:
-        """Follow a phase.
-
-        Args:
-            phase: The index of the phase in ``scales``.
-            trains: The identity of each parameter that trains.
-        """
-        self.view.begin(phase)
+    def apply(self, phase: int, trains: Collection[int], factor: Callable[[Scale], float] = factor_at) -> None:
+        """Follow a phase, given by its index in ``scales``, what trains, and what says which factor a scale is."""
+        self.view.begin(phase, factor)
         if self._policy == "keep":
             return
         for parameter in members([self.optimizer]):

@@ -12,14 +12,7 @@ from lightning_freeze.selectors import Selector, named_unique_parameters, overla
 
 
 def is_vector(name: str, parameter: nn.Parameter) -> bool:
-    """Return whether a parameter has at most one dimension, as biases and the weights of norms have.
-
-    This is timm's rule: lists of names or classes miss the norms of most models.
-
-    Example:
-        >>> [name for name, parameter in nn.Linear(2, 1).named_parameters() if is_vector(name, parameter)]
-        ['bias']
-    """
+    """Return whether a parameter has at most one dimension, as biases and the weights of norms have: timm's rule."""
     return parameter.ndim <= 1
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -14,78 +14,87 @@ from torch.optim import Optimizer
 # What of a parameter group belongs to its members.
 _MEMBERS = frozenset({"params", "param_names"})
 
+Group = dict[str, Any]
+
+
+class Moving(Hashable, Protocol):
+    """A scale that moves: a factor for each share of its way."""
+
+    def at(self, done: float, /) -> float:
+        """Return the factor when a share of the way is done, from 0 to 1."""
+
+
+Scale: TypeAlias = float | Moving
+
 
 def is_rate(option: str) -> bool:
-    """Return whether an option of a parameter group is a learning rate.
-
-    Example:
-        >>> is_rate("lr"), is_rate("initial_lr"), is_rate("momentum")
-        (True, True, False)
-    """
+    """Return whether an option of a parameter group is a learning rate: ``lr``, or one such as ``initial_lr``."""
     return option == "lr" or option.endswith("_lr")
 
 
-@dataclass
-class _Part:
-    """Members of one group that have the same scale in every phase; ``before`` is what the step began with."""
+def factor_at(scale: Scale, done: float = 0.0) -> float:
+    """Return the factor of a scale when a share of its way is done.
 
-    factors: tuple[float, ...]
-    group: dict[str, Any]
-    factor: float
-    before: dict[str, Any] = field(default_factory=dict)
-
-    def take(self, option: str, value: Any) -> None:
-        """Take an option over from the user's group."""
-        if not is_rate(option) or value is None:
-            self.group[option] = value
-        elif isinstance(value, Tensor) and isinstance(mine := self.group.get(option), Tensor):
-            torch.mul(value, self.factor, out=mine)  # in place: captured graphs hold on to a rate that is a tensor
-        else:
-            self.group[option] = value * self.factor if isinstance(value, Tensor) or self.factor != 1.0 else value
+    Example:
+        >>> factor_at(0.5, done=1.0)
+        0.5
+    """
+    return scale if isinstance(scale, float | int) else scale.at(done)
 
 
 @dataclass
 class _Split:
-    """The parts of one of the user's groups, and the options that they have taken over from it."""
+    """One of the user's groups in parts, each of the members that have the same scale in every phase.
 
-    parts: list[_Part]
-    seen: dict[str, Any] = field(default_factory=dict)
+    ``seen`` are the options that the parts have taken over from the user's group, ``before`` the first part as the step
+    found it.
+    """
 
-    def begin(self, phase: int) -> None:
-        for part in self.parts:
-            part.factor = part.factors[phase]
+    parts: list[Group]
+    scales: list[tuple[Scale, ...]]
+    factors: list[float] = field(default_factory=list)
+    seen: Group = field(default_factory=dict)
+    before: Group = field(default_factory=dict)
+
+    def move(self, phase: int, factor: Callable[[Scale], float]) -> None:
+        self.factors = [factor(scales[phase]) for scales in self.scales]
         self.seen = {option: value for option, value in self.seen.items() if not is_rate(option)}
 
-    def show(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+    def show(self, group: Group) -> list[Group]:
         """Return the parts, with what the user or a scheduler has changed since the last step."""
+        seen = self.seen
         for option, value in group.items():
-            # A tensor can have changed in place. What is unchanged stays each part's own: its running sums.
-            if option not in _MEMBERS and (isinstance(value, Tensor) or self.seen.get(option, self) is not value):
-                self.seen[option] = value
-                for part in self.parts:
-                    part.take(option, value)
-        for part in self.parts:
-            part.before = dict(part.group)
-        return [part.group for part in self.parts]
+            # What is unchanged stays each part's own: its running sums.
+            if seen.get(option, self) is not value and option not in _MEMBERS:
+                self._see(option, value)
+                for part, factor in zip(self.parts, self.factors, strict=True):
+                    part[option] = _scaled(value, factor, part.get(option)) if is_rate(option) else value
+        self.before = self.parts[0].copy()
+        return self.parts
 
-    def hide(self, group: dict[str, Any]) -> None:
+    def hide(self, group: Group) -> None:
         """Write into the user's group what the step has changed in the first part."""
-        first = self.parts[0]
-        for option, value in first.group.items():
-            if option not in _MEMBERS and value is not first.before.get(option, self):
-                group[option] = value / first.factor if is_rate(option) and first.factor != 1.0 else value
-                self.seen[option] = group[option]
+        factor, before = self.factors[0], self.before
+        for option, value in self.parts[0].items():
+            if before.get(option, self) is value or option in _MEMBERS:
+                continue
+            if not is_rate(option) or factor == 1.0:
+                group[option] = value
+            elif factor:  # what a step makes of a rate of 0 says nothing of the user's
+                group[option] = value / factor
+            self._see(option, group[option])
 
-    def own(self) -> list[dict[str, Any]]:
+    def own(self) -> list[Group]:
         """Return, for each part, what its steps have written: running sums, not what it took from the user's group."""
+        taken = {option for part in self.parts for option in part if option in _MEMBERS or is_rate(option)}
         return [
-            {
-                option: value
-                for option, value in part.group.items()
-                if option not in _MEMBERS and not is_rate(option) and value is not self.seen.get(option)
-            }
+            {o: value for o, value in part.items() if o not in taken and value is not self.seen.get(o)}
             for part in self.parts
         ]
+
+    def _see(self, option: str, value: Any) -> None:
+        if not isinstance(value, Tensor):  # one can change in place, so it is taken over at every step
+            self.seen[option] = value
 
 
 class StepView:
@@ -93,7 +102,8 @@ class StepView:
 
     Args:
         optimizer: The optimizer.
-        scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor.
+        scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor, or what
+            moves it.
 
     Raises:
         ValueError: If the optimizer has no learning rate where one is scaled.
@@ -110,66 +120,68 @@ class StepView:
         [0.1]
     """
 
-    def __init__(self, optimizer: Optimizer, scales: Sequence[Mapping[int, float]]) -> None:
-        self.optimizer = optimizer
-        self._splits: dict[int, _Split] = {}
-        self._hidden: list[tuple[Optimizer, list[dict[str, Any]]]] = []  # who shows the parts, and the user's groups
+    def __init__(self, optimizer: Optimizer, scales: Sequence[Mapping[int, Scale]]) -> None:
+        self.optimizer, self._scales = optimizer, scales
+        self._moving = [any(not isinstance(scale, float | int) for scale in phase.values()) for phase in scales]
+        self._splits: dict[int, _Split] = {}  # by the index of the group
+        self._own: list[Group] = []  # the user's groups, while somebody shows the parts
+        self._showing: list[tuple[Optimizer, list[Group]]] = []  # with the groups that were in the place of the parts
         for index, group in enumerate(optimizer.param_groups):
-            places: dict[tuple[float, ...], list[int]] = {}
+            places: dict[tuple[Scale, ...], list[int]] = {}
             for place, parameter in enumerate(group["params"]):
                 places.setdefault(tuple(scale.get(id(parameter), 1.0) for scale in scales), []).append(place)
-            if any(factor != 1.0 for factors in places for factor in factors):
+            if any(scale != 1.0 for own in places for scale in own):
                 _check_rate(optimizer, index)
-                self._splits[index] = _Split(
-                    [
-                        _Part(
-                            factors,
-                            {key: [group[key][place] for place in members] for key in _MEMBERS & group.keys()},
-                            factors[0],
-                        )
-                        for factors, members in places.items()
-                    ]
-                )
+                own = [{k: [group[k][p] for p in at] for k in _MEMBERS & group.keys()} for at in places.values()]
+                self._splits[index] = _Split(own, list(places))
+        self.begin(0)
 
     def __bool__(self) -> bool:
         return bool(self._splits)
 
     @property
     def factors(self) -> dict[int, set[frozenset[float]]]:
-        """The scales that are in a group at once, in any phase, by the index of the group that they split."""
+        """The factors that are in a group at once, in any phase, by the index of the group that they split.
+
+        Scales that move are taken at their beginning, in the middle and at their end.
+        """
         return {
-            index: set(map(frozenset, zip(*(part.factors for part in split.parts), strict=True)))
+            index: {
+                frozenset(factor_at(scale, done) for scale in scales)
+                for scales in zip(*split.scales, strict=True)
+                for done in (0.0, 0.5, 1.0)
+            }
             for index, split in self._splits.items()
         }
 
-    def begin(self, phase: int) -> None:
-        """Take the scales of a phase."""
-        for split in self._splits.values():
-            split.begin(phase)
+    def begin(self, phase: int, factor: Callable[[Scale], float] = factor_at) -> None:
+        """Take the scales of a phase; ``factor`` says, before each step, what one that moves is."""
+        self._phase, self._factor = phase, factor
+        self._move()
 
     def show(self, stepping: Optimizer) -> None:
         """Split the groups of an optimizer that begins to step, as far as they are this one's."""
-        own = self._own()
+        if not self._showing:
+            self._own = list(self.optimizer.param_groups)
+        own, groups = self._own, stepping.param_groups
         splits = {id(own[index]): split for index, split in self._splits.items() if index < len(own)}
-        if not any(id(group) in splits for group in stepping.param_groups):
+        if splits.keys().isdisjoint(map(id, groups)):
             return
-        self._hidden.append((stepping, list(stepping.param_groups)))
-        shown: list[dict[str, Any]] = []
-        for group in stepping.param_groups:
-            shown += splits[id(group)].show(group) if id(group) in splits else [group]
-        stepping.param_groups[:] = shown
+        if self._moving[self._phase]:
+            self._move()
+        self._showing.append((stepping, list(groups)))
+        shown = [splits[id(group)].show(group) if id(group) in splits else [group] for group in groups]
+        groups[:] = [part for parts in shown for part in parts]
 
     def hide(self, stepping: Optimizer) -> None:
         """Restore the groups of an optimizer that has stepped."""
-        if not self._hidden or self._hidden[-1][0] is not stepping:
+        if not self._showing or self._showing[-1][0] is not stepping:
             return
-        _, groups = self._hidden.pop()
-        stepping.param_groups[:] = groups
-        own = self._own()
+        _, stepping.param_groups[:] = self._showing.pop()
         for index, split in self._splits.items():
-            split.hide(own[index])
+            split.hide(self._own[index])
 
-    def state(self) -> list[list[dict[str, Any]]]:
+    def state(self) -> list[list[Group]]:
         """Return what steps have counted in the parts of a group other than in the group itself, for a checkpoint."""
         return [split.own() for split in self._splits.values()]
 
@@ -177,23 +189,27 @@ class StepView:
         """Take over what :meth:`state` returned, if the groups are split as they were."""
         if [len(own) for own in options] == [len(split.parts) for split in self._splits.values()]:
             for (index, split), own in zip(self._splits.items(), options, strict=True):
-                split.show(self.optimizer.param_groups[index])
-                for part, values in zip(split.parts, own, strict=True):
-                    part.group.update(values)
+                for part, values in zip(split.show(self.optimizer.param_groups[index]), own, strict=True):
+                    part.update(values)
 
     def rate(self, parameter: nn.Parameter) -> float | None:
         """Return the learning rate at which a parameter would be stepped now, None if it is in no group."""
         for index, group in enumerate(self.optimizer.param_groups):
             if any(member is parameter for member in group["params"]):
-                parts = self._splits[index].parts if index in self._splits else []
-                factor = next((p.factor for p in parts if any(m is parameter for m in p.group["params"])), 1.0)
-                return float(group["lr"]) * factor
+                scale = self._scales[self._phase].get(id(parameter), 1.0) if index in self._splits else 1.0
+                return float(group["lr"]) * self._factor(scale)
         return None
 
-    def _own(self) -> list[dict[str, Any]]:
-        """Return the user's groups, also while the optimizer, or one that shares its list, shows the parts."""
-        shown = self.optimizer.param_groups
-        return next((groups for showing, groups in self._hidden if showing.param_groups is shown), shown)
+    def _move(self) -> None:
+        for split in self._splits.values():
+            split.move(self._phase, self._factor)
+
+
+def _scaled(value: Any, factor: float, mine: Any) -> Any:
+    """Return a part's rate; ``mine`` is the one that it had."""
+    if isinstance(value, Tensor):  # written in place: captured graphs hold on to a rate that is a tensor
+        return torch.mul(value, factor, out=mine if isinstance(mine, Tensor) else None)
+    return value if factor == 1.0 or value is None else value * factor
 
 
 def _check_rate(optimizer: Optimizer, index: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
@@ -23,28 +24,17 @@ class Steps:
             returned.
         after: Called after a step, and before a closure runs.
         counted: Called once a step with its optimizer, of steps within steps for the outermost only.
-
-    Example:
-        >>> import torch
-        >>> steps, seen = Steps(), []
-        >>> steps.counted.append(lambda optimizer: seen.append(type(optimizer).__name__))
-        >>> torch.optim.SGD([torch.zeros(1)]).step()
-        >>> steps.close()
-        >>> seen
-        ['SGD']
     """
 
     def __init__(self) -> None:
         self.before: list[Around] = []
         self.after: list[Around] = []
         self.counted: list[Around] = []
-        self._running: list[Optimizer] = []
-        self._waiting: list[Optimizer] = []  # for their closure
+        # The steps that have begun, outermost first. One is there twice if its class calls super().step().
+        self._begun: list[Optimizer] = []
+        self._on: list[Optimizer] = []
         self._paused = False
-        self._handles = [
-            register_optimizer_step_pre_hook(self._begin),
-            register_optimizer_step_post_hook(self._end),
-        ]
+        self._handles = [register_optimizer_step_pre_hook(self._begin), register_optimizer_step_post_hook(self._end)]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -55,10 +45,18 @@ class Steps:
         finally:
             self._paused = False
 
+    def suspend(self) -> None:
+        """Call ``after`` for what is on; what has begun goes on when its closure has returned."""
+        while self._on:
+            optimizer = self._on.pop()
+            for function in self.after:
+                function(optimizer)
+
     def reset(self) -> None:
         """End the steps that are still on: one that raised has called no hook."""
-        self._waiting = []
-        self._stop()
+        if self._begun:
+            self.suspend()
+            self._begun.clear()
 
     def close(self) -> None:
         """Forget everything."""
@@ -69,60 +67,37 @@ class Steps:
     def _begin(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._paused:
             return None
+        self._begun.append(optimizer)
         # torch passes the optimizer as the first argument.
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):
-            self._push(optimizer)
-            return None
-        self._waiting.append(optimizer)
-        outside = self._outside(optimizer, closure)
-        return (
-            (args, {**kwargs, "closure": outside}) if "closure" in kwargs else ((args[0], outside, *args[2:]), kwargs)
-        )
+        if callable(closure := kwargs.get("closure")):
+            return args, {**kwargs, "closure": partial(self._run, closure)}
+        if len(args) > 1 and callable(args[1]):
+            return (args[0], partial(self._run, args[1]), *args[2:]), kwargs
+        self._resume()
+        return None
 
-    def _outside(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a closure that runs as if no step was on: it is the user's code, and may save or end the fit."""
+    def _run(self, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run a closure as if no step was on: it is the user's code, and may save or end the fit."""
+        self.suspend()
+        result = closure(*args, **kwargs)
+        self._resume()
+        return result
 
-        def run(*args: Any, **kwargs: Any) -> Any:
-            running = list(self._running)
-            self._stop()
-            result = closure(*args, **kwargs)
-            if any(waiting is optimizer for waiting in self._waiting):
-                self._waiting.remove(optimizer)
-                running.append(optimizer)
-            for one in running:
-                self._push(one)
-            return result
-
-        return run
+    def _resume(self) -> None:
+        for optimizer in self._begun:
+            if optimizer not in self._on:
+                for function in self.before:
+                    function(optimizer)
+                self._on.append(optimizer)
 
     def _end(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._paused or not (self._running or self._waiting):  # it was reset meanwhile
+        if optimizer not in self._begun:  # it was paused, or is over by a reset
             return
-        if any(waiting is optimizer for waiting in self._waiting):  # it has not called its closure
-            self._waiting.remove(optimizer)
-        else:
-            self._pop()
-        if not (self._running or self._waiting):
-            self._call(self.counted, optimizer)
-
-    # A class that calls super().step() has torch call the hooks twice, one within the other.
-
-    def _push(self, optimizer: Optimizer) -> None:
-        if not any(running is optimizer for running in self._running):
-            self._call(self.before, optimizer)
-        self._running.append(optimizer)
-
-    def _pop(self) -> None:
-        optimizer = self._running.pop()
-        if not any(running is optimizer for running in self._running):
-            self._call(self.after, optimizer)
-
-    def _stop(self) -> None:
-        while self._running:
-            self._pop()
-
-    @staticmethod
-    def _call(functions: list[Around], optimizer: Optimizer) -> None:
-        for function in functions:
+        while self._begun.pop() is not optimizer:  # steps inside of it that raised
+            pass
+        if optimizer in self._on and optimizer not in self._begun:
+            self._on.remove(optimizer)
+            for function in self.after:
+                function(optimizer)
+        for function in self.counted if not self._begun else ():
             function(optimizer)

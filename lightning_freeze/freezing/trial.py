@@ -18,23 +18,11 @@ def try_adoption(
 ) -> dict[nn.Parameter, Any]:
     """Build an optimizer with parameters that this one was not given, and step small ones of their kinds.
 
-    Args:
-        optimizer: The optimizer that shall take them in.
-        parameters: Name to parameter.
-        sparse: The identities of those that get sparse gradients.
-
-    Returns:
-        The state that the constructor makes for a parameter, where it makes one.
+    ``sparse`` has the identities of those that get sparse gradients. Returns the state that the constructor makes for a
+    parameter, where it makes one.
 
     Raises:
         ValueError: If the constructor or the step refuses them; it says what the optimizer said.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> muon = torch.optim.Muon([net.weight])
-        >>> try_adoption(muon, {"bias": net.bias})  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ValueError: The schedule trains what Muon was not given and does not take: bias. It says: Muon only supports ...
     """
     sparse = set(sparse)
     known, new = (
@@ -62,10 +50,7 @@ def try_adoption(
 def try_scales(optimizer: Optimizer, index: int, phases: Iterable[Collection[float]]) -> None:
     """Step small tensors at one learning rate, then at different ones, as the scales of a group would have it.
 
-    Args:
-        optimizer: The optimizer whose groups are scaled.
-        index: The index of the group.
-        phases: For each phase, the scales that are in the group at once.
+    ``phases`` has, for each phase, the scales that are in the group at once.
 
     Raises:
         ValueError: If the optimizer refuses different learning rates; it says what the optimizer said.
@@ -127,9 +112,11 @@ def _step(
 ) -> None:
     like = next(p for group in optimizer.param_groups for p in group["params"])
     tensors = [nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)) for _ in options]
-    groups = [{"params": [tensor], **own} for tensor, own in zip(tensors, options, strict=True)]
-    other = _another(optimizer, groups)
-    for tensor in tensors:
+    # A rate of 0, where a ramp may begin, is set later, as in a fit: some refuse to be built with it.
+    built = [{option: value for option, value in own.items() if value} for own in options]
+    other = _another(optimizer, [{"params": [tensor], **own} for tensor, own in zip(tensors, built, strict=True)])
+    for tensor, group, own in zip(tensors, other.param_groups, options, strict=True):
+        group.update(own)
         zeros: Tensor = torch.zeros_like(tensor)
         tensor.grad = zeros.to_sparse(1) if sparse else zeros
     other.step()

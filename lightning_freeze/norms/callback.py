@@ -12,16 +12,14 @@ from torch.optim import Optimizer
 
 from lightning_freeze._lightning import (
     Callback,
-    DeepSpeedStrategy,
-    FSDPStrategy,
     LightningModule,
-    MisconfigurationException,
     Trainer,
     logged_step,
     loss_scale,
     unscales_gradients,
     without_fit,
 )
+from lightning_freeze.freezing.strategies import refuse_shards, refuse_without_hooks
 from lightning_freeze.logs import get_logger
 from lightning_freeze.norms.core import Per, metric_places, nonfinite, read
 from lightning_freeze.norms.step import BackwardNorms, StepNorms, What, named_metrics
@@ -104,16 +102,8 @@ class NormLogger(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be measured rightly."""
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy):
-            raise MisconfigurationException(
-                f"NormLogger does not work with {type(trainer.strategy).__name__}: each process would show the norm of "
-                "its own shard only. Use ModelParallelStrategy (FSDP2), DDP or one device."
-            )
-        if foreign := [type(one).__name__ for one in trainer.optimizers if not isinstance(one, Optimizer)]:
-            raise MisconfigurationException(
-                f"NormLogger measures in the hooks of optimizers, and {foreign[0]} is not a torch.optim.Optimizer, "
-                "which would have them. Derive it from that class."
-            )
+        refuse_shards("NormLogger", trainer.strategy, fsdp2=True)
+        refuse_without_hooks("NormLogger", trainer)
         self.nonfinite, self._logged = (), {}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

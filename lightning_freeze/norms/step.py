@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_freeze.freezing.optimizers import members
 from lightning_freeze.norms.core import gradients, measure, nonfinite, spread, vector
 
 #: What to measure around an optimizer step.
@@ -65,7 +66,7 @@ class StepNorms:
         self, named: Mapping[str, nn.Parameter], scale: Tensor | None = None, backwards: BackwardNorms | None = None
     ) -> None:
         """Measure weights and gradients; ``backwards`` knows those that were clipped already."""
-        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        held = set(map(id, members([self._optimizer])))
         changing = {n: p for n, p in named.items() if id(p) in held and (p.requires_grad or p.grad is not None)}
         self._parameters, self._scale = changing, scale
         if "grad" in self._what:

@@ -7,26 +7,21 @@ from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 from torch import nn
 
-from lightning_freeze._lightning import (
-    BaseFinetuning,
-    Callback,
-    LightningModule,
-    MisconfigurationException,
-    Trainer,
-    callbacks_of,
-)
+from lightning_freeze._lightning import Callback, LightningModule, Trainer
 from lightning_freeze.freezing.callback import refuse_new_statistics
 from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.optimizers import OptimizerState
 from lightning_freeze.schedule import report
 from lightning_freeze.schedule.checkpoint import restore, trained_so_far, weights_to_keep
 from lightning_freeze.schedule.course import Course
-from lightning_freeze.schedule.fit import begin_fit, steps_per_epoch
+from lightning_freeze.schedule.fit import begin_fit
+from lightning_freeze.schedule.length import refuse_uneven_ranks, steps_per_epoch
 from lightning_freeze.schedule.meaning import FrozenMode
+from lightning_freeze.schedule.neighbours import refuse_rivals
 from lightning_freeze.schedule.phases import Phase, as_phases
 from lightning_freeze.schedule.plan import FitOptions, Plan
 from lightning_freeze.schedule.preview import OptimizerLike, preview_table, schedule_text
-from lightning_freeze.schedule.progress import Progress
+from lightning_freeze.schedule.progress import Begin, Progress
 from lightning_freeze.tables import Table
 from lightning_freeze.words import one_of
 
@@ -40,10 +35,12 @@ class FreezeSchedule(Holder):
     Before the first batch, and whenever a phase ends, the flags of all parameters, the mode of frozen BatchNorm layers,
     the optimizers and the DDP wrapper are brought in line with the phase. The phase changes at an epoch's start or
     between optimizer steps, never inside an accumulation window; only in manual optimization a window that spans an
-    epoch's end is cut by a phase that lasts epochs. The last phase holds until the fit ends. What a
-    :class:`TargetNetwork` or :class:`FreezeBatchNorm` keeps frozen never trains, also where a phase selects it with
-    other parameters. After the fit, also after one that was interrupted, flags, modes and optimizers are as they were;
-    what was learned stays.
+    epoch's end is cut by a phase that lasts epochs. With the last phase the fit ends. What a :class:`TargetNetwork` or
+    :class:`FreezeBatchNorm` keeps frozen never trains, also where a phase selects it with other parameters. After the
+    fit, also after an interrupted one, flags, modes and optimizers are as they were; what was learned stays.
+
+    ``on_phase_start(trainer, pl_module, phase)`` and ``on_phase_end``, with the same arguments, are called around each
+    phase on every callback that has them and then on the module.
 
     Args:
         phases: The schedule: :class:`Phase` objects, or dicts of their arguments, as YAML gives them.
@@ -55,9 +52,8 @@ class FreezeSchedule(Holder):
         verbose: Log a line for each phase that begins.
 
     Raises:
-        ValueError: If the schedule is empty or a phase that is not the last has no end; at fit start, if a phase names
-            or trains nothing, or if an optimizer would refuse in mid-fit what the schedule asks of it.
-        TypeError: If an argument is of another type.
+        ValueError: If a phase that is not the last has no end; at fit start, if a phase names or trains nothing, or if
+            an optimizer would refuse in mid-fit what the schedule asks of it.
         MisconfigurationException: At fit start, if the Trainer has a strategy, an optimizer or another callback with
             which the schedule cannot be exact.
 
@@ -66,12 +62,8 @@ class FreezeSchedule(Holder):
         ...     Phase(train="head", epochs=2),
         ...     Phase(train="*", lr_scale={"backbone": 0.1}),
         ... ])
-        >>> net = nn.ModuleDict({"backbone": nn.Linear(4, 4), "head": nn.Linear(4, 1)})
-        >>> print(schedule.preview(net, max_epochs=5))
-        phase  trains  epochs  parameters    share  lr scale  gradients
-        -----  ------  ------  ----------  -------  --------  ---------
-            1  head    0-1              5   20.0 %  1              20 B
-            2  *       2-4             25  100.0 %  0.1, 1        100 B
+        >>> schedule.phase
+        Phase(train='head', epochs=2)
     """
 
     def __init__(
@@ -101,14 +93,11 @@ class FreezeSchedule(Holder):
         """Where in the schedule the fit is, or the last one was."""
         if self._course is not None:
             return self._course.progress
-        return self._progress if self._progress is not None else Progress([])
+        return self._progress or Progress([])
 
     @property
-    def history(self) -> list[tuple[int, int, int]]:
-        """Where each phase began: ``(epoch, global_step, phase_index)``.
-
-        Under ``ddp_spawn`` and ``ddp_fork`` it stays in the processes that train.
-        """
+    def history(self) -> list[Begin]:
+        """Where each phase began, ``(epoch, global_step, phase_index)``; its ``why`` says what ended the one before."""
         return self.progress.history
 
     @property
@@ -161,16 +150,24 @@ class FreezeSchedule(Holder):
     def plot(self, model: nn.Module, max_epochs: int | None = None, **fit: Unpack[FitOptions]) -> Figure:
         """Return a figure of what trains when, and how fast; arguments as for :meth:`preview`, but for ``optimizer``.
 
-        During a fit and after it, for a model that is attached to its Trainer, the picture is what has happened.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed; ``pip install 'lightning-freeze[plot]'`` does it.
+        During a fit and after it, for a model that is attached to its Trainer, the picture is what has happened. It
+        needs matplotlib: ``pip install 'lightning-freeze[plot]'``.
         """
         from lightning_freeze.schedule.plot import plot_schedule
 
         return plot_schedule(Plan.of(self, model, max_epochs, **fit, happened=True))
 
-    # Checkpoints
+    def next_phase(self) -> None:
+        """End the current phase before the next optimizer step; with the last phase the fit ends.
+
+        An accumulation window is not cut. If one process asks, all move together.
+
+        Raises:
+            RuntimeError: If no fit is running.
+        """
+        if self._course is None:
+            raise RuntimeError("next_phase() ends a phase of the fit that runs, and none does: call it from a hook.")
+        self.progress.asked = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the progress, the schedule to recognise it by, and the state of what optimizers were not given."""
@@ -185,22 +182,22 @@ class FreezeSchedule(Holder):
         """Save also a metric's value that no look has taken in yet, and weights that the module may leave out."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._course is not None:
-            self.progress.unlooked = self._course.epoch_value()
+            self._course.fit.schedulers.as_the_users(checkpoint)
             kept = weights_to_keep(pl_module, self._course.fit, self.history)
-            checkpoint["callbacks"][self.state_key].update(unlooked=self.progress.unlooked, trained=kept)
+            checkpoint["callbacks"][self.state_key].update(self._course.agreed(), trained=kept)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore weights that a trainable-only checkpoint lacks; refuse what version 0.1.0 adopted."""
+        if self._course is not None:  # a tuner restores in mid-fit; the file has the user's schedulers
+            self._course.fit.schedulers.end()
         restore(checkpoint, checkpoint.get("callbacks", {}).get(self.state_key), pl_module)
-
-    # When
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._loaded = None  # of a fit that failed before it could go on; this fit's checkpoint is restored later
-            _check_callbacks(trainer)
+            refuse_rivals(trainer, FreezeSchedule)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedule against the module and apply the phase, before anything is trained or restored."""
@@ -217,16 +214,17 @@ class FreezeSchedule(Holder):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Apply the phase again, now that progress, optimizers and schedulers are restored."""
-        self.course.check_batches()
+        refuse_uneven_ranks(trainer, self.phases)
         self._restore()
-        report.fit_begins(trainer, pl_module, self.phases, self.course.fit, steps_per_epoch(trainer))
-        self.course.announce(pl_module)
+        report.fit_begins(trainer, self, self.progress, self.course.fit, steps_per_epoch(trainer))
+        self.course.start()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin the next phase if this one is over."""
         if self._loaded is not None:
             self._restore()
-        self.course.begin_epoch(pl_module)
+        if not self.course.begin_epoch():
+            super().on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over."""
@@ -243,7 +241,7 @@ class FreezeSchedule(Holder):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the monitored metric, to tell whether validation logs it."""
         if self._course is not None:
-            self._course.begin_validation()
+            self._course.looks.begin_validation(self.progress)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the monitored metric if validation has logged it."""
@@ -252,12 +250,11 @@ class FreezeSchedule(Holder):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note that the epoch is over; what it logs is final after all hooks, when the next one begins."""
-        self.course.monitor.epoch_over = True
+        self.course.end_epoch()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say so if the fit ends before the last phase."""
-        self.progress.unlooked = self.course.epoch_value()
-        report.fit_ends(trainer, self.phases, self.progress)
+        """End the last phase, or say that it never began."""
+        self.course.end()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore everything."""
@@ -280,17 +277,3 @@ class FreezeSchedule(Holder):
         """Leave out what belongs to one fit in one process."""
         progress = self._course.progress if self._course is not None else self._progress
         return super().__getstate__() | {"_course": None, "_optimizers": [], "_progress": progress}
-
-
-def _check_callbacks(trainer: Trainer) -> None:
-    if sum(isinstance(callback, FreezeSchedule) for callback in callbacks_of(trainer)) > 1:
-        raise MisconfigurationException(
-            "The Trainer has two FreezeSchedule callbacks, and each would undo what the other does. "
-            "Put their phases into one."
-        )
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, BaseFinetuning):
-            raise MisconfigurationException(
-                f"The Trainer has FreezeSchedule and {type(callback).__name__}, and each would undo what the other "
-                "does. Leave one of them out."
-            )

@@ -6,16 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import LightningModule, Trainer, logged_step
-from lightning_freeze.ranks import check_agreement, mean_over_ranks, only_true, refuse_differences
+from lightning_freeze.freezing.step_view import Scale
+from lightning_freeze.ranks import check_agreement, greatest
 from lightning_freeze.schedule import report
-from lightning_freeze.schedule.fit import Fit, steps_per_epoch
-from lightning_freeze.schedule.monitor import Monitor
-from lightning_freeze.schedule.phases import Phase, describe
+from lightning_freeze.schedule.best import bring_back, refuse_sharded
+from lightning_freeze.schedule.fit import Fit
+from lightning_freeze.schedule.length import (
+    may_stop,
+    phase_length,
+    refuse_unknown,
+    refuse_unknown_rates,
+    steps_in_all,
+    steps_per_epoch,
+    window_is_closed,
+)
+from lightning_freeze.schedule.looks import Looks
+from lightning_freeze.schedule.neighbours import call_hooks, count_anew
+from lightning_freeze.schedule.phases import Phase, describe, function_name
 from lightning_freeze.schedule.progress import Progress, begin_or_go_on
+from lightning_freeze.schedule.rates import Length, planned_factor
 
 
 @dataclass
@@ -30,7 +42,8 @@ class Course:
         verbose: Whether a line is logged for each phase that begins.
         before: The progress of the fit that this one goes on from, None for a fresh one.
         progress: Where in the schedule the fit is.
-        monitor: What tells new values of a plateau's metric.
+        looks: What takes the values of a plateau's metric.
+        length: How long the current phase is.
     """
 
     phases: Sequence[Phase]
@@ -40,12 +53,11 @@ class Course:
     verbose: bool
     before: Progress | None
     progress: Progress = field(default_factory=Progress)
-    monitor: Monitor = field(default_factory=Monitor)
+    looks: Looks = field(init=False)
+    length: Length = field(default_factory=Length)
 
-    @property
-    def phase(self) -> Phase:
-        """The current phase."""
-        return self.phases[self.progress.index]
+    def __post_init__(self) -> None:
+        self.looks = Looks(self.trainer, self.fit.ledger)
 
     @property
     def step(self) -> int:
@@ -54,69 +66,94 @@ class Course:
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         """Find out which phase holds and apply it, before optimizers and loops are restored."""
+        refuse_sharded(self.trainer.strategy, self.phases)
         self.fit.begin(self.trainer)
         self.fit.ledger.steps.before.insert(0, self._follow)
-        self._find(saved)
+        self._find(saved)  # how many steps the fit takes is not known before the data is there
         self.apply(modes=False)
 
     def restore(self, saved: Mapping[str, Any] | None) -> None:
         """Go on from what a checkpoint held; tuners restore one in the middle of a fit too."""
-        self._find(saved)
+        self._find(saved, steps_in_all(self.trainer))
+        refuse_unknown(self.phases, self.progress.total)
+        refuse_unknown_rates(self.trainer, self.progress.phases)
+        self.fit.schedulers.check(self.progress.phases, (self.trainer.current_epoch, self.trainer.global_step))
         if saved is not None:
             report.another_schedule(self.trainer, self.phases, saved, self.progress.index)
             self.fit.load_state(saved.get("optimizers", []))
         self.apply()
+        self.fit.schedulers.begin(self.progress.phase, self.progress.history[-1][:2])
 
-    def begin_epoch(self, pl_module: LightningModule) -> None:
-        """Look at what the last epoch logged; begin the next phase if this one is over."""
-        self._look(self.epoch_value())
-        self.progress.unlooked = None
-        self._check_metrics()
-        self.monitor.begin_epoch()
-        if not self._advance(pl_module):
-            self.fit.ledger.settle()  # puts right what other code has switched
+    def start(self) -> None:
+        """Begin the phase that holds if it is new; end the fit if the last phase was over."""
+        self._announce()
+        if self.progress.ended:
+            self._end_fit(self.progress.ended)
+        else:
+            self._tell_start()
+            self._end_if_over()
+
+    def begin_epoch(self) -> bool:
+        """Look at what the last epoch logged; begin the next phase if this one is over, and return whether it was."""
+        self.looks.begin_epoch(self.progress, self.phases)
+        moved = self._move(self._asked(ask_function=True))
+        self.progress.seen = self.step
         self._log_phase()
+        return moved
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
-        # Every batch comes here: the cheap question first.
-        counted = self.trainer.global_step
-        due = self.progress.is_due(self.phases, counted + self.progress.uncounted)
-        if due and batch_idx % self.trainer.accumulate_grad_batches == 0:
-            # Where the user steps, only a step since then tells that no accumulation window is open.
-            closed = pl_module.automatic_optimization or self.step != self.progress.plateau.ended_at
-            if self._advance(pl_module, plateau=closed):
-                self._log_phase()
-        self.fit.stepped = (0, counted)
+        stepped = self.step != self.progress.seen
+        # Where the user steps, only a step in the last batch tells that no accumulation window is open.
+        automatic = pl_module.automatic_optimization
+        closed = batch_idx % self.trainer.accumulate_grad_batches == 0 if automatic else stepped
+        if closed and self._move(self._asked(ask_function=stepped)):
+            self._log_phase()
+        self.progress.seen = self.step
+        if not automatic:
+            self.fit.stepped = (0, self.trainer.global_step)
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
-        logs = self.phase.scales and self.trainer.loggers
+        logs = self.phases[self.progress.index].lr_scale is not None and self.trainer.loggers
         if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             rates = self.fit.rates(self.progress.index)
-            self._log({f"freeze/lr/{select}": rate for select, rate in rates.items()})
+            report.log_values(self.trainer, {f"freeze/lr/{select}": rate for select, rate in rates.items()})
 
     def end_batch(self) -> None:
-        """Count the optimizer steps that Lightning has not counted."""
+        """Count the optimizer steps that Lightning has not counted; end the fit if the last phase is over."""
         self.fit.ledger.steps.reset()  # user code may have caught the error of one
-        if uncounted := self.fit.uncounted(self.trainer.global_step):
+        if self.fit.stepped[0] and (uncounted := self.fit.uncounted(self.trainer.global_step)):
             report.steps_uncounted(self.trainer, first=self.progress.uncounted == 0)
             self.progress.uncounted += uncounted
-
-    def begin_validation(self) -> None:
-        """Note what is logged before validation logs."""
-        self.monitor.begin_validation(self.phase.plateau, self.trainer.callback_metrics)
+        self._end_if_over()
 
     def end_validation(self) -> None:
-        """Look at the phase's metric if validation has logged it."""
+        """Look at the phase's metric if validation has logged it; end the fit if the last phase is over."""
         if not self.trainer.sanity_checking:
-            value = self.monitor.end_validation(self.phase.plateau, self.trainer.callback_metrics, self.progress.index)
-            self._look(mean_over_ranks(self.trainer.strategy, value) if self.phase.plateau else None)
+            self.looks.end_validation(self.progress)
+            self._end_if_over()
 
-    def epoch_value(self) -> float | None:
-        """Return the metric's value that the next epoch's start will look at, the same on all ranks."""
-        if self.phase.plateau is None or not self.monitor.epoch_over:
-            return self.progress.unlooked
-        value = self.monitor.epoch_value(self.phase.plateau, self.trainer.callback_metrics)
-        return mean_over_ranks(self.trainer.strategy, value)
+    def end_epoch(self) -> None:
+        """End the fit if the last phase is over; what comes back is then in the checkpoint of the epoch's end."""
+        self.looks.end_epoch(self.progress)
+        self._end_if_over(epochs=1)
+        if self.progress.ended and may_stop(self.trainer):
+            self._end_last()
+
+    def end(self) -> None:
+        """End the last phase with the fit."""
+        progress = self.progress
+        progress.unlooked = self.looks.epoch_value(progress)
+        self._end_last()
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.looks.check(self.phases, range(len(self.phases)))
+        report.fit_ends(self.trainer, self.phases, progress)
+
+    def agreed(self) -> dict[str, Any]:
+        """Return what of the progress the ranks have to agree on before it is saved."""
+        progress = self.progress
+        progress.unlooked = self.looks.epoch_value(progress)
+        progress.asked = greatest(self.trainer.strategy, progress.asked) > 0
+        return {"unlooked": progress.unlooked, "asked": progress.asked}
 
     def apply(self, *, modes: bool = True) -> None:
         """Bring everything in line with the phase; doing it twice changes nothing."""
@@ -132,72 +169,103 @@ class Course:
         )
         self.fit.ledger.hold(self.who, resolved.holds[index])
         self.fit.ledger.settle(modes=modes)
-        self.fit.apply(index)
+        self.length = phase_length(self.trainer, self.progress.phase, self.progress.history[-1][:2])
+        self.fit.apply(index, self.factor)
 
-    def announce(self, pl_module: LightningModule) -> None:
-        """Log the line of the current phase."""
-        if self.verbose and self.trainer.is_global_zero:
-            report.phase_begins(pl_module, self.phases, self.progress, self.fit)
-
-    def check_batches(self) -> None:
-        """Refuse ranks of which some would run out of batches before others: no phase would end for all at once."""
-        if len(self.phases) == 1:
-            return
-        trainer = self.trainer
-        batches: float = trainer.num_training_batches
-        if trainer.max_steps >= 0:
-            batches = min(batches, trainer.max_steps * trainer.accumulate_grad_batches)
-        refuse_differences(
-            trainer.strategy,
-            "Ranks have different numbers of training batches, and Lightning waits forever for those that run out. "
-            "Give every rank as many, for example by limit_train_batches=….",
-            batches=batches,
-        )
-        if any(phase.plateau is not None for phase in self.phases):
-            refuse_differences(
-                trainer.strategy,
-                "A rank has no validation batches, and those that have some would wait for it forever to agree on the "
-                "Plateau's metric. Give every rank some.",
-                validates=sum(trainer.num_val_batches) > 0,
-            )
+    def factor(self, scale: Scale) -> float:
+        """Return the factor that a learning rate scale of the current phase is in the next step."""
+        step = self.step + self.fit.uncounted(self.trainer.global_step)
+        return planned_factor(scale, step - self.progress.history[-1][1], self.length)
 
     def _follow(self, optimizer: Optimizer) -> None:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
         if not self.fit.follows(optimizer) and self.fit.follow(self.trainer):
             report.optimizers_exchanged(self.trainer)
-            self.fit.apply(self.progress.index)
+            self.fit.apply(self.progress.index, self.factor)
+            self.fit.schedulers.begin(self.progress.phase, self.progress.history[-1][:2])
 
-    def _find(self, saved: Mapping[str, Any] | None) -> None:
-        at = (self.trainer.current_epoch, self.trainer.global_step)
-        self.progress = begin_or_go_on(self.phases, self.before, saved, at, lambda: steps_per_epoch(self.trainer))
+    def _find(self, saved: Mapping[str, Any] | None, total: int | None = None) -> None:
+        self.progress = begin_or_go_on(
+            *(self.phases, self.before, saved, (self.trainer.current_epoch, self.trainer.global_step)),
+            lambda: steps_per_epoch(self.trainer),
+            total=total if any(phase.fraction is not None for phase in self.phases) else None,
+            dry_run=bool(self.trainer.fast_dev_run),  # type: ignore[attr-defined]
+        )
 
-    def _advance(self, pl_module: LightningModule, *, plateau: bool = True) -> bool:
-        if not self.progress.advance(self.phases, self.trainer.current_epoch, self.step, plateau=plateau):
+    def _asked(self, *, ask_function: bool) -> str:
+        """Return who asks for the next phase, on whichever rank; empty if nobody does."""
+        progress, until, says = self.progress, self.progress.phase.until, 0
+        if progress.ended:
+            return ""
+        if ask_function and callable(until) and self.step > progress.history[-1][1]:
+            says = int(bool(until(self.trainer, self.trainer.lightning_module)))
+        says = greatest(self.trainer.strategy, 2 if progress.asked else says)
+        return ("", function_name(until), "next_phase()")[says]
+
+    def _move(self, asked: str) -> bool:
+        """Begin the next phase if this one is over, and return whether it began; after the last one end the fit.
+
+        Raises:
+            StopIteration: To end the fit before the batch, or the epoch, that begins, as Lightning does where
+                ``on_train_batch_start`` returns -1.
+        """
+        epoch, progress = self.trainer.current_epoch, self.progress
+        why = progress.ended or progress.over(epoch, self.step, asked)
+        if not why:
             return False
-        self.monitor.by_validation = False  # the next phase may have another metric
+        if progress.is_last:
+            self._end_fit(why)
+            if may_stop(self.trainer):
+                raise StopIteration
+            return False
+        self._end_phase(why)
+        progress.begin_next(epoch, self.step, why)
+        self.looks.monitor.by_validation = False  # the next phase may have another metric
         self.apply()
-        self.announce(pl_module)
+        self.fit.schedulers.begin(progress.phase, progress.history[-1][:2], anew=True)
+        self._announce()
+        count_anew(self.trainer)
+        self._tell_start()
         return True
 
-    def _look(self, value: float | None) -> None:
-        if self.phase.plateau is not None and value is not None:
-            self.progress.plateau.look(self.phase.plateau, value, self.step)
+    def _tell_start(self) -> None:
+        if not self.progress.told:
+            self.progress.told = True  # before the hooks: they may save, and restore
+            call_hooks(self.trainer, "on_phase_start", self.phases[self.progress.index])
 
-    def _check_metrics(self) -> None:
-        """Raise for a plateau that can never come, as soon as every loop has run that could log its metric."""
-        index, metrics = self.progress.index, self.trainer.callback_metrics
-        epochs = self.trainer.current_epoch - self.progress.history[-1][0]
-        for number in self.monitor.checkable(index, len(self.phases), epochs, self.trainer.enable_validation):
-            until = self.phases[number].plateau
-            if until is not None and only_true(self.trainer.strategy, until.monitor not in metrics):
-                report.metric_is_missing(self.trainer, self.phases, number, is_current=number == index)
+    def _end_phase(self, why: str) -> None:
+        """End a phase that is over; ``why`` is empty if only the fit ends."""
+        watch = self.progress.plateau
+        if why:
+            if why == watch.why:
+                bring_back(watch.kept, self.fit.ledger)
+            watch.kept = {}
+        call_hooks(self.trainer, "on_phase_end", self.phases[self.progress.index])
+
+    def _end_last(self) -> None:
+        progress = self.progress
+        if progress.is_last and progress.told:
+            self._end_phase(progress.ended)
+            progress.told = not progress.ended
+
+    def _end_if_over(self, *, epochs: int = 0) -> None:
+        """End the fit if the last phase is over, ``epochs`` after the current one began."""
+        progress = self.progress
+        if not progress.is_last or progress.ended:
+            return
+        why = progress.over(self.trainer.current_epoch + epochs, self.step)
+        if why and (epochs or window_is_closed(self.trainer, stepped=self.step != progress.seen)):
+            self._end_fit(why)
+
+    def _end_fit(self, why: str) -> None:
+        if not self.trainer.should_stop or not self.progress.ended:
+            report.last_phase_is_over(self.trainer, self.phases, why, goes_on=not may_stop(self.trainer))
+        self.progress.ended = why
+        self.trainer.should_stop = True
+
+    def _announce(self) -> None:
+        if self.verbose and self.trainer.is_global_zero:
+            report.phase_begins(self.phases, self.progress, self.fit)
 
     def _log_phase(self) -> None:
-        trainable = float(self.fit.trainable())
-        values = {"freeze/phase": float(self.progress.index), "freeze/trainable_parameters": trainable}
-        self.trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-        self._log(values)
-
-    def _log(self, values: dict[str, float]) -> None:
-        for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=logged_step(self.trainer))
+        report.log_phase(self.trainer, self.progress.index, self.fit.trainable())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,10 +21,13 @@ from lightning_freeze._lightning import (
 from lightning_freeze.freezing.fsdp import CheckpointsByName
 from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, foreign, missing
+from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.meaning import FrozenMode, asleep, eval_modules, phase_scales, phase_trains, scale_owners
 from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.schedule.rates import Ramp
+from lightning_freeze.schedule.schedulers import PhaseSchedulers
 from lightning_freeze.selectors import selector_text
 from lightning_freeze.words import listed
 
@@ -48,7 +50,7 @@ class Resolved:
     came_frozen: set[int]
     held: set[int]
     trains: list[dict[str, nn.Parameter]]
-    scales: list[dict[int, float]]
+    scales: list[dict[int, float | Ramp]]
     scaled: list[dict[str, nn.Parameter]]
     holds: list[Hold]
 
@@ -93,6 +95,7 @@ class Fit:
         ledger: The fit's.
         resolved: What each phase means.
         policy: What becomes of a parameter's optimizer state when it freezes.
+        schedulers: What puts a phase's own schedulers in the place of the user's.
         optimizers: The optimizers under the schedule.
         checkpoints: What lets FSDP save and load while parameters are frozen.
         stepped: Optimizer steps since the batch began, and ``trainer.global_step`` then.
@@ -102,6 +105,7 @@ class Fit:
     ledger: Ledger
     resolved: Resolved
     policy: OptimizerState
+    schedulers: PhaseSchedulers
     optimizers: list[PhasedOptimizer] = field(default_factory=list)
     checkpoints: CheckpointsByName | None = None
     stepped: tuple[int, int] = (0, 0)
@@ -110,14 +114,15 @@ class Fit:
         """Take the Trainer's optimizers under the schedule."""
         self.follow(trainer)
         self.checkpoints = CheckpointsByName(trainer.strategy, self.ledger.parameters, self.ledger.steps.paused)
-        steps = self.ledger.steps
-        steps.before.append(self._show)
-        steps.after.append(self._hide)
-        steps.counted.append(self._count)
+        if not trainer.lightning_module.automatic_optimization:  # else Lightning counts every step
+            self.ledger.steps.counted.append(self._count)
 
     def follows(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer is under the schedule."""
-        return any(phased.optimizer is optimizer for phased in self.optimizers)
+        for phased in self.optimizers:  # noqa: SIM110  (asked in every step, where a generator costs as much again)
+            if phased.optimizer is optimizer:
+                return True
+        return False
 
     def follow(self, trainer: Trainer) -> bool:
         """Take optimizers over that somebody has put in the place of others; return whether there were any."""
@@ -125,6 +130,7 @@ class Fit:
         if list(map(id, optimizers)) == [id(phased.optimizer) for phased in self.optimizers]:
             return False
         self._release_optimizers()
+        self.schedulers = PhaseSchedulers(trainer)
         adopt = self._to_adopt(trainer.strategy, optimizers)
         sparse = _sparse(self.ledger.module) if adopt else []
         with self.ledger.steps.paused():  # throw-away optimizers step, and some fail
@@ -137,23 +143,29 @@ class Fit:
                     sparse=sparse,
                 )
                 self.optimizers.append(phased)
+                if phased.view:
+                    self.ledger.steps.before.append(phased.view.show)
+                    self.ledger.steps.after.append(phased.view.hide)
         return True
 
-    def apply(self, index: int) -> None:
-        """Follow a phase."""
+    def apply(self, index: int, factor: Callable[[Scale], float]) -> None:
+        """Follow a phase; ``factor`` says, before each step, which factor a learning rate scale is."""
         for phased in self.optimizers:
-            phased.apply(index, self.ledger.trains)
+            phased.apply(index, self.ledger.trains, factor)
 
     def state(self) -> list[dict[str, Any]]:
         """Return what the optimizers' own states do not have, for a checkpoint."""
-        self.ledger.steps.reset()
-        return [phased.state() for phased in self.optimizers]
+        self.ledger.steps.suspend()
+        rates, states = self.schedulers.state(), [phased.state() for phased in self.optimizers]
+        return [{**state, "rates": own} for state, own in zip(states, rates, strict=True)] if rates else states
 
     def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take over what :meth:`state` returned."""
-        if len(states) == len(self.optimizers):
-            for phased, state in zip(self.optimizers, states, strict=True):
-                phased.load_state(state)
+        if len(states) != len(self.optimizers):
+            return
+        for phased, state in zip(self.optimizers, states, strict=True):
+            phased.load_state(state)
+        self.schedulers.saved = [dict(state["rates"]) for state in states if "rates" in state]
 
     def uncounted(self, step: int) -> int:
         """Return the steps since the batch began if ``trainer.global_step`` has counted none of them."""
@@ -182,18 +194,14 @@ class Fit:
         return state
 
     def _release_optimizers(self) -> None:
-        self.ledger.steps.reset()
+        self.ledger.steps.suspend()
+        self.schedulers.end()
         for phased in self.optimizers:
+            if phased.view:
+                self.ledger.steps.before.remove(phased.view.show)
+                self.ledger.steps.after.remove(phased.view.hide)
             phased.release()
         self.optimizers = []
-
-    def _show(self, optimizer: Optimizer) -> None:
-        for phased in self.optimizers:
-            phased.view.show(optimizer)
-
-    def _hide(self, optimizer: Optimizer) -> None:
-        for phased in self.optimizers:
-            phased.view.hide(optimizer)
 
     def _count(self, optimizer: Optimizer) -> None:
         if self.ledger.has(optimizer):
@@ -251,15 +259,7 @@ def begin_fit(
         mode=mode,
         left_alone=ledger.left_alone(),
     )
-    return Fit(phases, ledger, resolved, policy)
-
-
-def steps_per_epoch(trainer: Trainer) -> float | None:
-    """Return the optimizer steps of an epoch, None if that cannot be known."""
-    batches = trainer.num_training_batches
-    if trainer.lightning_module.automatic_optimization and 0 < batches < math.inf:
-        return math.ceil(batches / trainer.accumulate_grad_batches)
-    return trainer.global_step / trainer.current_epoch if trainer.current_epoch and trainer.global_step else None
+    return Fit(phases, ledger, resolved, policy, PhaseSchedulers(pl_module.trainer))
 
 
 def _sparse(module: nn.Module) -> list[int]:

@@ -11,6 +11,7 @@ from lightning_freeze.freezing.batchnorm import frozen_running_statistics
 from lightning_freeze.freezing.eval_mode import wholly_frozen
 from lightning_freeze.functional import can_train, scalars
 from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import (
     Predicate,
     as_patterns,
@@ -89,7 +90,7 @@ def phase_trains(
     return left
 
 
-def phase_scales(module: nn.Module, phase: Phase) -> dict[int, Any]:
+def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float | Ramp]:
     """Return the learning rate scale of each parameter that has one in a phase, by identity.
 
     Raises:
@@ -102,7 +103,8 @@ def phase_scales(module: nn.Module, phase: Phase) -> dict[int, Any]:
     """
     parameters = named_unique_parameters(module)
     owner = scale_owners(module, phase)
-    return {id(parameters[name]): phase.scales[select] for name, select in owner.items()}
+    scales = {select: one if isinstance(one, Ramp) else float(one) for select, one in phase.scales.items()}
+    return {id(parameters[name]): scales[select] for name, select in owner.items()}
 
 
 def scale_owners(module: nn.Module, phase: Phase) -> dict[str, Any]:

@@ -38,12 +38,18 @@ class Phase:
             optimizers each one's step counts.
         fraction: Which share of the fit's optimizer steps it lasts, above 0 and at most 1; fixed when the fit begins.
         until: What else ends it: a :class:`Plateau`, or a function ``(trainer, pl_module) -> bool``, which is asked
-            before each optimizer step of the phase but the first and at each epoch's start.
+            before each optimizer step of the phase but the first and at each epoch's start; with several processes it
+            ends the phase if it says so in one.
         lr_scale: A factor on the learning rate that your optimizer and scheduler set, or a :class:`Ramp` of it, for
             everything that trains or, as ``{selector: factor}``, for a part of it; where selectors overlap, the last
             one counts. A tuple is a list of selectors: ``{("*", "!head"): 0.1}``.
         lr_scheduler: A scheduler of the phase's own, made by a function of the optimizer and of the optimizer steps
-            that the phase lasts at most; ``"restart"``: the optimizer's scheduler begins anew.
+            that the phase lasts at most. The function returns a scheduler, or a dict as ``configure_optimizers`` may:
+            ``{"scheduler": …, "interval": "epoch"}``; without that it goes on each step. In YAML, a mapping with
+            ``class_path``, ``init_args`` and such options; the phase's steps are filled in where the class takes them.
+            It begins from the rates that the optimizer was given. The scheduler of ``configure_optimizers`` rests
+            meanwhile, and goes on, from the rates that it had set, in the next phase without a scheduler of its own.
+            ``"restart"``: that scheduler begins anew with the phase.
 
     Raises:
         TypeError: If an argument is of another type.
@@ -65,7 +71,7 @@ class Phase:
     until: Plateau | Callable[[Trainer, LightningModule], bool] | None = None
     # Keys are selectors; a Mapping of them would refuse a variable that is a dict[str, float].
     lr_scale: float | Ramp | Mapping[Any, float | Ramp] | None = None
-    lr_scheduler: SchedulerFactory | Literal["restart"] | None = None
+    lr_scheduler: Mapping[str, Any] | Literal["restart"] | SchedulerFactory | None = None
 
     def __post_init__(self) -> None:
         for end in ("epochs", "steps"):
@@ -91,10 +97,11 @@ class Phase:
             shown = f"Phase(lr_scale={self.lr_scale!r}): a factor"
             if not isinstance(factor, Ramp) and not 0 < number(shown, factor) < math.inf:
                 raise ValueError(f"{shown} is above 0 and finite. What shall not train, leave out of `train`.")
-        if not (self.lr_scheduler in (None, "restart") or callable(self.lr_scheduler)):
+        own = self.lr_scheduler
+        if not (own in (None, "restart") or callable(own) or (isinstance(own, Mapping) and "class_path" in own)):
             raise TypeError(
-                f"Phase(lr_scheduler={self.lr_scheduler!r}): lr_scheduler is 'restart' or a function, for example "
-                "lambda optimizer, steps: OneCycleLR(optimizer, 1e-3, total_steps=steps)."
+                f"Phase(lr_scheduler={own!r}): lr_scheduler is 'restart' or a function, for example "
+                "lambda optimizer, steps: OneCycleLR(optimizer, 1e-3, total_steps=steps), or a mapping with class_path."
             )
 
     @property
@@ -119,23 +126,14 @@ class Phase:
         """The name of the phase, or what it trains."""
         return self.name if self.name is not None else selector_text(self.train)
 
-    def is_over(self, begin: tuple[int, int], epoch: int, step: int) -> bool:
-        """Return whether its epochs or steps are over, if it began at ``begin = (epoch, optimizer step)``.
-
-        Example:
-            >>> Phase("*", epochs=2, steps=100).is_over((0, 0), epoch=1, step=100)
-            True
-        """
-        by_epochs = self.epochs is not None and epoch - begin[0] >= self.epochs
-        return by_epochs or (self.steps is not None and step - begin[1] >= self.steps)
-
 
 def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
     """Return phases from phases, or from dicts of their arguments, as YAML has them.
 
     Raises:
         TypeError: If an element is neither.
-        ValueError: If the schedule is empty, a key is unknown, or a phase before the last has no end.
+        ValueError: If the schedule is empty, a key is unknown, a phase before the last has no end, or fractions are
+            more than the fit.
 
     Example:
         >>> as_phases([{"train": "head", "epochs": 2}, {"train": "*"}])[0]
@@ -154,6 +152,12 @@ def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
                 f"Phase {index + 1} of {len(schedule)} ({phase.label!r}) has no end, so the next one never begins. "
                 "Give it epochs=…, steps=…, fraction=… or until=…; only the last phase may be open-ended."
             )
+    shares = [phase.fraction for phase in schedule if phase.fraction is not None]
+    if sum(shares) > 1 + 1e-9:
+        raise ValueError(
+            f"The fractions of the phases, {' + '.join(f'{share:g}' for share in shares)}, are {sum(shares):g} of the "
+            "fit: together they are at most 1."
+        )
     return schedule
 
 
@@ -169,13 +173,14 @@ def _described(phase: Phase) -> dict[str, Any]:
     if phase.plateau is not None:
         plain["until"] = without_defaults(phase.plateau, "monitor", "patience", "mode", "min_delta")
     elif phase.until is not None:
-        plain["until"] = _name(phase.until)
+        plain["until"] = function_name(phase.until)
     if callable(phase.lr_scheduler):
-        plain["lr_scheduler"] = _name(phase.lr_scheduler)
+        plain["lr_scheduler"] = function_name(phase.lr_scheduler)
     return plain
 
 
-def _name(function: object) -> str:
+def function_name(function: object) -> str:
+    """Return the name of a function, or of the class of what is called."""
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 

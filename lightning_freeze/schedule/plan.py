@@ -18,8 +18,9 @@ from lightning_freeze.freezing.ledger import ledger_of
 from lightning_freeze.functional import can_train
 from lightning_freeze.schedule.fit import resolve_phases
 from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.schedule.progress import planned
 from lightning_freeze.schedule.rates import Ramp
-from lightning_freeze.schedule.spans import FitLength, Span, length_in_steps, past_spans, phase_spans, planned
+from lightning_freeze.schedule.spans import FitLength, Span, length_in_steps, past_spans, phase_spans
 from lightning_freeze.selectors import named_unique_parameters, unwrapped
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ class Plateau:
     """The end of a phase: a metric has stopped getting better, or is good enough.
 
     A value is taken after each validation run that logs the metric, or after each training epoch if validation does
-    not log it. A value that is not finite is no improvement, and a warning tells of it.
+    not log it; with several processes it is their mean. A value that is not finite is no improvement, and a warning
+    tells of it. ``EarlyStopping`` beside it counts anew in each phase.
 
     Args:
         monitor: The name of a logged metric, as in ``trainer.callback_metrics``.
@@ -27,7 +28,9 @@ class Plateau:
         min_delta: By how much a value has to be better, in the metric's own unit, at least 0.
         min_epochs: How many epochs the phase lasts at least; values are taken from its first on.
         threshold: A value at which the phase ends at once, without patience.
-        restore_best: Whether weights and buffers of the best value come back when the plateau ends the phase.
+        restore_best: Whether weights and buffers come back as they were at the best value, when the plateau ends the
+            phase; if epochs or steps end it first, they stay as they are. A copy of what can have moved in the phase
+            is kept on the CPU and in checkpoints. The optimizer's state stays as it is.
 
     Raises:
         TypeError: If a number or a flag is of another type.

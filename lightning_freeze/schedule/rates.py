@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_freeze.freezing.step_view import Scale, factor_at
 from lightning_freeze.schedule.arguments import number, plain_options
 from lightning_freeze.words import one_of, whole_number
 
@@ -83,3 +84,42 @@ class Ramp:
         if self.shape == "cosine":
             done = (1 - math.cos(math.pi * done)) / 2
         return self.start + (self.end - self.start) * done
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a phase and an epoch are, in optimizer steps; None where that cannot be known.
+
+    Args:
+        phase: How many steps the phase lasts at most.
+        epoch: How many steps an epoch takes.
+    """
+
+    phase: int | None = None
+    epoch: int | None = None
+
+    def of(self, ramp: Ramp) -> float | None:
+        """Return how many steps a ramp takes."""
+        if ramp.epochs is not None:
+            return None if self.epoch is None else ramp.epochs * self.epoch
+        return self.phase if ramp.steps is None else ramp.steps
+
+
+def planned_factor(scale: Scale, step: int, length: Length) -> float:
+    """Return the factor on the learning rate in a step of a phase.
+
+    Args:
+        scale: A value of ``Phase.scales``.
+        step: Optimizer steps since the phase began: 0 for its first one.
+        length: How long the phase is; a ramp of unknown length stays at its beginning.
+
+    Example:
+        >>> [planned_factor(Ramp(0.5), step, Length(phase=4)) for step in (0, 2, 4, 6)]
+        [0.5, 0.75, 1.0, 1.0]
+        >>> planned_factor(Ramp(0.5, epochs=0.5), 2, Length(epoch=8))
+        0.75
+    """
+    if not isinstance(scale, Ramp):
+        return factor_at(scale)
+    steps = length.of(scale)
+    return scale.at(step / steps if steps else 0.0)

@@ -6,12 +6,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
+
 from lightning_freeze._lightning import (
-    EarlyStopping,
-    LightningModule,
+    Callback,
     MisconfigurationException,
     Trainer,
     callbacks_of,
+    logged_step,
 )
 from lightning_freeze.freezing.eval_mode import is_held
 from lightning_freeze.functional import scalars
@@ -19,7 +21,9 @@ from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.fit import Fit
 from lightning_freeze.schedule.meaning import what_came_frozen
 from lightning_freeze.schedule.monitor import missing_metric
+from lightning_freeze.schedule.neighbours import stoppers
 from lightning_freeze.schedule.phases import Phase, describe
+from lightning_freeze.schedule.plateau import Plateau
 from lightning_freeze.schedule.progress import Progress, walk
 from lightning_freeze.words import listed, percent
 
@@ -27,24 +31,26 @@ _log = get_logger(__name__)
 
 
 def fit_begins(
-    trainer: Trainer, pl_module: LightningModule, phases: Sequence[Phase], fit: Fit, steps_per_epoch: float | None
+    trainer: Trainer, schedule: Callback, progress: Progress, fit: Fit, steps_per_epoch: float | None
 ) -> None:
     """Warn, before the first batch, of what the user may not expect."""
     if not trainer.is_global_zero:
         return
+    phases, pl_module = progress.phases, trainer.lightning_module
     if said := what_came_frozen(pl_module, phases, fit.resolved.came_frozen, fit.resolved.held):
         _log.warning("%s", said)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        for number, why in _ends_too_early(trainer, phases, steps_per_epoch):
-            _log.warning("phase %d/%d %r %s", number, len(phases), phases[number - 1].label, why)
+        for number, why in _ends_too_early(trainer, schedule, phases, steps_per_epoch):
+            _log.warning("%s %s", _numbered(phases, number - 1), why)
 
 
-def phase_begins(pl_module: LightningModule, phases: Sequence[Phase], progress: Progress, fit: Fit) -> None:
+def phase_begins(phases: Sequence[Phase], progress: Progress, fit: Fit) -> None:
     """Log the line of a phase that begins."""
-    epoch, step, index = progress.history[-1]
+    begin = progress.history[-1]
     total, trainable = sum(map(scalars, fit.ledger.parameters.values())), fit.trainable()
     line = (
-        f"phase {index + 1}/{len(phases)} {phases[index].label!r} from epoch {epoch}, step {step}: "
+        f"{_numbered(phases, progress.index)} from epoch {begin[0]}, step {begin[1]}"
+        f"{f', after {begin.why}' if begin.why else ''}: "
         f"trains {trainable:,} of {total:,} parameters ({percent(trainable, total)})"
     )
     if layers := fit.ledger.batchnorm:
@@ -52,21 +58,30 @@ def phase_begins(pl_module: LightningModule, phases: Sequence[Phase], progress: 
     _log.info("%s", line)
 
 
-def fit_ends(trainer: Trainer, phases: Sequence[Phase], progress: Progress) -> None:
-    """Warn if the fit ends before its last phase."""
-    never = phases[progress.index + 1 :]
-    if never and trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        _log.warning(
-            "the fit ended at epoch %d, step %d in phase %d/%d %r; never began: %s.",
-            *(
-                trainer.current_epoch,
-                trainer.global_step,
-                progress.index + 1,
-                len(phases),
-                phases[progress.index].label,
-            ),
-            listed(repr(phase.label) for phase in never),
+def last_phase_is_over(trainer: Trainer, phases: Sequence[Phase], why: str, *, goes_on: bool) -> None:
+    """Log that the last phase is over, and that the fit ends or why it goes on."""
+    if trainer.is_global_zero:
+        late = trainer.min_steps is not None and trainer.global_step < trainer.min_steps
+        least = f"min_steps={trainer.min_steps}" if late else f"min_epochs={trainer.min_epochs}"
+        _log.info(
+            "%s is over at epoch %d, step %d, after %s: the fit %s",
+            *(_numbered(phases, len(phases) - 1), trainer.current_epoch, trainer.global_step, why),
+            f"goes on to {least}" if goes_on else "ends",
         )
+
+
+def fit_ends(trainer: Trainer, phases: Sequence[Phase], progress: Progress) -> None:
+    """Say so if the fit ends before its last phase."""
+    never = listed(repr(phase.label) for phase in phases[progress.index + 1 :])
+    if not never or not trainer.is_global_zero:
+        return
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        _log.info("fast_dev_run has not tried: %s. fast_dev_run=%d tries every phase.", never, len(phases))
+        return
+    _log.warning(
+        "the fit ended at epoch %d, step %d in %s; never began: %s.",
+        *(trainer.current_epoch, trainer.global_step, _numbered(phases, progress.index), never),
+    )
 
 
 def another_schedule(trainer: Trainer, phases: Sequence[Phase], saved: Mapping[str, Any], index: int) -> None:
@@ -92,9 +107,33 @@ def metric_is_missing(trainer: Trainer, phases: Sequence[Phase], index: int, *, 
         raise MisconfigurationException(f"Phase {phase.label!r} {missing}")
     if trainer.is_global_zero:
         _log.warning(
-            "phase %d/%d %r %s If it is not logged in that phase either, the fit ends there with an error.",
-            *(index + 1, len(phases), phase.label, missing),
+            "%s %s If it is not logged in that phase either, the fit ends there with an error.",
+            *(_numbered(phases, index), missing),
         )
+
+
+def metric_is_not_finite(trainer: Trainer, progress: Progress, value: float) -> None:
+    """Warn that a plateau's metric has a value that is no improvement on any other."""
+    if trainer.is_global_zero:
+        until = progress.phase.plateau
+        _log.warning(
+            "%s waits for a plateau of %r, which is %s at epoch %d, step %d: no improvement on any value.",
+            *(_numbered(progress.phases, progress.index), until.monitor if until else "", value),
+            *(trainer.current_epoch, trainer.global_step),
+        )
+
+
+def log_phase(trainer: Trainer, index: int, trainable: int) -> None:
+    """Log the current phase, and how much trains, also where checkpoints are named by it."""
+    values = {"freeze/phase": float(index), "freeze/trainable_parameters": float(trainable)}
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    log_values(trainer, values)
+
+
+def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Log values at the step at which Lightning logs the model's."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=logged_step(trainer))
 
 
 def optimizers_exchanged(trainer: Trainer) -> None:
@@ -113,7 +152,7 @@ def steps_uncounted(trainer: Trainer, *, first: bool) -> None:
 
 
 def _ends_too_early(
-    trainer: Trainer, phases: Sequence[Phase], steps_per_epoch: float | None
+    trainer: Trainer, schedule: Callback, phases: Sequence[Phase], steps_per_epoch: float | None
 ) -> Iterator[tuple[int, str]]:
     """Yield the numbers of phases that never begin, or cannot end as they say, and why."""
     epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
@@ -129,26 +168,35 @@ def _ends_too_early(
     for number in range(last + 2, len(phases) + 1):
         yield number, f"never begins: the fit ends before, at {' or '.join(limits)}."
     looks = max(1.0, trainer.num_training_batches / (trainer.val_check_batch or 1))
-    stoppers = [callback for callback in callbacks_of(trainer) if isinstance(callback, EarlyStopping)]
-    for number, phase in enumerate(phases[:-1], 1):
+    callbacks = callbacks_of(trainer)
+    for number, phase in enumerate(phases, 1):
         until = phase.plateau
         if until is None:
             continue
-        if phase.epochs is not None and until.patience >= looks * phase.epochs:
-            yield (
-                number,
-                (f"cannot end by its plateau: epochs={phase.epochs} ends it before patience={until.patience} is over."),
-            )
-        for stopper in stoppers:
-            if stopper.monitor == until.monitor and stopper.patience <= until.patience:
-                yield (
-                    number,
-                    (
-                        f"waits for a plateau of {until.monitor!r} with patience={until.patience}, at which "
-                        f"EarlyStopping(patience={stopper.patience}) ends the fit: later phases never begin. Leave "
-                        "EarlyStopping out and end the last phase, or give it more patience."
-                    ),
-                )
+        if phase.epochs is not None and until.threshold is None and until.patience >= looks * phase.epochs:
+            ends = f"epochs={phase.epochs} ends it before patience={until.patience} is over"
+            yield number, f"cannot end by its plateau: {ends}."
+        elif phase.epochs is not None and until.min_epochs >= phase.epochs:
+            ends = f"epochs={phase.epochs} ends it before min_epochs={until.min_epochs}"
+            yield number, f"cannot end by its plateau: {ends}."
+        for stopper in stoppers(trainer, until.monitor) if number < len(phases) else []:
+            # At the same look the schedule makes way for the next phase, if it comes first.
+            first = callbacks.index(schedule) < callbacks.index(stopper)
+            if stopper.patience < until.patience + (not first):
+                yield number, _stopped_before(until, stopper.patience)
+
+
+def _stopped_before(until: Plateau, patience: int) -> str:
+    return (
+        f"waits for a plateau of {until.monitor!r} with patience={until.patience}, at which "
+        f"EarlyStopping(patience={patience}) ends the fit: later phases never begin. Give EarlyStopping more patience, "
+        "list it after FreezeSchedule, which then has it count anew in each phase, or leave it out and end the last "
+        "phase by a Plateau."
+    )
+
+
+def _numbered(phases: Sequence[Phase], index: int) -> str:
+    return f"phase {index + 1}/{len(phases)} {phases[index].label!r}"
 
 
 def _line(schedule: Sequence[Mapping[str, Any]]) -> str:

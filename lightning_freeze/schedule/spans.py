@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Literal
 
 from lightning_freeze._lightning import Trainer
-from lightning_freeze.schedule.fit import steps_per_epoch
+from lightning_freeze.schedule.length import steps_per_epoch
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.words import whole_number
 
@@ -116,24 +116,6 @@ def phase_spans(phases: Sequence[Phase], length: FitLength) -> list[Span | None]
         spans.append((float(begin), float(end)) if begin < length.total else None)
         begin = end
     return spans
-
-
-def planned(phases: Sequence[Phase], total: int | None) -> list[Phase]:
-    """Return phases with shares of the fit as optimizer steps, as far as it is known how many the fit takes.
-
-    Example:
-        >>> planned([Phase("a", fraction=0.25), Phase("b")], 10)
-        [Phase(train='a', steps=2), Phase(train='b')]
-    """
-    plan, share = list[Phase](), 0.0
-    for phase in phases:
-        if phase.fraction is not None and total is not None:
-            # Borders are rounded, not lengths: thirds of ten steps are ten steps.
-            before, share = share, share + phase.fraction
-            steps = max(1, round(share * total) - round(before * total))
-            phase = replace(phase, fraction=None, steps=min(steps, phase.steps or steps))
-        plan.append(phase)
-    return plan
 
 
 def length_in_steps(trainer: Trainer) -> FitLength:

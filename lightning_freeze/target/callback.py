@@ -8,19 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    LightningModule,
-    MisconfigurationException,
-    ModelParallelStrategy,
-    Trainer,
-    callbacks_of,
-    optimizers_of,
-)
+from lightning_freeze._lightning import LightningModule, MisconfigurationException, Trainer, callbacks_of, optimizers_of
 from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.ledger import Hold
 from lightning_freeze.freezing.optimizers import members
+from lightning_freeze.freezing.strategies import refuse_shards, refuse_without_hooks
 from lightning_freeze.logs import get_logger
 from lightning_freeze.selectors import clean_name
 from lightning_freeze.target.arguments import check_names, checked_pace, checked_tau
@@ -155,22 +147,13 @@ class TargetNetwork(Holder):
 
     def _check_trainer(self, trainer: Trainer) -> None:
         """Refuse a strategy, an optimizer or a callback with which the target cannot follow."""
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise MisconfigurationException(
-                f"TargetNetwork does not work with {type(trainer.strategy).__name__}: between steps a process has only "
-                "a part of the parameters. Use one device or strategy='ddp'."
-            )
+        refuse_shards("TargetNetwork", trainer.strategy)
         if not optimizers_of(trainer):
             raise MisconfigurationException(
                 "TargetNetwork follows the steps of an optimizer, and configure_optimizers gave none. Return one, with "
                 "manual optimization too."
             )
-        for optimizer in trainer.optimizers:
-            if not isinstance(optimizer, Optimizer):
-                raise MisconfigurationException(
-                    f"TargetNetwork follows in a hook of the optimizer, and {type(optimizer).__name__} is not a "
-                    "torch.optim.Optimizer, which would call it. Derive it from that class."
-                )
+        refuse_without_hooks("TargetNetwork", trainer)
         others = [callback for callback in callbacks_of(trainer) if isinstance(callback, TargetNetwork)]
         if any(other.target == self.source for other in others):
             raise MisconfigurationException(

@@ -34,18 +34,10 @@ def pair_up(
 ) -> list[Pair]:
     """Return a pair for every parameter, tied ones once, and every buffer that ``load_state_dict`` copies.
 
-    Args:
-        source: The module to follow.
-        target: The module that follows.
-        buffers: Whether to pair buffers too.
-        names: What errors call the two.
-
     Raises:
         ValueError: If names, shapes or dtypes differ or are not known yet, the two share parameters, or have none.
 
     Example:
-        >>> [pair.name for pair in pair_up(nn.Linear(2, 3), nn.Linear(2, 3))]
-        ['weight', 'bias']
         >>> pair_up(nn.Linear(2, 3), nn.Linear(2, 4, bias=False))
         Traceback (most recent call last):
         ValueError: The target does not have the architecture of the source.
@@ -84,17 +76,6 @@ def polyak_average(pairs: Sequence[Pair], tau: float) -> None:
     """Move the target a little towards the source, in place: ``target += tau * (source - target)``.
 
     Tensors without fractions, such as a counter of batches, are copied.
-
-    Raises:
-        ValueError: If ``tau`` is not in [0, 1].
-        TypeError: If ``tau`` is no number.
-
-    Example:
-        >>> online, target = nn.Linear(2, 1), nn.Linear(2, 1)
-        >>> _ = nn.init.ones_(online.weight), nn.init.zeros_(target.weight)
-        >>> polyak_average(pair_up(online, target), tau=0.25)
-        >>> target.weight.tolist()
-        [[0.25, 0.25]]
     """
     tau = checked_tau("polyak_average", tau)
     lerp_all(*_tensors(pairs, fractions=True), tau)

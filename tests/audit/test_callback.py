@@ -145,7 +145,7 @@ SCHEDULES: dict[str, Callable[[], list[Callback]]] = {
         lambda schedule, options, first: options == "plain" or (schedule.startswith("by steps") and not first),
     ),
 )
-def test_a_clean_fit_has_no_finding(schedule: str, options: str, first: bool) -> None:
+def test_clean_fit_has_no_finding(schedule: str, options: str, first: bool) -> None:
     others = SCHEDULES[schedule]()
     audit = GradientAudit(on_violation="raise")
     callbacks = [audit, *others] if first else [*others, audit]
@@ -158,7 +158,7 @@ def test_a_clean_fit_has_no_finding(schedule: str, options: str, first: bool) ->
 
 
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_flags_that_the_user_switches_are_followed(every: int) -> None:
+def test_flags_that_the_user_switches_are_no_finding(every: int) -> None:
     def switch(net: Any) -> None:
         turn = net.trainer.fit_loop.total_batch_idx
         net.backbone.requires_grad_(turn % 9 < 5)
@@ -177,13 +177,13 @@ def test_flags_that_the_user_switches_are_followed(every: int) -> None:
         lambda batch, moment, every: every == 1 and batch in (1, 5),
     ),
 )
-def test_what_thaws_in_the_midst_is_followed(batch: int, moment: str, every: int) -> None:
+def test_unfreezing_in_mid_epoch_is_no_finding(batch: int, moment: str, every: int) -> None:
     net = Hooked(lambda net: net.neck.requires_grad_(True), moment, batch)
     net.neck.requires_grad_(False)
     assert found(fit(net, audit=GradientAudit(every_n_epochs=every))) == {}
 
 
-def test_what_thawed_and_froze_again_between_two_looks_is_no_finding() -> None:
+def test_unfreezing_and_freezing_between_two_looks_is_no_finding() -> None:
     def switch(net: Any) -> None:
         batch = net.trainer.fit_loop.total_batch_idx
         if batch in (4, 8):
@@ -236,7 +236,7 @@ class Gan(LightningModule):
 
 @pytest.mark.parametrize("how", ["plain", "toggled", "by hand", "raw"])
 @pytest.mark.parametrize("critic_steps", [1, 4])
-def test_a_gan_is_clean(how: str, critic_steps: int) -> None:
+def test_gan_has_no_finding(how: str, critic_steps: int) -> None:
     assert found(fit(Gan(how, critic_steps), max_epochs=3)) == {}
 
 
@@ -317,12 +317,12 @@ class Forward(Net):
 )
 @compiled
 @no_gradients_in_checkpoint
-def test_forwards_that_are_fine(what: str) -> None:
+def test_unusual_forwards_are_no_finding(what: str) -> None:
     torch.manual_seed(1)
     assert found(fit(Forward(what), max_epochs=4)) == {}
 
 
-def test_a_decorated_step_is_called_as_without_it() -> None:
+def test_decorated_training_step_gets_its_arguments() -> None:
     class Decorated(Net):
         @torch.enable_grad()
         def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
@@ -339,7 +339,7 @@ class Plain(Net):
 
 # BackboneFinetuning's, of BatchNorm layers that it leaves trainable.
 @pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
-def test_other_callbacks_are_no_alarm(tmp_path: Path) -> None:
+def test_callbacks_that_move_weights_by_design_are_no_finding(tmp_path: Path) -> None:
     class Swa(StochasticWeightAveraging):
         pass
 
@@ -357,14 +357,14 @@ def test_other_callbacks_are_no_alarm(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("follow", [{"tau": 0.3}, {"every_n_steps": 2}], ids=str)
-def test_a_target_moves_by_design(follow: dict[str, Any]) -> None:
+def test_target_network_is_no_finding(follow: dict[str, Any]) -> None:
     audit = fit(Student(), TargetNetwork("online", "target", **follow))
     assert found(audit) == {}
 
 
 @pytest.mark.parametrize("stop", [3, 6, 9])
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-def test_weights_that_are_loaded_to_resume(tmp_path: Path, stop: int) -> None:
+def test_weights_loaded_to_resume_are_no_finding(tmp_path: Path, stop: int) -> None:
     def schedule() -> FreezeSchedule:
         return FreezeSchedule([Phase("head", steps=5), Phase("*")], verbose=False)
 
@@ -375,7 +375,7 @@ def test_weights_that_are_loaded_to_resume(tmp_path: Path, stop: int) -> None:
     assert audit.report == []
 
 
-def test_a_second_fit_has_its_own_report() -> None:
+def test_second_fit_has_its_own_report() -> None:
     net, audit = Net(), GradientAudit()
     net.losses = []
     act = Probe(end=lambda _, net: net.losses.append(net.head.weight.sum()))
@@ -414,7 +414,7 @@ MOMENTS = [
         lambda write, moment, batch: write == "data" or (moment, batch) == ("batch end", 0),
     ),
 )
-def test_a_frozen_parameter_that_is_moved_by_hand(write: str, moment: str, batch: int | None) -> None:
+def test_frozen_parameter_written_by_hand_is_found(write: str, moment: str, batch: int | None) -> None:
     net = Hooked(WRITES[write], moment, batch)
     net.neck.requires_grad_(False)
     audit = fit(net)
@@ -424,7 +424,7 @@ def test_a_frozen_parameter_that_is_moved_by_hand(write: str, moment: str, batch
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_parameter_that_the_schedule_froze(first: bool) -> None:
+def test_write_to_what_the_schedule_froze_is_found(first: bool) -> None:
     schedule = FreezeSchedule([Phase("*", epochs=1), Phase("head")], verbose=False)
     net = Hooked(lambda net: net.backbone[0].weight.data.zero_(), "batch end", 8)
     audit = GradientAudit()
@@ -433,7 +433,7 @@ def test_a_parameter_that_the_schedule_froze(first: bool) -> None:
     assert found(audit) == {"frozen_value_moved": {"backbone.0.weight"}}
 
 
-def test_seldom_looks_find_it_too() -> None:
+def test_write_between_seldom_audits_is_found() -> None:
     net = Hooked(WRITES["data"], "batch end", 8)
     net.neck.requires_grad_(False)
     assert found(fit(net, audit=GradientAudit(every_n_epochs=5), max_epochs=2)) == {
@@ -452,7 +452,7 @@ class KeepsZeros(Hooked):
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 @pytest.mark.parametrize("batch", [1, 2, 4])
-def test_a_frozen_parameter_that_an_optimizer_still_moves(optimizer: Any, batch: int) -> None:
+def test_frozen_parameter_that_an_optimizer_steps_is_found(optimizer: Any, batch: int) -> None:
     # Before validation, Lightning sets every gradient to None.
     audit = fit(KeepsZeros(freeze_neck, "batch start", batch, optimizer=optimizer), limit_val_batches=0)
     neck = {"neck.weight", "neck.bias"}
@@ -467,14 +467,14 @@ def cause_of(audit: GradientAudit, kind: str) -> str:
     return only
 
 
-def test_zeros_that_stay_are_fine_while_everything_trains() -> None:
+def test_zero_gradients_are_no_finding_while_everything_trains() -> None:
     assert found(fit(KeepsZeros(lambda net: None, "never"))) == {}
 
 
 # Running statistics
 
 
-def test_batchnorm_that_updates_although_its_parameters_are_frozen() -> None:
+def test_batchnorm_that_updates_with_frozen_parameters_is_found() -> None:
     net = Net()
     net.backbone.requires_grad_(False)
     audit = fit(net)
@@ -486,7 +486,7 @@ def test_batchnorm_that_updates_although_its_parameters_are_frozen() -> None:
 
 @pytest.mark.parametrize("fix", ["FreezeBatchNorm", "FreezeSchedule", "eval"])
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
-def test_the_fixes_that_it_names_help(fix: str) -> None:
+def test_fixes_that_a_finding_names_help(fix: str) -> None:
     net = Net()
     net.backbone.requires_grad_(False)
     others: list[Callback] = []
@@ -499,13 +499,13 @@ def test_the_fixes_that_it_names_help(fix: str) -> None:
     assert found(fit(net, *others)) == {}
 
 
-def test_only_its_parameters_are_frozen() -> None:
+def test_statistics_of_a_layer_frozen_alone_are_found() -> None:
     net = Net()
     net.backbone[1].requires_grad_(False)
     assert found(fit(net)) == {"frozen_statistics_moved": statistics(net, "backbone.1.")}
 
 
-def test_statistics_that_are_written_in_eval_mode() -> None:
+def test_statistics_written_in_eval_mode_are_found() -> None:
     net = Hooked(lambda net: net.backbone[1].running_var.data.fill_(3), "batch end", 1)
     audit = fit(net, FreezeBatchNorm(train_affine=True))
     assert found(audit) == {"frozen_statistics_moved": {"backbone.1.running_var"}}
@@ -530,7 +530,7 @@ class Counting(nn.Module):
 @pytest.mark.parametrize(
     ("mode", "always", "expected"), [(None, False, True), ("batchnorm", False, True), ("eval", False, False)]
 )
-def test_any_buffer_of_a_frozen_module_that_moves(mode: Any, always: bool, expected: bool) -> None:
+def test_any_buffer_of_a_frozen_module_that_moves_is_found(mode: Any, always: bool, expected: bool) -> None:
     net = Net()
     net.neck = nn.Sequential(net.neck, Counting(always))
     net.neck.requires_grad_(False)
@@ -543,7 +543,7 @@ def test_any_buffer_of_a_frozen_module_that_moves(mode: Any, always: bool, expec
     assert found(fit(net, *others, audit=GradientAudit(ignore="neck"))) == {}
 
 
-def test_a_buffer_that_moves_in_eval_mode() -> None:
+def test_buffer_that_moves_in_eval_mode_is_found() -> None:
     net = Net()
     net.neck = nn.Sequential(net.neck, Counting(always=True))
     audit = fit(net, FreezeSchedule([Phase(["*", "!neck"])], frozen_mode="eval", verbose=False))
@@ -551,7 +551,7 @@ def test_a_buffer_that_moves_in_eval_mode() -> None:
     assert "is in eval mode now" in audit.report[0].cause
 
 
-def test_a_buffer_of_a_module_that_trains_is_no_finding() -> None:
+def test_buffer_of_a_module_that_trains_is_no_finding() -> None:
     net = Net()
     net.neck = nn.Sequential(net.neck, Counting(always=True))
     assert found(fit(net)) == {}
@@ -645,7 +645,7 @@ CAUSES = {
 
 @pytest.mark.parametrize("fault", CAUSES)
 @no_gradients_in_checkpoint
-def test_a_parameter_without_gradient_and_what_cuts_it_off(fault: str) -> None:
+def test_parameter_without_gradient_is_found_with_what_cuts_it_off(fault: str) -> None:
     audit = fit(Faulty(fault))
     assert found(audit) == {"no_gradient": {"branch.weight", "branch.bias"}}
     for finding in audit.report:
@@ -654,7 +654,7 @@ def test_a_parameter_without_gradient_and_what_cuts_it_off(fault: str) -> None:
         assert finding.step == 3
 
 
-def test_the_place_is_the_line_of_the_detach() -> None:
+def test_cause_names_the_line_of_the_detach() -> None:
     source = Path(__file__).read_text().splitlines()
     (line,) = [number for number, text in enumerate(source, 1) if "self.branch(features).detach()\n" in f"{text}\n"]
     assert f"test_callback.py:{line}." in cause(fit(Faulty("detach")), "branch.bias")
@@ -662,18 +662,18 @@ def test_the_place_is_the_line_of_the_detach() -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 @pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"precision": "bf16-mixed"}], ids=str)
-def test_it_is_found_in_as_many_steps_as_are_audited(steps: int, options: dict[str, Any]) -> None:
+def test_missing_gradient_is_found_after_first_n_steps(steps: int, options: dict[str, Any]) -> None:
     audit = fit(Faulty("detach"), audit=GradientAudit(first_n_steps=steps), **options)
     assert {(finding.kind, finding.step) for finding in audit.report} == {("no_gradient", steps)}
 
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"max_steps": 1}, {"limit_train_batches": 1}], ids=str)
-def test_it_is_found_in_a_fit_that_is_too_short(options: dict[str, Any]) -> None:
+def test_missing_gradient_is_found_in_a_fit_shorter_than_first_n_steps(options: dict[str, Any]) -> None:
     audit = fit(Faulty("no_grad"), **options)
     assert found(audit) == {"no_gradient": {"branch.weight", "branch.bias"}}
 
 
-def test_a_gradient_that_is_left_over_is_none() -> None:
+def test_zero_gradient_left_over_counts_as_none() -> None:
     class LeavesZeros(Faulty):
         def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
             optimizer.zero_grad(set_to_none=False)
@@ -684,14 +684,14 @@ def test_a_gradient_that_is_left_over_is_none() -> None:
     assert found(fit(net)) == {"no_gradient": {"branch.weight", "branch.bias"}}
 
 
-def test_a_gradient_that_is_set_by_hand_is_one() -> None:
+def test_gradient_set_by_hand_counts() -> None:
     net = Hooked(lambda net: setattr(net.extra, "grad", torch.ones(2)), "after backward")
     net.extra = nn.Parameter(torch.zeros(2))
     assert found(fit(net)) == {}
     assert net.extra.abs().sum() > 0
 
 
-def test_what_is_cut_off_in_a_later_phase() -> None:
+def test_missing_gradient_in_a_later_phase_is_found() -> None:
     class CutLater(Faulty):
         def forward(self, x: Tensor) -> Tensor:
             self.fault = "unused" if self.trainer.fit_loop.total_batch_idx >= 6 else "none"
@@ -702,7 +702,7 @@ def test_what_is_cut_off_in_a_later_phase() -> None:
     assert found(audit) == {"no_gradient": {"branch.weight", "branch.bias"}}
 
 
-def test_what_is_cut_off_in_a_later_epoch() -> None:
+def test_missing_gradient_in_a_later_epoch_is_found() -> None:
     class CutLater(Faulty):
         def forward(self, x: Tensor) -> Tensor:
             self.fault = "detach" if self.trainer.current_epoch >= 1 else "none"
@@ -715,7 +715,7 @@ def test_what_is_cut_off_in_a_later_epoch() -> None:
 
 
 @compiled
-def test_a_compiled_module_says_what_cannot_be_known() -> None:
+def test_cause_in_a_compiled_module_says_what_cannot_be_seen() -> None:
     net = Faulty("unused")
     net.neck = torch.compile(net.neck, backend="eager")
     audit = fit(net)
@@ -723,7 +723,7 @@ def test_a_compiled_module_says_what_cannot_be_known() -> None:
     assert "cannot be seen" in audit.report[0].cause
 
 
-def test_one_network_of_a_gan_that_never_gets_a_gradient() -> None:
+def test_network_of_a_gan_without_gradient_is_found() -> None:
     class Cut(Gan):
         def _turn(self, optimizer: Any, loss: Callable[[], Tensor]) -> None:
             super()._turn(optimizer, lambda: loss() if "AdamW" in str(type(optimizer)) else self.critic[0].bias.sum())
@@ -744,7 +744,7 @@ class AllCut(Net):
 
 @pytest.mark.parametrize("train", ["*", "head"])
 @pytest.mark.parametrize("first", [True, False])
-def test_the_error_that_a_loss_without_graph_raises_is_explained(train: str, first: bool) -> None:
+def test_error_of_a_loss_without_graph_is_explained(train: str, first: bool) -> None:
     net, audit, schedule = AllCut(), GradientAudit(), FreezeSchedule([Phase(train)], verbose=False)
     run = trainer(callbacks=[audit, schedule] if first else [schedule, audit])
     with pytest.raises(RuntimeError, match="does not require grad"):
@@ -753,7 +753,7 @@ def test_the_error_that_a_loss_without_graph_raises_is_explained(train: str, fir
     assert all("no graph is recorded" in finding.cause for finding in audit.report)
 
 
-def test_an_error_of_another_kind_is_left_alone() -> None:
+def test_error_of_another_kind_adds_no_finding() -> None:
     class Breaks(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             raise ZeroDivisionError
@@ -791,7 +791,7 @@ class Ends(Net):
 @pytest.mark.parametrize("where", ["forward", "backward"])
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 @pytest.mark.parametrize("phases", [[Phase("head", epochs=1), Phase("*")], [Phase("*")]], ids=["frozen", "all"])
-def test_a_fit_that_ends_by_an_error_has_no_false_finding(
+def test_fit_that_ends_by_an_error_has_no_false_finding(
     error: type[BaseException], where: str, phases: list[Phase], first: bool
 ) -> None:
     """FreezeSchedule gives flags back in ``on_exception``, and the step that the error cuts short proves nothing."""
@@ -803,7 +803,7 @@ def test_a_fit_that_ends_by_an_error_has_no_false_finding(
     assert audit.report.checks == (2 if where == "forward" else 1)
 
 
-def test_a_gradient_that_was_missing_before_an_error_is_reported() -> None:
+def test_gradient_missing_before_an_error_is_reported() -> None:
     class Unused(Ends):
         def __init__(self) -> None:
             super().__init__(ValueError, "forward")
@@ -820,7 +820,7 @@ def test_a_gradient_that_was_missing_before_an_error_is_reported() -> None:
 # Optimizers
 
 
-def test_a_parameter_in_no_optimizer() -> None:
+def test_parameter_in_no_optimizer_is_found() -> None:
     net = Net(optimizer=lambda params: sgd([p for p in params if p.ndim > 1]))
     audit = fit(net)
     assert found(audit) == {"in_no_optimizer": {name for name, p in net.named_parameters() if p.ndim == 1}}
@@ -828,7 +828,7 @@ def test_a_parameter_in_no_optimizer() -> None:
     assert found(fit(net, FreezeSchedule([Phase("*")], verbose=False))) == {}
 
 
-def test_a_parameter_in_two_optimizers() -> None:
+def test_parameter_in_two_optimizers_is_found() -> None:
     class Two(Gan):
         def configure_optimizers(self) -> Any:
             return sgd([*self.generator.parameters(), self.critic[0].weight]), adamw(self.critic.parameters())
@@ -838,7 +838,7 @@ def test_a_parameter_in_two_optimizers() -> None:
     assert audit.report[0].cause.startswith("It is in SGD 0, group 0 and in AdamW 1, group 0")
 
 
-def test_a_parameter_twice_in_one_optimizer() -> None:
+def test_parameter_twice_in_one_optimizer_is_found() -> None:
     def twice(params: Any) -> torch.optim.Optimizer:
         params = list(params)
         optimizer = sgd(params)
@@ -848,7 +848,7 @@ def test_a_parameter_twice_in_one_optimizer() -> None:
     assert found(fit(Net(optimizer=twice))) == {"in_two_optimizers": {"head.bias"}}
 
 
-def test_what_the_user_steps_without_an_optimizer_is_no_finding() -> None:
+def test_training_without_an_optimizer_is_no_finding() -> None:
     class ByHand(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -932,7 +932,7 @@ KEPT = {
 
 
 @pytest.mark.parametrize("how", KEPT)
-def test_a_tensor_that_keeps_a_graph(how: str) -> None:
+def test_tensor_that_keeps_a_graph_is_found(how: str) -> None:
     audit = fit(Keeps(how), Probe())
     LOSSES.clear()
     Keeps.shared.clear()
@@ -945,7 +945,7 @@ def test_a_tensor_that_keeps_a_graph(how: str) -> None:
         assert ".detach()" in finding.fix
 
 
-def test_a_list_that_is_emptied_at_the_end_of_the_epoch_is_found_too() -> None:
+def test_list_of_graphs_emptied_at_the_epoch_end_is_found() -> None:
     class Empties(Keeps):
         def on_train_epoch_end(self) -> None:
             self.losses.clear()
@@ -953,17 +953,17 @@ def test_a_list_that_is_emptied_at_the_end_of_the_epoch_is_found_too() -> None:
     assert found(fit(Empties("list"))) == {"graph_kept": {"self.losses[0]"}}
 
 
-def test_one_batch_is_enough() -> None:
+def test_kept_graph_is_found_after_one_batch() -> None:
     assert found(fit(Keeps("list"), fast_dev_run=True)) == {"graph_kept": {"self.losses[0]"}}
 
 
-def test_a_graph_from_before_the_fit_is_no_finding() -> None:
+def test_graph_from_before_the_fit_is_no_finding() -> None:
     before = torch.ones(2, requires_grad=True) * 2
     assert found(fit(Net())) == {}
     assert before.grad_fn is not None
 
 
-def test_a_batch_with_a_graph_is_no_finding() -> None:
+def test_batch_with_a_graph_is_no_finding() -> None:
     class Augments(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -978,7 +978,7 @@ def test_a_batch_with_a_graph_is_no_finding() -> None:
 # Words
 
 
-def test_raising() -> None:
+def test_finding_is_raised_as_an_error_with_its_report() -> None:
     net, audit = Faulty("unused"), GradientAudit(on_violation="raise")
     with pytest.raises(AuditError, match=r"branch\.weight, branch\.bias: trainable, but it gets no gradient") as caught:
         fit(net, audit=audit)
@@ -990,7 +990,7 @@ def test_raising() -> None:
     assert all(not p._post_accumulate_grad_hooks for p in net.parameters())
 
 
-def test_raising_before_the_first_step() -> None:
+def test_finding_of_the_start_is_raised_before_the_first_step() -> None:
     net = Net(optimizer=lambda params: sgd(list(params)[:-1]))
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(AuditError, match=r"head\.bias: trainable, but in no optimizer"):
@@ -1010,7 +1010,7 @@ def test_each_finding_is_logged_once_and_the_end_is_summed_up(caplog: pytest.Log
     assert [record.getMessage() for record in warnings] == [f"audit, step 3: {str(audit.report).split(chr(10), 1)[1]}"]
 
 
-def test_what_is_ignored() -> None:
+def test_ignored_parameters_have_no_finding_and_unknown_ones_are_refused() -> None:
     net = Hooked(WRITES["data"], "batch end", 1)
     net.neck.requires_grad_(False)
     net.unused = nn.Linear(2, 2)
@@ -1029,19 +1029,19 @@ def test_what_is_ignored() -> None:
         ({"every_n_epochs": True}, TypeError, r"every_n_epochs=True"),
     ],
 )
-def test_arguments_that_cannot_be(options: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         GradientAudit(**options)
 
 
-def test_a_strategy_that_shards() -> None:
+def test_strategy_that_shards_is_refused() -> None:
     run = trainer()
     run.strategy.__class__ = FSDPStrategy
     with pytest.raises(MisconfigurationException, match="does not work with FSDPStrategy"):
         GradientAudit().setup(run, Net(), "fit")
 
 
-def test_nothing_stays_behind_and_it_pickles() -> None:
+def test_no_hook_stays_behind_and_the_callback_pickles() -> None:
     net, audit = Faulty("unused"), GradientAudit()
     run = trainer(callbacks=[audit], max_epochs=1)
     run.fit(net, loader())
@@ -1054,14 +1054,14 @@ def test_nothing_stays_behind_and_it_pickles() -> None:
     assert str(twin.report) == str(audit.report)
 
 
-def test_other_stages_are_left_alone() -> None:
+def test_validation_and_test_are_not_audited() -> None:
     audit = GradientAudit(on_violation="raise")
     run = trainer(callbacks=[audit])
     run.validate(Faulty("unused"), loader(8), verbose=False)
     assert audit.report.checks == 0
 
 
-def test_a_batch_that_is_not_audited_costs_the_same_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_that_is_not_audited_costs_the_same_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted are calls of the package's own functions: no time is measured."""
     calls: list[int] = []
 
@@ -1205,21 +1205,21 @@ def ddp(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ON_DDP)
-def test_two_processes(ddp: list[dict[str, Any]], kind: str) -> None:
+def test_findings_are_the_same_on_two_processes(ddp: list[dict[str, Any]], kind: str) -> None:
     for rank in ddp:
         assert [one[:2] for one in rank[kind]["found"]] == ON_DDP[kind]
         assert rank[kind]["raised"] == (kind == "raised")
     assert ddp[0][kind] == ddp[1][kind]
 
 
-def test_the_causes_on_two_processes(ddp: list[dict[str, Any]]) -> None:
+def test_causes_on_two_processes_name_the_rank(ddp: list[dict[str, Any]]) -> None:
     causes = {kind: [one[2] for one in result["found"]] for kind, result in ddp[0].items()}
     assert "never reduces the gradient" in causes["late"][0]
     assert "One process wrote to it alone" in causes["apart"][0]
     assert all(causes[kind][0].endswith("(On rank 1 only.)") for kind in ("frozen apart", "kept on one", "raised"))
 
 
-def test_with_the_other_observers() -> None:
+def test_other_observers_are_no_finding() -> None:
     import torchmetrics.classification as tm
 
     class Returns(Net):
@@ -1236,7 +1236,7 @@ def test_with_the_other_observers() -> None:
 
 @pytest.mark.parametrize("manual", [False, True])
 @pytest.mark.parametrize("set_to_none", [True, False])
-def test_a_gradient_that_is_zeroed_in_place_is_none(set_to_none: bool, manual: bool) -> None:
+def test_gradient_zeroed_in_place_counts_as_none(set_to_none: bool, manual: bool) -> None:
     """However a step clears gradients, one that comes no more is missed after a while."""
 
     class Detaches(Net):

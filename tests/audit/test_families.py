@@ -65,7 +65,7 @@ def audited(net: LightningModule, head: str, size: int) -> GradientAudit:
 
 
 @pytest.mark.parametrize(("name", "head", "size", "options"), FAMILIES)
-def test_no_finding(name: str, head: str, size: int, options: dict[str, Any]) -> None:
+def test_torchvision_model_has_no_finding(name: str, head: str, size: int, options: dict[str, Any]) -> None:
     net = torchvision.models.get_model(name, weights=None, num_classes=3, **options)
     audit = audited(Classifier(net), head, size)
     assert str(audit.report) == f"{audit.report.summary}"
@@ -73,13 +73,13 @@ def test_no_finding(name: str, head: str, size: int, options: dict[str, Any]) ->
     assert audit.report.parameters == len(list(net.parameters()))
 
 
-def test_every_family_is_there() -> None:
+def test_every_family_of_torchvision_is_audited() -> None:
     families = {get_model_builder(name).__module__ for name in list_models(module=torchvision.models)}
     assert families == {get_model_builder(parameters.values[0]).__module__ for parameters in FAMILIES}
 
 
 @pytest.mark.parametrize("aux", [False, True])
-def test_an_auxiliary_head_that_the_loss_leaves_out_is_a_finding(aux: bool) -> None:
+def test_auxiliary_head_that_the_loss_leaves_out_is_found(aux: bool) -> None:
     net = torchvision.models.googlenet(weights=None, num_classes=3, aux_logits=True, init_weights=False)
     audit = audited(Classifier(net, aux=aux), "*", 32)
     heads = {name for name, _ in net.named_parameters() if name.startswith("aux")}

@@ -72,7 +72,7 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("make", "way"), WAYS)
-def test_the_way_to_a_tensor(make: Any, way: str) -> None:
+def test_tensor_with_a_graph_is_found_by_the_way_one_writes_it(make: Any, way: str) -> None:
     tensor = graph()
     root = SimpleNamespace(x=make(tensor), other=torch.ones(2))
     found = tensors_with_graph([("self", root)])
@@ -111,7 +111,7 @@ def test_the_trainer_is_left_out() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
-def test_what_has_a_graph_by_design() -> None:
+def test_tensors_that_modules_compute_anew_are_left_out() -> None:
     normal = torch.nn.utils.weight_norm(nn.Linear(2, 2))
     pruned = torch.nn.utils.prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5)
     plain = nn.Linear(2, 2)

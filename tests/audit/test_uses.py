@@ -54,7 +54,7 @@ def test_watching_changes_no_result_and_no_random_number() -> None:
         (lambda net, x: x, None, None, None),
     ],
 )
-def test_what_becomes_of_a_parameter(act: Any, linked: Any, unlinked: Any, cut: Any) -> None:
+def test_use_and_cut_of_a_parameter_are_noted_with_their_line(act: Any, linked: Any, unlinked: Any, cut: Any) -> None:
     net = Net()
     uses = used(net, lambda: act(net, torch.ones(1, 2)))
     assert set(uses) == set(named(net))
@@ -84,7 +84,7 @@ def test_calls_are_watched_and_the_method_is_put_back() -> None:
     assert vars(net)["forward"] is mine
 
 
-def test_what_python_does_not_see() -> None:
+def test_compiled_and_scripted_modules_are_told_apart() -> None:
     net = Net()
     assert runs_in_python(net)
     net.b.compile(backend="eager")
@@ -107,7 +107,7 @@ def test_a_decorated_method_keeps_the_names_of_its_arguments() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_function_that_is_compiled_whole() -> None:
+def test_function_compiled_whole_runs_while_watched() -> None:
     net = Net()
     compiled = torch.compile(lambda x: net.b(x), backend="eager", fullgraph=True)
     outputs = []

@@ -19,7 +19,7 @@ from lightning_freeze.freezing.batchnorm import (
     frozen_running_statistics,
     has_running_statistics,
 )
-from lightning_freeze.freezing.eval_mode import BY_FIT, hold_eval, is_held, release_eval, wholly_frozen
+from lightning_freeze.freezing.eval_mode import hold, is_held, release, wholly_frozen
 from tests.nets import moved, snapshot
 from tests.trees import subsets, trees
 
@@ -41,7 +41,7 @@ def modes(module: nn.Module) -> dict[str, bool]:
 
 @pytest.mark.parametrize("train_affine", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_statistics_do_not_move(kind: str, train_affine: bool) -> None:
+def test_frozen_batchnorm_keeps_statistics_after_train(kind: str, train_affine: bool) -> None:
     make, shape = LAYERS[kind]
     net = nn.Sequential(nn.Identity(), make(), nn.Dropout())
     net(torch.randn(shape))
@@ -63,29 +63,29 @@ def test_statistics_do_not_move(kind: str, train_affine: bool) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_round_trip(data: st.DataObject) -> None:
+def test_flags_and_modes_return_in_whatever_order_holders_release(data: st.DataObject) -> None:
     """Whoever holds and releases, in any order: in the end flags and modes are those at the start."""
     module = data.draw(trees())
     module.train(data.draw(st.booleans()))
     layers = {name: m for name, m in module.named_modules() if isinstance(m, nn.BatchNorm1d)}
     flags = {name: p.requires_grad for name, p in module.named_parameters()}
     before, train_affine = modes(module), data.draw(st.booleans())
-    hold = {
+    holds: dict[str, Any] = {
         "hand": lambda: freeze_batchnorm(module, train_affine=train_affine),
-        "fit": lambda: hold_eval(layers.values()),
+        "fit": lambda: [hold(layer) for layer in layers.values()],
     }
-    release = {
+    releases: dict[str, Any] = {
         "hand": lambda: unfreeze_batchnorm(module),
-        "fit": lambda: release_eval(layers.values(), training=module.training),
+        "fit": lambda: [release(layer, training=module.training) for layer in layers.values()],
     }
-    for holder in data.draw(st.permutations(list(hold))):
-        hold[holder]()
+    for holder in data.draw(st.permutations(list(holds))):
+        holds[holder]()
     assert freeze_batchnorm(module, train_affine=train_affine) == {}
     frozen = {id(p) for layer in layers.values() for p in layer.parameters()}
     assert set(affine_frozen_by_hand(layers.values())) == (set() if train_affine else frozen)
-    for number, holder in enumerate(data.draw(st.permutations(list(hold))), 1):
+    for number, holder in enumerate(data.draw(st.permutations(list(holds))), 1):
         assert all(is_held(layer) and not layer.training for layer in layers.values())
-        release[holder]()
+        releases[holder]()
         assert all(is_held(layer) == (number < 2) for layer in layers.values())
     assert modes(module) == before
     assert flags == {name: p.requires_grad for name, p in module.named_parameters()}
@@ -94,7 +94,7 @@ def test_round_trip(data: st.DataObject) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_wholly_frozen(data: st.DataObject) -> None:
+def test_wholly_frozen_modules_are_those_without_a_trainable_parameter(data: st.DataObject) -> None:
     """Against the words: all of a module's parameters are frozen, or it is inside such a module and nowhere else."""
     module = data.draw(trees())
     if data.draw(st.booleans()):  # a layer without parameters that several use
@@ -123,7 +123,7 @@ def test_wholly_frozen(data: st.DataObject) -> None:
     assert frozen_running_statistics(module, trains) == [child for child in found if isinstance(child, nn.BatchNorm1d)]
 
 
-def test_a_module_that_learns_in_buffers_only_is_frozen_with_what_is_beside_it() -> None:
+def test_module_that_learns_in_buffers_only_freezes_with_its_siblings() -> None:
     """A codebook that follows what it is shown, as in VQ-VAE, has no parameter that could freeze."""
     net = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2), nn.Module()), "head": nn.Linear(2, 1)})
     net["encoder"][1].register_buffer("codes", torch.zeros(2, 2))
@@ -132,7 +132,7 @@ def test_a_module_that_learns_in_buffers_only_is_frozen_with_what_is_beside_it()
     assert frozen_running_statistics(net, set(map(id, net.parameters()))) == []
 
 
-def test_evaluation_by_the_user_is_kept() -> None:
+def test_layer_in_eval_mode_by_hand_is_in_eval_mode_again_after() -> None:
     """A layer put in eval mode by hand before is in eval mode again after, unless train() was called meanwhile."""
     net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2))
     net[0].eval()
@@ -145,7 +145,7 @@ def test_evaluation_by_the_user_is_kept() -> None:
     assert [layer.training for layer in net] == [True, True]
 
 
-def test_a_second_call_is_what_holds() -> None:
+def test_second_call_overrides_train_affine_of_the_first() -> None:
     net = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2), nn.BatchNorm1d(2, affine=False))
     net[1].bias.requires_grad = False
 
@@ -191,7 +191,7 @@ class Split(nn.Module):
     [*itertools.product([nn.Identity, Split], ["before", "while frozen"]), (nn.Identity, "before, then off")],
 )
 @pytest.mark.parametrize("trainable", [True, False])
-def test_a_parametrized_layer(kind: type[nn.Module], when: str, trainable: bool) -> None:
+def test_parametrized_affine_parameters_freeze_and_come_back(kind: type[nn.Module], when: str, trainable: bool) -> None:
     """What the affine parameters are made of freezes and comes back as they do, whatever is put on or taken off."""
     net = nn.Sequential(nn.BatchNorm1d(2))
     net[0].weight.requires_grad_(trainable)
@@ -213,7 +213,7 @@ def test_a_parametrized_layer(kind: type[nn.Module], when: str, trainable: bool)
     assert after.items() <= (before | {"0.parametrizations.weight.0.scale": True}).items()
 
 
-def test_copies_are_frozen_on_their_own() -> None:
+def test_copies_of_a_frozen_layer_unfreeze_on_their_own() -> None:
     net = nn.Sequential(nn.BatchNorm1d(2))
     freeze_batchnorm(net)
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
@@ -227,11 +227,11 @@ def test_copies_are_frozen_on_their_own() -> None:
 
 def test_children_of_a_held_module_still_change_mode() -> None:
     net = nn.Sequential(nn.Sequential(nn.Dropout()))
-    hold_eval([net[0]])
+    hold(net[0])
     net.eval()
     net.train()
     assert (net.training, net[0].training, net[0][0].training) == (True, False, True)
-    release_eval(net.modules(), BY_FIT)
+    release(net[0])
     assert net[0].training
 
 
@@ -252,7 +252,7 @@ def disabled_train(mode: bool = True) -> None:
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["the module alone", "and all below"])
-def test_a_module_with_a_train_of_its_own(whole: bool) -> None:
+def test_train_methods_of_users_still_run_in_a_held_module(whole: bool) -> None:
     net = nn.Sequential(Switched(Switched(nn.Dropout(), nn.ReLU()), nn.Dropout()), nn.Sequential(nn.Dropout()))
     net[1].eval().train = disabled_train
     net.train()
@@ -261,7 +261,8 @@ def test_a_module_with_a_train_of_its_own(whole: bool) -> None:
         "1.0": False
     }
     held = list(net.modules())[1:] if whole else [net[0]]
-    hold_eval(held)
+    for module in held:
+        hold(module)
     for act in (lambda: net, net.train, lambda: net.eval().train()):
         act()
         assert (net[0].training, net[0].graph) == (False, "eval")
@@ -270,7 +271,8 @@ def test_a_module_with_a_train_of_its_own(whole: bool) -> None:
         assert not net[1][0].training
     net[0].train(True, graph="both")
     assert (net[0].training, net[0].graph) == (False, "both")
-    release_eval(held)
+    for module in held:
+        release(module)
     if not whole:
         assert modes(net)["0.1"]  # asked for training mode while its parent was held
         net.train()
@@ -279,7 +281,7 @@ def test_a_module_with_a_train_of_its_own(whole: bool) -> None:
     assert [name for name, child in net.named_modules() if "train" in child.__dict__] == ["1"]
 
 
-def test_errors() -> None:
+def test_selector_without_running_statistics_is_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     for act in (freeze_batchnorm, unfreeze_batchnorm):
         with pytest.raises(ValueError, match="no layer with running statistics"):
@@ -302,5 +304,5 @@ def test_errors() -> None:
     ],
     ids=str,
 )
-def test_what_has_running_statistics(module: nn.Module, has: bool) -> None:
+def test_only_layers_that_track_statistics_count_as_batchnorm(module: nn.Module, has: bool) -> None:
     assert has_running_statistics(module) == has

@@ -24,7 +24,7 @@ STATISTICS = {
 @pytest.mark.parametrize(
     "select", ["*", "backbone", "type:BatchNorm2d", ["backbone", "!backbone.5"], "backbone.5"], ids=str
 )
-def test_what_moves(select: Any, train_affine: bool) -> None:
+def test_only_selected_layers_keep_their_statistics_and_affine_parameters(select: Any, train_affine: bool) -> None:
     net = Net(sgd)
     before = snapshot(net)
     flags = {name: p.requires_grad for name, p in net.named_parameters()}
@@ -43,7 +43,7 @@ def test_what_moves(select: Any, train_affine: bool) -> None:
     assert all(module.training and "train" not in module.__dict__ for module in net.modules())
 
 
-def test_several_beside_each_other() -> None:
+def test_two_freeze_batchnorms_freeze_what_either_selects() -> None:
     net = Net(sgd)
     before = snapshot(net)
     callbacks = [FreezeBatchNorm("backbone.1"), FreezeBatchNorm("backbone", train_affine=True)]
@@ -55,7 +55,7 @@ def test_several_beside_each_other() -> None:
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_flags_return_beside_a_schedule(swapped: bool) -> None:
+def test_flags_return_after_a_fit_with_a_schedule(swapped: bool) -> None:
     net = Net()
     net.backbone[1].requires_grad_(False)
     flags = {name: p.requires_grad for name, p in net.named_parameters()}
@@ -82,7 +82,9 @@ class Failing(Net):
 @pytest.mark.parametrize("fails", [None, "in mid-fit", "in validation"])
 @pytest.mark.parametrize("phases", [["*", "head"], ["head", "*"], ["*", ["*", "!backbone.1"]]], ids=str)
 @pytest.mark.parametrize("swapped", [False, True])
-def test_affine_parameters_frozen_by_the_user_beside_a_schedule(swapped: bool, phases: Any, fails: str | None) -> None:
+def test_affine_parameters_frozen_by_hand_stay_frozen_under_a_schedule(
+    swapped: bool, phases: Any, fails: str | None
+) -> None:
     """Also where a phase selects them: neither order of the callbacks lets them train, in the fit or after it."""
     net = Failing(sgd)
     net.backbone[1].requires_grad_(False)
@@ -104,7 +106,7 @@ def test_affine_parameters_frozen_by_the_user_beside_a_schedule(swapped: bool, p
 
 
 @pytest.mark.parametrize("swapped", [False, True])
-def test_a_later_phase_of_nothing_but_its_layers_is_refused_at_the_start(swapped: bool) -> None:
+def test_later_phase_of_frozen_layers_only_is_refused_at_fit_start(swapped: bool) -> None:
     callbacks = [FreezeSchedule([Phase("head", epochs=1), Phase("backbone.1", name="norm")]), FreezeBatchNorm()]
     run = trainer(callbacks=callbacks[::-1] if swapped else callbacks)
     with pytest.raises(ValueError, match=r"Phase 'norm' trains nothing: all it selects is .*train_affine=True"):
@@ -112,12 +114,12 @@ def test_a_later_phase_of_nothing_but_its_layers_is_refused_at_the_start(swapped
     assert run.global_step == 0
 
 
-def test_an_empty_selector_is_refused() -> None:
+def test_empty_selector_is_refused() -> None:
     with pytest.raises(ValueError, match=r"FreezeBatchNorm\(select=\[\]\) is an empty list"):
         FreezeBatchNorm([])
 
 
-def test_a_generator_is_kept_as_a_list() -> None:
+def test_selector_from_a_generator_works_twice() -> None:
     net = Net(sgd)
     callback = FreezeBatchNorm(name for name in ("backbone", "!backbone.5"))
     assert callback.select == ["backbone", "!backbone.5"]
@@ -126,14 +128,14 @@ def test_a_generator_is_kept_as_a_list() -> None:
     assert AFFINE - moved(before, snapshot(net)) == {"backbone.1.weight", "backbone.1.bias"}
 
 
-def test_a_selector_keeps_its_key() -> None:
+def test_state_key_is_the_same_in_every_run() -> None:
     """The key by which a checkpoint knows the callback does not depend on the run."""
     callback = FreezeBatchNorm(["backbone", lambda name, _: True])
     assert callback.state_key == FreezeBatchNorm(["backbone", lambda name, _: True]).state_key
     assert "0x" not in callback.state_key
 
 
-def test_a_layer_that_is_exchanged_during_the_fit() -> None:
+def test_fit_in_which_a_frozen_layer_is_replaced_ends_without_an_error() -> None:
     class Exchanging(Net):
         def on_train_end(self) -> None:
             self.backbone = nn.Identity()  # type: ignore[assignment]
@@ -141,7 +143,7 @@ def test_a_layer_that_is_exchanged_during_the_fit() -> None:
     trainer(callbacks=[FreezeBatchNorm("backbone.1")], max_epochs=1).fit(Exchanging(), loader())
 
 
-def test_copies_without_the_model() -> None:
+def test_callback_copies_and_pickles_without_the_model() -> None:
     callback = FreezeBatchNorm("backbone")
     copies: list[Any] = []
     probe = Probe(lambda *_: copies.append((copy.deepcopy(callback), pickle.loads(pickle.dumps(callback)))))
@@ -153,7 +155,7 @@ def test_copies_without_the_model() -> None:
             trainer(callbacks=[twin], max_epochs=1, limit_train_batches=1).fit(Net(), loader())
 
 
-def test_without_batchnorm_there_is_nothing_to_do() -> None:
+def test_model_without_batchnorm_trains() -> None:
     class Plain(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -162,7 +164,7 @@ def test_without_batchnorm_there_is_nothing_to_do() -> None:
     trainer(callbacks=[FreezeBatchNorm()], max_epochs=1).fit(Plain(), loader())
 
 
-def test_a_loss_that_is_the_same_as_by_hand() -> None:
+def test_training_equals_a_loop_with_layers_in_eval_mode_to_the_bit() -> None:
     """Frozen BatchNorm is BatchNorm in eval mode, to the bit."""
     torch.manual_seed(0)
     net = Net(sgd)
@@ -182,7 +184,7 @@ def test_a_loss_that_is_the_same_as_by_hand() -> None:
     assert not moved(snapshot(net), snapshot(other))
 
 
-def test_refused_only_where_statistics_would_be_lost() -> None:
+def test_weight_averaging_is_refused_only_where_it_resets_statistics() -> None:
     averaging = trainer(callbacks=[StochasticWeightAveraging(0.1)])
     with pytest.raises(MisconfigurationException, match="has Me and StochasticWeightAveraging"):
         refuse_new_statistics(averaging, nn.Sequential(nn.BatchNorm1d(2)), "Me")

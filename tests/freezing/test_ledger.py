@@ -66,7 +66,7 @@ def test_a_parameter_trains_iff_nobody_holds_it(data: st.DataObject) -> None:
             ):  # as for a GAN or an online evaluation
                 parameters[key].requires_grad = data.draw(st.booleans())
                 parameters[key].grad = torch.ones_like(parameters[key]) if parameters[key].requires_grad else None
-            ledger.drop_gradients()
+            ledger.gradients.drop()
             assert all(parameters[key].grad is None for key in held)
             ledger.settle()
             assert {key for key, p in parameters.items() if p.requires_grad} == expected
@@ -75,7 +75,7 @@ def test_a_parameter_trains_iff_nobody_holds_it(data: st.DataObject) -> None:
     assert {name: has for name, (_, has) in state(module)[1].items()} == {n: has for n, (_, has) in came[1].items()}
 
 
-def test_what_nobody_asks_for_is_the_users_to_switch() -> None:
+def test_flags_that_no_holder_asks_for_stay_as_the_user_sets_them() -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     ledger = Ledger(STRATEGY, net)
     ledger.hold("me", Hold(frozenset(map(id, net[0].parameters()))))
@@ -86,7 +86,7 @@ def test_what_nobody_asks_for_is_the_users_to_switch() -> None:
     assert [p.requires_grad for p in net.parameters()] == [True, True, False, False]
 
 
-def test_switched_flags_are_said_once_by_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_flags_switched_by_others_are_warned_of_once_by_name(caplog: pytest.LogCaptureFixture) -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     ledger = Ledger(STRATEGY, net)
     ledger.hold("me", Hold(frozenset(map(id, net[0].parameters()))))
@@ -95,7 +95,7 @@ def test_switched_flags_are_said_once_by_name(caplog: pytest.LogCaptureFixture) 
         for _ in range(2):
             net.requires_grad_(True)
             net(torch.ones(1, 1)).sum().backward()
-            ledger.drop_gradients()
+            ledger.gradients.drop()
             ledger.settle()
     ledger.close()
     (record,) = caplog.records

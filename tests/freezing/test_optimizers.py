@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LambdaLR
 
+from lightning_freeze import Ramp
 from lightning_freeze.freezing.optimizers import foreign, missing
+from lightning_freeze.freezing.step_view import factor_at
 from lightning_freeze.freezing.trial import try_adoption
 from tests.nets import adamw, members, same, sgd
 from tests.phased import Phased
@@ -61,7 +63,7 @@ class Reference:
 
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_like_an_optimizer_for_each_parameter(data: st.DataObject) -> None:
+def test_weights_equal_those_of_one_optimizer_a_parameter_to_the_bit(data: st.DataObject) -> None:
     """Any groups, adopted ones too, any phases with any scales, saved and loaded anywhere: the weights, to the bit.
 
     At any time anybody can look, groups and checkpoint are those that the user made.
@@ -163,7 +165,7 @@ def two() -> Iterator[tuple[nn.Sequential, Any]]:
         one.release()
 
 
-def test_the_user_changes_a_rate_or_an_option(two: Any) -> None:
+def test_option_that_the_user_changes_reaches_scaled_parameters(two: Any) -> None:
     """What is written into the user's group reaches the scaled ones at the next step."""
     net, phased = two
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.5)
@@ -177,7 +179,7 @@ def test_the_user_changes_a_rate_or_an_option(two: Any) -> None:
         assert torch.equal(p, old - lr * grad)
 
 
-def test_a_rate_that_is_a_tensor_stays_the_same_tensor(two: Any) -> None:
+def test_rate_that_is_a_tensor_stays_the_same_tensor(two: Any) -> None:
     """Captured graphs hold on to the tensor; a scaled part's is one of its own, written in place."""
     net, phased = two
     rate = torch.tensor(0.1)
@@ -196,7 +198,7 @@ def test_a_rate_that_is_a_tensor_stays_the_same_tensor(two: Any) -> None:
     assert float(parts[-1][1]) == pytest.approx(0.6)
 
 
-def test_a_closure_sees_the_groups_of_the_user(two: Any) -> None:
+def test_closure_sees_the_groups_of_the_user(two: Any) -> None:
     """It may clip, log rates, save a checkpoint, or raise."""
     net, phased = two
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -223,7 +225,7 @@ def test_a_closure_sees_the_groups_of_the_user(two: Any) -> None:
 
 
 @pytest.mark.parametrize(("options", "said"), [({"lr": None}, "None"), ({"rate": 0.1}, "not there")])
-def test_a_scale_without_a_rate_is_refused(options: dict[str, Any], said: str, two: Any) -> None:
+def test_scale_without_a_rate_is_refused(options: dict[str, Any], said: str, two: Any) -> None:
     """Adoption alone takes such options over as they are."""
     net, phased = two
     optimizer = torch.optim.Optimizer(net[0].parameters(), options)
@@ -234,7 +236,7 @@ def test_a_scale_without_a_rate_is_refused(options: dict[str, Any], said: str, t
     assert members(optimizer) == [id(p) for p in net.parameters()]
 
 
-def test_a_group_that_the_user_adds_is_kept(two: Any) -> None:
+def test_group_that_the_user_adds_in_mid_fit_is_stepped_and_kept(two: Any) -> None:
     net, phased = two
     optimizer = torch.optim.SGD(net[0].parameters(), lr=0.1)
     homes = phased(optimizer, scales=[{id(net[0].weight): 0.5}])
@@ -246,6 +248,27 @@ def test_a_group_that_the_user_adds_is_kept(two: Any) -> None:
         assert torch.equal(p, old - rate * grad)
     homes.release()
     assert members(optimizer) == [id(p) for p in net.parameters()]
+
+
+class Halves(torch.optim.SGD):
+    """Sets its rates itself, and notes one as schedule-free optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["scheduled_lr"] = group["lr"]
+            group["lr"] = group["lr"] / 2
+        return super().step(closure)
+
+
+def test_a_rate_of_zero_leaves_the_users_rate_alone(two: Any) -> None:
+    """A step's own change of a rate goes back divided by the scale, which may be 0 where a ramp begins."""
+    net, phased = two
+    optimizer = Halves(net.parameters(), lr=0.1)
+    homes = phased(optimizer, scales=[{id(net[0].weight): Ramp(0.0), id(net[1].weight): 0.5}])
+    for moves, rate in ((0.0, 0.1), (0.5, 0.05)):
+        homes.view.begin(0, lambda scale, moves=moves: factor_at(scale, moves))
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == rate
 
 
 class OneRate(torch.optim.SGD):
@@ -284,7 +307,7 @@ def test_missing_and_foreign_go_by_identity() -> None:
 
 
 @pytest.mark.parametrize("make", [adamw, sgd])
-def test_nothing_of_a_fit_stays_in_a_copy(make: Any, two: Any) -> None:
+def test_copy_of_an_optimizer_in_a_fit_saves_and_steps_alone(make: Any, two: Any) -> None:
     net, phased = two
     optimizer = make(net[0].parameters())
     phased(optimizer, adopt={"1.weight": net[1].weight}, scales=[{id(net[0].weight): 0.1}])

@@ -50,7 +50,7 @@ def test_groups_are_disjoint_and_cover(data: st.DataObject) -> None:
     assert len(optimizer.param_groups) == len(groups)
 
 
-def test_overlay_and_tuples_as_keys() -> None:
+def test_tuple_as_a_key_is_a_list_of_selectors() -> None:
     net = Net()
     assert set(overlay(net, ["*", "head"]).values()) == {"*", "head"}
     groups = parameter_groups(net, {("head", "neck"): {"lr": 0.1}, "backbone": {"lr": 0.2}}, no_decay=())
@@ -72,14 +72,14 @@ def test_overlay_and_tuples_as_keys() -> None:
         ((), set()),
     ],
 )
-def test_what_does_not_decay(no_decay: Any, expected: set[str]) -> None:
+def test_no_decay_selects_what_gets_no_weight_decay(no_decay: Any, expected: set[str]) -> None:
     net = nn.ModuleDict({"neck": nn.Linear(2, 2), "head": nn.Linear(2, 1)})
     groups = parameter_groups(net, {}, no_decay=no_decay)
     still = {id(p) for group in groups for p in group["params"] if group.get("weight_decay") == 0.0}
     assert {name for name, p in net.named_parameters() if id(p) in still} == expected
 
 
-def test_names_are_told_apart_and_tensors_are_not_shared(tmp_path: Path) -> None:
+def test_group_names_are_unique_and_tensor_options_not_shared(tmp_path: Path) -> None:
     net = nn.ModuleDict({"rest": nn.Linear(2, 2), "head": nn.Linear(2, 1), "tail": nn.Linear(1, 1)})
     options = {
         "rest": {"lr": torch.tensor(0.1)},
@@ -128,7 +128,9 @@ def test_names_are_told_apart_and_tensors_are_not_shared(tmp_path: Path) -> None
         ({}, {"no_decay": None}, TypeError, "A selector is a string"),
     ],
 )
-def test_groups_that_are_refused(options: Any, settings: Any, error: type[Exception], message: str) -> None:
+def test_impossible_groups_are_refused_in_plain_words(
+    options: Any, settings: Any, error: type[Exception], message: str
+) -> None:
     net = nn.ModuleDict({"wte": nn.Embedding(3, 2), "h": nn.Linear(2, 2), "lm_head": nn.Linear(2, 3, bias=False)})
     net["lm_head"].weight = net["wte"].weight
     with pytest.raises(error, match=re.escape(message)):

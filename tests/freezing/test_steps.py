@@ -44,7 +44,7 @@ def super_sgd() -> Super:
     return Super([torch.zeros(1, requires_grad=True)], lr=0.1)
 
 
-def test_a_step_that_calls_super_is_one_step(noted: Any) -> None:
+def test_step_that_calls_super_counts_once(noted: Any) -> None:
     _, notes = noted
     super_sgd().step()
     assert notes == ["before Super", "after Super", "counted Super"]
@@ -65,7 +65,7 @@ def test_while_a_closure_runs_no_step_is_on(noted: Any, by_keyword: bool) -> Non
     assert notes == ["closure", *after]
 
 
-def test_a_closure_that_is_called_twice_or_never(noted: Any) -> None:
+def test_closure_called_twice_or_never_is_one_step(noted: Any) -> None:
     _, notes = noted
 
     class Calls(torch.optim.SGD):
@@ -84,7 +84,7 @@ def test_a_closure_that_is_called_twice_or_never(noted: Any) -> None:
     assert notes == ["counted Calls", *once, *once, "counted Calls"]
 
 
-def test_a_step_that_raised_is_over_at_a_reset(noted: Any) -> None:
+def test_step_that_raised_is_over_after_a_reset(noted: Any) -> None:
     steps, notes = noted
     optimizer = super_sgd()
     optimizer.fails = True
@@ -98,7 +98,7 @@ def test_a_step_that_raised_is_over_at_a_reset(noted: Any) -> None:
     assert notes == ["before Super", "after Super", "counted Super"]
 
 
-def test_a_closure_that_raises_leaves_no_step_on(noted: Any) -> None:
+def test_closure_that_raises_leaves_no_step_on(noted: Any) -> None:
     _, notes = noted
 
     def closure() -> float:
@@ -109,7 +109,7 @@ def test_a_closure_that_raises_leaves_no_step_on(noted: Any) -> None:
     assert notes == []
 
 
-def test_paused_steps_are_nobodys(noted: Any) -> None:
+def test_paused_steps_call_nothing(noted: Any) -> None:
     steps, notes = noted
     failing = super_sgd()
     failing.fails = True
@@ -122,7 +122,7 @@ def test_paused_steps_are_nobodys(noted: Any) -> None:
     assert notes[-1] == "counted Super"
 
 
-def test_closed(noted: Any) -> None:
+def test_no_function_is_called_after_close(noted: Any) -> None:
     steps, notes = noted
     steps.close()
     super_sgd().step()

@@ -56,12 +56,12 @@ class MyDeepSpeed(DeepSpeedStrategy):
 
 
 @pytest.mark.parametrize("cls", [DeepSpeedStrategy, MyDeepSpeed, XLAStrategy, OfMyOwn])
-def test_refused(cls: type[Strategy]) -> None:
+def test_strategy_that_cannot_freeze_exactly_is_refused_by_name(cls: type[Strategy]) -> None:
     with pytest.raises(MisconfigurationException, match=rf"{cls.__name__}.* Use one device, strategy='ddp', Model"):
         check_strategy(unbuilt(cls))
 
 
-def test_the_other_package_is_named() -> None:
+def test_strategy_of_pytorch_lightning_is_refused_with_the_right_import() -> None:
     theirs = type("DDPStrategy", (OfMyOwn,), {"__module__": "pytorch_lightning.strategies.ddp"})
     for cls in (theirs, type("MyDDP", (theirs,), {})):
         with pytest.raises(
@@ -71,17 +71,17 @@ def test_the_other_package_is_named() -> None:
 
 
 @pytest.mark.parametrize("cls", [SingleDeviceStrategy, DDPStrategy, MyDDP, FSDPStrategy, ModelParallelStrategy])
-def test_accepted(cls: type[Strategy]) -> None:
+def test_supported_strategies_and_their_subclasses_are_accepted(cls: type[Strategy]) -> None:
     check_strategy(unbuilt(cls))
 
 
-def test_flat_parameters_are_refused() -> None:
+def test_fsdp_with_flat_parameters_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match=r"Use FSDPStrategy\(use_orig_params=True\)"):
         check_strategy(FSDPStrategy(use_orig_params=False))
     check_strategy(FSDPStrategy())
 
 
-def test_refused_at_the_start_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_strategy_is_refused_at_fit_start(monkeypatch: pytest.MonkeyPatch) -> None:
     for callback in (FreezeSchedule([Phase("head")]), FreezeBatchNorm()):
         run = trainer(callbacks=[callback])
         run.strategy.__class__ = type("XLAStrategy", (SingleDeviceStrategy, OfMyOwn), {})
@@ -90,7 +90,7 @@ def test_refused_at_the_start_of_fit(monkeypatch: pytest.MonkeyPatch) -> None:
             run.fit(Net(), loader())
 
 
-def test_batchnorm_is_given_back_after_lightning_has_replaced_synchronised_layers() -> None:
+def test_flags_and_modes_return_after_lightning_has_reverted_sync_batchnorm() -> None:
     """Lightning puts other layers in the place of SyncBatchNorm when the fit ends, before callbacks are torn down."""
     net, sync = Net(), TorchSyncBatchNorm()
     flags = {name: p.requires_grad for name, p in net.named_parameters()}
@@ -106,7 +106,7 @@ def test_batchnorm_is_given_back_after_lightning_has_replaced_synchronised_layer
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="Lightning allows FSDPStrategy on a GPU only")
-def test_fsdp_on_a_gpu_gives_what_one_device_gives() -> None:
+def test_fsdp_on_a_gpu_trains_as_one_device_does() -> None:
     results = []
     for strategy in ("auto", FSDPStrategy(auto_wrap_policy={torch.nn.Linear, torch.nn.Conv2d})):
         torch.manual_seed(0)
@@ -358,7 +358,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return on_two_processes(everything, tmp_path_factory.mktemp("devices"))
 
 
-def test_nothing_is_left_of_fifty_old_wrappers(both: Any) -> None:
+def test_fifty_rebuilds_of_ddp_leave_no_old_wrapper_in_memory(both: Any) -> None:
     for rank in both:
         found = rank["rebuilds"]
         assert found["rebuilds"] == 54
@@ -371,7 +371,7 @@ def test_nothing_is_left_of_fifty_old_wrappers(both: Any) -> None:
         assert found["differ"] == [[]] * 55
 
 
-def test_a_hook_registered_by_hand_is_carried_over(both: Any) -> None:
+def test_communication_hook_registered_by_hand_survives_a_rebuild(both: Any) -> None:
     for rank in both:
         assert rank["by hand"]["calls"] == [7] * 12
 
@@ -382,7 +382,7 @@ def test_power_sgd_sends_whole_gradients_while_buckets_change(both: Any) -> None
 
 
 @pytest.mark.parametrize("how", [how for how in HOWS if how != "never"])
-def test_ranks_agree_on_plateaus(both: Any, how: str) -> None:
+def test_plateau_ends_by_the_mean_over_ranks_on_all_of_them(both: Any, how: str) -> None:
     first, second = (rank["plateaus"][how] for rank in both)
     assert first == second
     assert first["differ"] == [[]] * (len(first["history"]) + 1)
@@ -393,7 +393,7 @@ def test_ranks_agree_on_plateaus(both: Any, how: str) -> None:
     assert first["history"] == [(0, 0, 0), *([end] if end else [])]
 
 
-def test_a_metric_that_no_rank_logs_is_an_error_on_all(both: Any) -> None:
+def test_metric_that_no_rank_logs_is_an_error_on_all(both: Any) -> None:
     for rank in both:
         assert "Did you mean 'metrik'" in rank["plateaus"]["never"]
 
@@ -404,30 +404,30 @@ def test_uneven_training_data_is_refused_before_a_rank_waits_forever(both: Any) 
         assert f"batches = {batches}" in rank["uneven"]
 
 
-def test_uneven_training_data_of_which_every_rank_takes_as_much(both: Any) -> None:
+def test_uneven_training_data_is_accepted_where_limits_make_it_even(both: Any) -> None:
     for rank in both:
         assert rank["uneven, but stopped"] == {"history": [(0, 0, 0), (0, 1, 1)], "differ": [[]] * 3}
         assert rank["uneven, but limited"] == {"history": [(0, 0, 0), (0, 1, 1), (1, 2, 2)], "differ": [[]] * 4}
 
 
-def test_a_rank_without_validation_is_refused_before_the_others_wait_for_it(both: Any) -> None:
+def test_rank_without_validation_is_refused_before_others_wait_forever(both: Any) -> None:
     for validates, rank in zip((True, False), both, strict=True):
         assert f"validates = {validates}" in rank["idle in validation"]
 
 
-def test_ranks_with_other_schedules_are_told_apart(both: Any) -> None:
+def test_ranks_with_different_schedules_are_refused(both: Any) -> None:
     for rank in both:
         assert "they differ in schedule" in rank["disagreement"]
 
 
-def test_zero_redundancy_freezes_as_the_optimizer_inside_of_it_and_scales_are_refused(both: Any) -> None:
+def test_zero_redundancy_trains_as_its_inner_optimizer_and_refuses_scales(both: Any) -> None:
     for rank in both:
         equal, refused = rank["zero redundancy"]
         assert equal
         assert refused.startswith("step 0: ZeroRedundancyOptimizer deals its parameters out")
 
 
-def test_batchnorm_alone(both: Any) -> None:
+def test_freeze_batchnorm_without_a_schedule_keeps_replicas_equal_under_ddp(both: Any) -> None:
     for rank in both:
         found = rank["batchnorm"]
         assert not any(name.startswith("backbone.1.") or "running" in name for name in found["moved"])
@@ -437,7 +437,7 @@ def test_batchnorm_alone(both: Any) -> None:
         assert all(found["flags"])
 
 
-def test_means(both: Any) -> None:
+def test_mean_over_ranks_leaves_out_ranks_without_a_value(both: Any) -> None:
     for rank in both:
         *means, nan = rank["means"]
         assert means == [0.5, 0.1, 5.0, None]

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, StochasticWeightAveraging
 from torch import nn
+from torch.optim import lr_scheduler as lrs
 from torch.optim import optimizer as hooks_of
 
-from lightning_freeze import FreezeSchedule, Phase, Plateau
+from lightning_freeze import FreezeSchedule, Phase, Plateau, Ramp
 from tests.nets import Net, adamw, loader, sgd, trainer
 
 
@@ -32,6 +34,15 @@ class OneRateAtAll(torch.optim.SGD):
         super().__init__(params, lr=lr)
         if len({group["lr"] for group in self.param_groups}) > 1:
             raise ValueError("one rate for all")
+
+
+class NeverZero(torch.optim.SGD):
+    """As some libraries' optimizers: refuses to be built with a rate of 0, and would step at one."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, lr=lr)
+        if any(not group["lr"] for group in self.param_groups):
+            raise ValueError("lr is above 0")
 
 
 class Matrices(torch.optim.SGD):
@@ -111,6 +122,10 @@ ADOPTS = [Phase("head.weight", epochs=1), Phase(["head", "neck"])]
             None,
         ),
         (OneRate, "all", [Phase(DENSE, epochs=1), Phase(DENSE)], None),
+        (OneRate, "all", [Phase(DENSE, lr_scale=Ramp(0.1))], None),
+        (OneRate, "all", [Phase(DENSE, lr_scale={"head": Ramp(1.0, 2.0)})], "OneRate refuses: Setting different"),
+        (OneRate, "all", [Phase(DENSE, lr_scale={"head": Ramp(0.5, 1.0)})], "OneRate refuses: Setting different"),
+        (NeverZero, "all", [Phase(DENSE, lr_scale={"head": Ramp(0.0)})], None),
         (OneRateAtAll, "all", LATE, "OneRateAtAll refuses: one rate for all Leave lr_scale out"),
         (NoRate, "all", LATE, r"lr_scale scales lr, which is not there in group 0 of NoRate"),
         (NoRate, "all", [Phase("head", epochs=1), Phase(DENSE)], None),
@@ -170,7 +185,8 @@ def plateau(patience: int) -> list[Phase]:
 BY_EPOCHS = [Phase("head", epochs=2), Phase("neck", epochs=2), Phase("*", name="all")]
 FORESEEN = (
     "phase 1/2 'head' waits for a plateau of 'val_loss' with patience=3, at which EarlyStopping(patience={}) ends the "
-    "fit: later phases never begin. Leave EarlyStopping out and end the last phase, or give it more patience."
+    "fit: later phases never begin. Give EarlyStopping more patience, list it after FreezeSchedule, which then has it "
+    "count anew in each phase, or leave it out and end the last phase by a Plateau."
 )
 
 
@@ -181,7 +197,7 @@ FORESEEN = (
             plateau(3),
             lambda: EarlyStopping("val_loss", patience=3),
             {"max_epochs": 9},
-            [FORESEEN.format(3), "the fit ended at epoch 4, step 24 in phase 1/2 'head'; never began: 'all'."],
+            [],
         ),
         (
             plateau(3),
@@ -249,5 +265,72 @@ def test_what_is_foreseen_is_said_before_the_first_batch(caplog: pytest.LogCaptu
 
     with caplog.at_level(logging.WARNING, "lightning_freeze"):
         schedule = FreezeSchedule(plateau(3))
-        trainer(callbacks=[schedule, EarlyStopping("val_loss", patience=3)]).fit(Notes(adamw), loader(), loader())
+        trainer(callbacks=[schedule, EarlyStopping("val_loss", patience=2)]).fit(Notes(adamw), loader(), loader())
     assert counts == [1]
+
+
+def one_cycle(optimizer: Any, steps: int) -> Any:
+    return lrs.OneCycleLR(optimizer, 0.1, total_steps=steps)
+
+
+class Endless(torch.utils.data.IterableDataset[Any]):
+    """Has no length."""
+
+    def __iter__(self) -> Any:
+        return iter(loader().dataset)
+
+
+class ByHand(Counting):
+    """Steps by itself."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.optim.SGD, "all")
+        self.automatic_optimization = False
+
+
+NO_LENGTH = "cannot be known .*: say steps=, here or of the phase"
+
+
+@pytest.mark.parametrize(
+    ("phase", "options", "match"),
+    [
+        ({"lr_scale": Ramp(0.1)}, {"data": Endless()}, f"'head' has lr_scale=Ramp.start=0.1., .* {NO_LENGTH}"),
+        ({"lr_scale": {"head": Ramp(0.1, epochs=1)}}, {"data": Endless()}, NO_LENGTH),
+        ({"lr_scale": Ramp(0.1)}, {"data": Endless(), "max_steps": 4}, None),
+        ({"lr_scale": Ramp(0.1, steps=3)}, {"data": Endless()}, None),
+        ({"lr_scale": Ramp(0.1), "steps": 3}, {"data": Endless()}, None),
+        ({"lr_scale": Ramp(0.1)}, {"callbacks": [GradientAccumulationScheduler({0: 2, 1: 1})]}, NO_LENGTH),
+        ({"lr_scheduler": one_cycle}, {"data": Endless()}, f"has lr_scheduler=.*one_cycle.* {NO_LENGTH}"),
+        ({"lr_scheduler": one_cycle, "steps": 3}, {"data": Endless()}, None),
+        ({"lr_scheduler": "restart"}, {}, "'restart', but configure_optimizers returns no scheduler"),
+        ({"lr_scheduler": lambda o, steps: lrs.OneCycleLR(o, 0.1)}, {}, "cannot be made: You must define either"),
+        ({"lr_scheduler": lambda o, steps: None}, {}, "cannot be made: The provided lr scheduler `NoneType`"),
+        ({"lr_scheduler": lambda o, steps: lrs.ReduceLROnPlateau(o)}, {}, "cannot be made: The .* include a monitor"),
+        ({"lr_scheduler": {"class_path": "torch.optim.Cosine"}}, {}, "cannot be made: .* has no attribute 'Cosine'"),
+        (
+            {"lr_scheduler": one_cycle},
+            {"callbacks": [StochasticWeightAveraging(0.1)]},
+            "StochasticWeightAveraging puts",
+        ),
+        ({"lr_scheduler": one_cycle, "steps": 3}, {"net": ByHand}, "has to return one scheduler for each optimizer"),
+        ({"lr_scale": Ramp(0.1), "epochs": 1}, {"net": ByHand}, NO_LENGTH),
+    ],
+)
+def test_rates_of_a_later_phase_that_cannot_be_are_refused(
+    phase: dict[str, Any], options: dict[str, Any], match: str | None
+) -> None:
+    options = {"max_epochs": 2, "callbacks": [], "data": loader().dataset, **options}
+    net = options.pop("net", lambda: Counting(torch.optim.SGD, "all"))()
+    batches = torch.utils.data.DataLoader(options.pop("data"), batch_size=4)
+    later = Phase("head", **phase)
+    after = [Phase("neck")] if later.has_end else []
+    schedule = FreezeSchedule([Phase(DENSE, steps=2), later, *after], frozen_mode="train")
+    run = trainer(**{**options, "callbacks": [schedule, *options["callbacks"]]})
+    if match is None:
+        run.fit(net, batches)
+        assert net.batches > 3
+    else:
+        with pytest.raises(MisconfigurationException, match=match):
+            run.fit(net, batches)
+        assert net.batches == 0
+        assert run.lr_scheduler_configs == []

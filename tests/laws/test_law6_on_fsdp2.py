@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase
 from tests.devices import Even, share, whole
+from tests.laws.test_law6_replicas_agree import RATES
 from tests.nets import Probe, adamw, same, sgd, trainer
 from tests.replicas import WORLD, on_two_processes
 
@@ -93,8 +94,10 @@ CASES: dict[str, dict[str, Any]] = {
     "state dropped": {"state": "drop"},
     "adamw, in one file": {"in_one_file": True},
     "two optimizers, in one file": {"net": Two, "in_one_file": True, "phases": TWO},
+    "rates": {"phases": RATES},
+    "rates, in one file": {"phases": RATES, "in_one_file": True},
 }
-RESUMED = ["parts", "adamw, in one file", "two optimizers, in one file"]
+RESUMED = ["parts", "adamw, in one file", "two optimizers, in one file", "rates", "rates, in one file"]
 
 
 def full(state: Any) -> Any:

@@ -12,7 +12,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState, post_localSGD_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase
+from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Ramp
 from tests.devices import BATCH, SAMPLES, Even, Hooked, Watch, share, whole
 from tests.nets import Net, adamw, sgd, snapshot, trainer
 from tests.replicas import WORLD, on_two_processes
@@ -30,6 +30,18 @@ STEPS = [
     Phase(["head", "backbone"], steps=1),
     Phase("*", steps=4, lr_scale=2.0),
     Phase("head"),
+]
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.OneCycleLR:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=steps)
+
+
+RATES = [
+    Phase("head", steps=3),
+    Phase("*", steps=6, lr_scale={"backbone": Ramp(0.0)}, lr_scheduler=one_cycle),
+    Phase("neck", steps=3),
+    Phase("*", lr_scale=Ramp(0.1, shape="exponential")),
 ]
 
 
@@ -85,6 +97,7 @@ Case = dict[str, Any]
 CASES: dict[str, Case] = {
     "by epochs": {},
     "by steps": {"phases": STEPS},
+    "rates": {"phases": RATES},
     "accumulated": {"phases": STEPS, "options": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}},
     "momentum, small buckets": {"optimizer": sgd, "strategy": {"bucket_cap_mb": 1e-4}},
     "static graph": {"phases": STEPS, "strategy": {"static_graph": True}},

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_freeze import FreezeSchedule, Phase
+from lightning_freeze import FreezeSchedule, Phase, Ramp
 from tests.nets import Net, loader, trainer
 
 
@@ -54,8 +54,9 @@ def calls_in_a_step(layers: int, phases: list[Phase]) -> list[int]:
         [Phase("head")],
         [Phase("head", steps=100), Phase("*")],
         [Phase("*", lr_scale={"backbone": 0.1})],
+        [Phase("*", lr_scale={"backbone": Ramp(0.1)})],
     ],
-    ids=["open", "steps", "scaled"],
+    ids=["open", "steps", "scaled", "ramp"],
 )
 def test_calls_do_not_grow_with_parameters(phases: list[Phase]) -> None:
     few, many = calls_in_a_step(1, phases), calls_in_a_step(300, phases)

@@ -43,7 +43,7 @@ def below(net: nn.Module, *tops: str) -> set[str]:
 
 
 @pytest.mark.parametrize("how", ["module", "backbone", "in place"])
-def test_compiled(how: str) -> None:
+def test_compiled_model_moves_the_same_in_each_phase(how: str) -> None:
     """Names show no wrapper, and each phase moves the same as without torch.compile."""
     found: dict[bool, list[Any]] = {False: [], True: []}
     for compiled, seen in found.items():
@@ -113,7 +113,7 @@ class Gan(LightningModule):
 # torch's, for an optimizer of which nothing trains
 @pytest.mark.filterwarnings("ignore:`parameters` is an empty generator")
 @pytest.mark.parametrize("toggle", [False, True])
-def test_a_gan(toggle: bool) -> None:
+def test_gan_trains_the_network_of_each_phase_only(toggle: bool) -> None:
     torch.manual_seed(0)
     net = Gan(toggle)
     schedule = FreezeSchedule(
@@ -165,7 +165,7 @@ class ByHand(Net):
             optimizer.zero_grad()
 
 
-def test_manual_accumulation_is_not_cut() -> None:
+def test_plateau_does_not_cut_an_accumulation_window_of_the_user() -> None:
     """A plateau seen between two optimizer steps waits for the next one."""
     schedule = FreezeSchedule([Phase("*", until=Plateau("val_loss", patience=2, min_delta=10.0)), Phase("head")])
     seen = []
@@ -178,7 +178,7 @@ def test_manual_accumulation_is_not_cut() -> None:
 
 
 @pytest.mark.parametrize("kind", ["generator", "named", "tensor lr", "fused", "foreach", "capturable-free"])
-def test_ways_to_give_parameters(kind: str) -> None:
+def test_optimizer_of_every_construction_follows_the_phases(kind: str) -> None:
     def build(params: Any) -> torch.optim.Optimizer:
         if kind == "generator":
             return torch.optim.AdamW(p for p in params)
@@ -208,7 +208,7 @@ def test_ways_to_give_parameters(kind: str) -> None:
     assert [names - biases for names in changed] == [names - biases for names in expected for _ in range(6)]
 
 
-def test_no_optimizer_at_all(recwarn: pytest.WarningsRecorder) -> None:
+def test_phases_change_without_an_optimizer(recwarn: pytest.WarningsRecorder) -> None:
     class Still(Net):
         def configure_optimizers(self) -> None:
             return None
@@ -219,7 +219,7 @@ def test_no_optimizer_at_all(recwarn: pytest.WarningsRecorder) -> None:
     assert schedule.phase_index == 1
 
 
-def test_an_optimizer_with_parameters_of_nobody_is_refused() -> None:
+def test_optimizer_with_parameters_outside_the_module_is_refused() -> None:
     """They have no name, so no phase can say whether they train: rather an error than silence."""
 
     class Outside(Net):
@@ -234,7 +234,7 @@ def test_an_optimizer_with_parameters_of_nobody_is_refused() -> None:
 # Tied, lazy and integer parameters
 
 
-def test_tied_across_frozen_and_trained() -> None:
+def test_tied_parameter_trains_if_either_name_is_selected() -> None:
     class Tied(Net):
         def __init__(self) -> None:
             super().__init__()
@@ -269,7 +269,7 @@ def test_integer_parameters_never_train() -> None:
     assert not net.table.requires_grad
 
 
-def test_lazy_modules() -> None:
+def test_lazy_modules_get_their_shape_while_frozen() -> None:
     """Their parameters get shapes in the first batch, here while they are frozen."""
 
     class Lazy(Net):
@@ -297,7 +297,7 @@ def test_lazy_modules() -> None:
 
 @pytest.mark.parametrize("clip", [None, "norm", "value"])
 @pytest.mark.parametrize("accumulate", [{"accumulate_grad_batches": 4}, {"callbacks": {0: 1, 1: 4, 2: 3}}])
-def test_step_phases_under_accumulation(accumulate: dict[str, Any], clip: str | None) -> None:
+def test_step_phases_begin_between_accumulation_windows_only(accumulate: dict[str, Any], clip: str | None) -> None:
     """Ten batches an epoch, so that the last window is not a whole one; phases begin between windows only."""
     schedule = FreezeSchedule([Phase("*", steps=11), Phase("head", steps=3), Phase("neck", steps=1), Phase("*")])
     moments: list[tuple[int, int]] = []
@@ -323,7 +323,7 @@ def test_step_phases_under_accumulation(accumulate: dict[str, Any], clip: str | 
 @pytest.mark.parametrize(
     "options", [{}, {"val_check_interval": 0.5}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}], ids=str
 )
-def test_each_validation_is_one_look(options: dict[str, Any]) -> None:
+def test_plateau_counts_each_validation_once(options: dict[str, Any]) -> None:
     patience = 3
     schedule = FreezeSchedule(
         [Phase("*", until=Plateau("val_loss", patience=patience, min_delta=100.0)), Phase("head")], verbose=False
@@ -341,7 +341,7 @@ def test_each_validation_is_one_look(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("where", ["step", "epoch end", "on_train_epoch_end", "callback"])
-def test_each_epoch_is_one_look_at_a_training_metric(where: str) -> None:
+def test_plateau_counts_a_training_metric_once_an_epoch(where: str) -> None:
     class Logging(Net):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if where in ("step", "epoch end"):
@@ -363,7 +363,7 @@ def test_each_epoch_is_one_look_at_a_training_metric(where: str) -> None:
 
 
 @pytest.mark.parametrize("monitor", ["train_loss", "val_loss"])
-def test_what_is_no_look(tmp_path: Path, monitor: str) -> None:
+def test_plateau_takes_no_value_from_checkpoints_or_validation_outside_the_fit(tmp_path: Path, monitor: str) -> None:
     """A checkpoint written before the epoch's mean is there, and a validation outside of the fit."""
 
     class Logging(Net):
@@ -397,7 +397,7 @@ def test_what_is_no_look(tmp_path: Path, monitor: str) -> None:
 # Other callbacks
 
 
-def test_learning_rate_monitor_and_csv(tmp_path: Path) -> None:
+def test_phase_and_scaled_rates_are_logged_at_the_step_of_a_change(tmp_path: Path) -> None:
     schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*", lr_scale={"backbone": 0.1}, steps=3), Phase("neck")])
     net = Net(sgd, lambda o: lrs.ExponentialLR(o, 0.9))
     callbacks = [schedule, LearningRateMonitor(log_momentum=True, log_weight_decay=True)]
@@ -412,7 +412,7 @@ def test_learning_rate_monitor_and_csv(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("average", [EMAWeightAveraging, WeightAveraging])
-def test_weight_averaging(average: Any) -> None:
+def test_frozen_weights_stay_to_the_bit_in_an_average(average: Any) -> None:
     """What is frozen from the start is to the bit what it was in the average too."""
     net = Net(sgd)
     before = snapshot(net)
@@ -427,7 +427,7 @@ def test_weight_averaging(average: Any) -> None:
     torch.testing.assert_close([net.state_dict()[name] for name in frozen], [before[name] for name in frozen])
 
 
-def test_stochastic_weight_averaging() -> None:
+def test_stochastic_weight_averaging_is_refused_with_frozen_statistics() -> None:
     """It computes the statistics of all BatchNorm layers anew, frozen or not: that is refused."""
     phases = [Phase("head", epochs=1), Phase("*", lr_scale={"neck": 0.1})]
     swa = StochasticWeightAveraging(0.1, swa_epoch_start=1)
@@ -472,7 +472,7 @@ def test_finders_leave_the_schedule_as_it_was(tmp_path: Path, finder: str, first
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_tuner_before_the_fit(tmp_path: Path) -> None:
+def test_tuner_before_the_fit_leaves_the_schedule_at_its_start(tmp_path: Path) -> None:
     schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")])
     net = Tunable()
     run = trainer(tmp_path, callbacks=[schedule], max_epochs=2)
@@ -484,7 +484,7 @@ def test_tuner_before_the_fit(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_finder_in_mid_fit(tmp_path: Path) -> None:
+def test_checkpoint_restored_by_a_finder_in_mid_fit_leaves_the_schedule_whole(tmp_path: Path) -> None:
     """A checkpoint restored in the middle of a fit leaves schedule, groups and schedulers whole."""
 
     class Later(LearningRateFinder):
@@ -507,7 +507,7 @@ def test_a_finder_in_mid_fit(tmp_path: Path) -> None:
 # Other stages and ways to end
 
 
-def test_evaluating_with_the_callback_there(tmp_path: Path) -> None:
+def test_evaluation_outside_a_fit_changes_no_flag(tmp_path: Path) -> None:
     class Testable(Net):
         def test_step(self, batch: Any, batch_idx: int) -> None:
             self.validation_step(batch, batch_idx)
@@ -530,7 +530,7 @@ def test_evaluating_with_the_callback_there(tmp_path: Path) -> None:
     assert schedule.history == [(0, 0, 0), (1, 6, 1)]
 
 
-def test_a_fit_that_had_nothing_left_to_do_does_not_show_in_another_trainer(tmp_path: Path) -> None:
+def test_fit_with_nothing_left_to_do_does_not_show_in_another_trainer(tmp_path: Path) -> None:
     schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")])
     net = Net()
     run = trainer(tmp_path, callbacks=[schedule], max_epochs=2)
@@ -541,7 +541,7 @@ def test_a_fit_that_had_nothing_left_to_do_does_not_show_in_another_trainer(tmp_
     assert schedule.history == [(0, 0, 0)]
 
 
-def test_a_resume_that_failed_does_not_show_in_the_next_fit(tmp_path: Path) -> None:
+def test_failed_resume_does_not_show_in_the_next_fit(tmp_path: Path) -> None:
     class Broken(Net):
         broken = True
 
@@ -565,7 +565,7 @@ def test_a_resume_that_failed_does_not_show_in_the_next_fit(tmp_path: Path) -> N
     assert schedule.history == [(0, 0, 0)]
 
 
-def test_a_checkpoint_without_us_takes_a_used_trainer_back(tmp_path: Path) -> None:
+def test_checkpoint_without_the_callback_takes_a_used_trainer_back(tmp_path: Path) -> None:
     net, bare = Net(), trainer(tmp_path, max_epochs=1)
     bare.fit(net, loader(), loader())
     bare.save_checkpoint(tmp_path / "first.ckpt")
@@ -584,7 +584,7 @@ def test_a_checkpoint_without_us_takes_a_used_trainer_back(tmp_path: Path) -> No
     ("options", "phases"),
     [
         ({"fast_dev_run": True}, [0]),
-        ({"fast_dev_run": 3}, [0]),
+        ({"fast_dev_run": 3}, [0, 1]),
         ({"max_epochs": -1, "max_steps": 9}, [0, 1]),
         ({"max_steps": 5}, [0]),
         ({"limit_train_batches": 0.5, "max_epochs": 2}, [0, 1]),
@@ -593,7 +593,7 @@ def test_a_checkpoint_without_us_takes_a_used_trainer_back(tmp_path: Path) -> No
     ],
     ids=str,
 )
-def test_ways_to_end(options: dict[str, Any], phases: list[int]) -> None:
+def test_short_fits_begin_only_the_phases_they_reach(options: dict[str, Any], phases: list[int]) -> None:
     schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")])
     trainer(callbacks=[schedule], **options).fit(Net(), loader(), loader())
     assert [index for _, _, index in schedule.history] == phases
@@ -661,7 +661,7 @@ class Configured(Net):
 
 # Lightning's
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_schedule_reads_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli_module = pytest.importorskip("lightning.pytorch.cli")
     (tmp_path / "config.yaml").write_text(CLI)
     monkeypatch.setattr("sys.argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
@@ -706,7 +706,7 @@ class Loads(LightningDataModule):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_config_that_lightning_saves_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_that_lightning_saves_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli_module = pytest.importorskip("lightning.pytorch.cli")
     found = []
     (tmp_path / "first.yaml").write_text(LISTS)
@@ -768,13 +768,15 @@ def test_the_config_that_lightning_saves_runs_again(tmp_path: Path, monkeypatch:
         ([Phase("head", epochs=9), Phase("*")], {"fast_dev_run": True}, []),
     ],
 )
-def test_ends_that_cannot_be(phases: Any, options: Any, expected: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_phase_that_cannot_begin_or_end_is_warned_of_at_fit_start(
+    phases: Any, options: Any, expected: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
     trainer(callbacks=[FreezeSchedule(phases, verbose=False)], **options).fit(Net(), loader(), loader())
     ours = [record for record in caplog.records if record.name.startswith("lightning_freeze")]
     assert [record.getMessage() for record in ours if record.levelno == logging.WARNING] == expected
 
 
-def test_a_line_a_transition(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_transition_logs_one_line_if_verbose(caplog: pytest.LogCaptureFixture) -> None:
     for verbose in (True, False):
         caplog.clear()
         schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*", name="all")], verbose=verbose)
@@ -782,5 +784,6 @@ def test_a_line_a_transition(caplog: pytest.LogCaptureFixture) -> None:
         lines = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_freeze")]
         assert lines == verbose * [
             "phase 1/2 'head' from epoch 0, step 0: trains 15 of 275 parameters (5.5 %), 2 of 2 BatchNorm frozen",
-            "phase 2/2 'all' from epoch 1, step 6: trains 275 of 275 parameters (100.0 %), 0 of 2 BatchNorm frozen",
+            "phase 2/2 'all' from epoch 1, step 6, after 1 epoch: trains 275 of 275 parameters (100.0 %), 0 of 2 "
+            "BatchNorm frozen",
         ]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lightning_freeze import Phase, Plateau
 from lightning_freeze.schedule.phases import as_phases, describe
-from lightning_freeze.schedule.progress import PlateauWatch, walk
+from lightning_freeze.schedule.progress import Begin, PlateauWatch, Progress, walk
 
 ends = st.tuples(st.none() | st.integers(1, 4), st.none() | st.integers(1, 17)).filter(any)
 
@@ -77,17 +77,14 @@ def test_plateau_ends_after_patience_values_without_a_better_one(
     values: Any, patience: int, mode: Any, delta: float
 ) -> None:
     until, watch = Plateau("x", patience=patience, mode=mode, min_delta=delta), PlateauWatch()
-    best, since, end = None, 0, None
+    best, since, ended = None, 0, False
     sign = 1 if mode == "min" else -1
-    for step, value in enumerate(values):
-        watch.look(until, value, step)
-        if math.isfinite(value) and (best is None or sign * (best - value) > delta):
-            best, since = value, 0
-        else:
-            since += 1
-        end = step if end is None and since >= patience else end
-        assert watch == PlateauWatch(best, since, end)
-        assert watch.ended == (end is not None)
+    for value in values:
+        better = math.isfinite(value) and (best is None or sign * (best - value) > delta)
+        assert watch.look(until, value) == better
+        best, since = (value, 0) if better else (best, since + 1)
+        ended = ended or since >= patience
+        assert (watch.best, watch.bad, bool(watch.why)) == (best, since, ended)
     assert PlateauWatch(**json.loads(json.dumps(dataclasses.asdict(watch)))) == watch
 
 
@@ -159,19 +156,20 @@ def test_slips_in_arguments_are_errors_with_the_right_name(build: Any, match: st
 
 
 @pytest.mark.parametrize(
-    ("phase", "epoch", "step", "over"),
+    ("phase", "epoch", "step", "why"),
     [
-        (Phase("*", epochs=2), 2, 99, False),
-        (Phase("*", epochs=2), 3, 0, True),
-        (Phase("*", steps=5), 99, 14, False),
-        (Phase("*", steps=5), 1, 15, True),
-        (Phase("*", epochs=2, steps=5), 3, 11, True),
-        (Phase("*"), 99, 999, False),
-        (Phase("*", until=Plateau("x")), 99, 999, False),
+        (Phase("*", epochs=2), 2, 99, ""),
+        (Phase("*", epochs=2), 3, 0, "2 epochs"),
+        (Phase("*", epochs=1), 3, 0, "1 epoch"),
+        (Phase("*", steps=5), 99, 14, ""),
+        (Phase("*", steps=5), 1, 15, "5 steps"),
+        (Phase("*", epochs=2, steps=5), 3, 11, "2 epochs"),
+        (Phase("*"), 99, 999, ""),
+        (Phase("*", until=Plateau("x")), 99, 999, ""),
     ],
 )
-def test_phase_is_over_after_its_epochs_or_steps(phase: Phase, epoch: int, step: int, over: bool) -> None:
-    assert phase.is_over((1, 10), epoch, step) == over
+def test_phase_is_over_after_its_epochs_or_steps(phase: Phase, epoch: int, step: int, why: str) -> None:
+    assert Progress([Begin(1, 10, 0)], phases=[phase]).over(epoch, step) == why
 
 
 def test_lr_scale_as_number_or_mapping() -> None:

@@ -1,0 +1,203 @@
+"""The repeated blocks of a model, and learning rates that fall from the last to the first."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from lightning_freeze.selectors import Selector, clean_name, select_parameters, unwrapped
+
+_LISTS = (nn.Sequential, nn.ModuleList)
+
+
+def layers_of(module: nn.Module, select: Selector = "*") -> list[str]:
+    """Return the names of a model's repeated blocks, from input to output.
+
+    Blocks are modules of one class in one list that are alike, which is to have half of their weights by shape in
+    common: the layers of a transformer, the residual blocks of a ResNet; where they are nested, the outermost. What is
+    between two of them and made of modules, such as the downsampling of a ConvNeXt, is a layer too; embeddings, stem
+    and head are not. A model without any has as its blocks three or more siblings of one class, else what its lists
+    hold, else its layers with a weight matrix. For the stages of a ResNet, name them: ``["layer1", …, "layer4"]``.
+
+    Args:
+        module: Any module; the order is that in which it has defined its parts.
+        select: Where to look, see :func:`select_parameters`: ``"encoder"`` leaves out the blocks of a decoder.
+
+    Returns:
+        Names for selectors, none inside of another.
+
+    Raises:
+        ValueError: If ``select`` matches nothing, or nothing with a weight matrix.
+
+    Example:
+        >>> layers_of(nn.Transformer(8, 2, num_encoder_layers=2, num_decoder_layers=2, batch_first=True))
+        ['encoder.layers.0', 'encoder.layers.1', 'decoder.layers.0', 'decoder.layers.1']
+    """
+    chosen = set(map(id, select_parameters(module, select).values()))
+    modules = {clean_name(name): child for name, child in unwrapped(module).named_modules()}
+    top = select if isinstance(select, str) and select in modules else ""
+    root = _tree(top, modules[top], chosen, set())
+    blocks = _blocks(root)
+    if not blocks:
+        raise ValueError(f"layers_of(select={select!r}) finds no layer with a weight matrix. Name the layers yourself.")
+    units = list(_units(root, {block.name for block in blocks}))
+    places = [place for place, unit in enumerate(units) if unit in blocks]
+    between = units[places[0] : places[-1] + 1]
+    return [unit.name for unit in between if unit in blocks or unit.is_composite]
+
+
+def layerwise_lr_decay(layers: Sequence[str], decay: float, *, head: float = 1.0) -> dict[str, float]:
+    """Return a learning rate scale for each layer, ``decay`` times that of the layer after it.
+
+    For ``Phase(lr_scale=…)``. The last layer gets ``head * decay``, as in BEiT (Bao et al., ICLR 2022), after ELECTRA
+    (Clark et al., ICLR 2020). ULMFiT's ratio is ``decay=1 / 2.6``.
+
+    What no layer names gets ``head``: the head and the norm before it, but also embeddings or a stem. Name these first:
+    ``layerwise_lr_decay(["embed", *layers_of(model)], 0.75)``.
+
+    Args:
+        layers: The layers from the first, next to the input, to the last before the head.
+        decay: From one layer to the one before it, above 0 and usually below 1.
+        head: The scale of what no layer names.
+
+    Raises:
+        ValueError: If a number is not above 0.
+
+    Example:
+        >>> layerwise_lr_decay(["embed", "block"], 0.5)
+        {'embed': 0.25, 'block': 0.5}
+        >>> layerwise_lr_decay(["embed", "block"], 0.5, head=10.0)
+        {'*': 10.0, 'embed': 2.5, 'block': 5.0}
+    """
+    for name, value in (("decay", decay), ("head", head)):
+        if not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"layerwise_lr_decay({name}={value!r}): a factor is above 0 and finite.")
+    # A "*" that later names leave nothing is an error, and 1.0 is what holds without it.
+    others = {} if head == 1.0 else {"*": head}
+    return others | {layer: head * decay ** (len(layers) - place) for place, layer in enumerate(layers)}
+
+
+@dataclass(eq=False)
+class _Node:
+    """A module with what is chosen of it: each parameter once, modules without any left out."""
+
+    name: str
+    module: nn.Module
+    children: list[_Node] = field(default_factory=list)
+    shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it is a list of modules."""
+        return isinstance(self.module, _LISTS)
+
+    @property
+    def is_composite(self) -> bool:
+        """Whether it is made of modules."""
+        return bool(self.children)
+
+    @property
+    def has_class(self) -> bool:
+        """Whether it is made of modules in a way that its class knows."""
+        return self.is_composite and not isinstance(self.module, (*_LISTS, nn.ModuleDict))
+
+    @property
+    def matrices(self) -> int:
+        """How many of its parameters have two dimensions or more."""
+        return sum(count for shape, count in self.shapes.items() if len(shape) > 1)
+
+    @property
+    def size(self) -> int:
+        """The number of its scalars."""
+        return self.weights(self.shapes)
+
+    @staticmethod
+    def weights(shapes: Counter[tuple[int, ...]]) -> int:
+        """Return the number of scalars in shapes."""
+        return sum(math.prod(shape) * count for shape, count in shapes.items())
+
+
+def _tree(name: str, module: nn.Module, chosen: set[int], seen: set[int]) -> _Node:
+    node = _Node(clean_name(name), module)
+    for parameter in module.parameters(recurse=False):
+        if id(parameter) in chosen and id(parameter) not in seen:
+            seen.add(id(parameter))
+            node.shapes[() if is_lazy(parameter) else tuple(parameter.shape)] += 1
+    for key, child in module.named_children():
+        below = _tree(f"{name}.{key}" if name else key, child, chosen, seen)
+        if below.name == node.name:  # a wrapper's inside
+            node.module, node.children, below.children = below.module, below.children, []
+        elif below.shapes:
+            node.children.append(below)
+        node.shapes += below.shapes
+    return node
+
+
+def _blocks(root: _Node) -> set[_Node]:
+    """Return the blocks, by the first rule that finds a quarter of what another one finds."""
+    rules: list[Callable[[_Node], list[_Node]]] = [
+        lambda node: _alike(node.children) if node.is_list else [],
+        lambda node: _three(_alike(node.children)),
+        lambda node: _three([child for child in node.children if child.has_class]),
+        lambda node: [child for child in node.children if node.is_list and child.is_composite],
+    ]
+    found = [_of_their_class(root, list(_search(root, rule))) for rule in rules]
+    sizes = [sum(block.size for block in blocks) for blocks in found]
+    best = next((blocks for blocks, size in zip(found, sizes, strict=True) if 4 * size >= max(sizes)), set())
+    return best or set(_around_matrices(root))
+
+
+def _search(node: _Node, rule: Callable[[_Node], list[_Node]]) -> Iterator[_Node]:
+    """Yield what a rule finds among a module's children, or below them."""
+    found = rule(node)
+    yield from found or (block for child in node.children for block in _search(child, rule))
+
+
+def _alike(siblings: Sequence[_Node]) -> list[_Node]:
+    """Return those that have half of their weights, by shape, in common with another of their class."""
+
+    def common(one: _Node, other: _Node) -> bool:
+        both, either = _Node.weights(one.shapes & other.shapes), _Node.weights(one.shapes | other.shapes)
+        return type(one.module) is type(other.module) and 2 * both >= either
+
+    known = [one for one in siblings if one.has_class]
+    return [one for one in known if any(common(one, other) for other in known if other is not one)]
+
+
+def _three(siblings: Sequence[_Node]) -> list[_Node]:
+    """Return those of whose class there are three or more: two can be an encoder and a decoder, or two heads."""
+    kinds = Counter(type(one.module) for one in siblings)
+    return [one for one in siblings if kinds[type(one.module)] > 2]
+
+
+def _of_their_class(node: _Node, found: Sequence[_Node]) -> set[_Node]:
+    """Return blocks, and modules of the same class elsewhere: a stage can have a single block."""
+    kinds = {type(block.module) for block in found if block.has_class}
+    blocks = set[_Node]()
+    for child in node.children:
+        blocks |= {child} if child in found or type(child.module) in kinds else _of_their_class(child, found)
+    return blocks
+
+
+def _around_matrices(node: _Node) -> Iterator[_Node]:
+    """Yield the highest modules with one weight matrix each."""
+    if node.matrices == 1 and node.name:
+        yield node
+    else:
+        for child in node.children:
+            yield from _around_matrices(child)
+
+
+def _units(node: _Node, blocks: set[str]) -> Iterator[_Node]:
+    """Yield blocks, and the highest modules without any inside, in order."""
+    prefix = f"{node.name}." if node.name else ""
+    if node.name in blocks or not any(block.startswith(prefix) for block in blocks):
+        yield node
+    else:
+        for child in node.children:
+            yield from _units(child, blocks)

@@ -1,0 +1,256 @@
+"""Learning rate schedulers of a phase's own, in the place of the user's, which rest meanwhile."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_freeze._lightning import (
+    LRSchedulerConfig,
+    MisconfigurationException,
+    StochasticWeightAveraging,
+    Trainer,
+    callbacks_of,
+    optimizers_of,
+    scheduler_configs,
+)
+from lightning_freeze.freezing.step_view import is_rate
+from lightning_freeze.schedule.length import phase_length
+from lightning_freeze.schedule.phases import Phase
+
+Options = dict[str, Any]
+
+# What a scheduler leaves on an optimizer to tell whether that has stepped.
+_TRACES = ("step", "_opt_called")
+# What schedulers call the steps that they last.
+_STEPS = ("steps", "total_steps", "T_max", "total_iters", "num_training_steps")
+
+
+def make_scheduler(phase: Phase, optimizer: Optimizer, steps: int) -> dict[str, Any]:
+    """Return the scheduler of a phase's own for an optimizer, as ``configure_optimizers`` may return one.
+
+    Example:
+        >>> import torch
+        >>> cosine = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "interval": "epoch"}
+        >>> made = make_scheduler(Phase("*", lr_scheduler=cosine), torch.optim.SGD([torch.zeros(1)]), steps=9)
+        >>> made["scheduler"].T_max, made["interval"]
+        (9, 'epoch')
+    """
+    own = phase.lr_scheduler
+    if isinstance(own, Mapping):
+        factory = pkgutil.resolve_name(own["class_path"])
+        options = dict(own.get("init_args") or {})
+        takes = [name for name in _STEPS if name in inspect.signature(factory).parameters]
+        if not options.keys() & set(takes):
+            options |= dict.fromkeys(takes[:1], steps)
+        made = {key: value for key, value in own.items() if key not in ("class_path", "init_args")}
+        made["scheduler"] = factory(optimizer, **options)
+    else:
+        assert callable(own)
+        returned = own(optimizer, steps)
+        made = dict(returned) if isinstance(returned, Mapping) else {"scheduler": returned}
+    # A metric comes once a validation run, so this one would count stale values.
+    interval = "epoch" if isinstance(made.get("scheduler"), ReduceLROnPlateau) else "step"
+    return {"interval": interval, **made}
+
+
+def is_scheduled(option: str) -> bool:
+    """Return whether an option of a parameter group is one that schedulers set, and not an optimizer's running sum.
+
+    Example:
+        >>> is_scheduled("initial_lr"), is_scheduled("betas"), is_scheduled("max_momentum"), is_scheduled("weight_sum")
+        (True, True, True, False)
+    """
+    return is_rate(option) or option in ("betas", "weight_decay") or option.endswith("momentum")
+
+
+def scheduled_options(optimizer: Optimizer) -> list[Options]:
+    """Return, for each group, a copy of the options that schedulers set.
+
+    Example:
+        >>> import torch
+        >>> scheduled_options(torch.optim.SGD([torch.zeros(1)], lr=0.1))
+        [{'lr': 0.1, 'momentum': 0, 'weight_decay': 0}]
+    """
+    return [
+        {option: copy.deepcopy(value) for option, value in group.items() if is_scheduled(option)}
+        for group in optimizer.param_groups
+    ]
+
+
+def set_options(optimizer: Optimizer, options: Iterable[Options]) -> None:
+    """Set, for each group, what :func:`scheduled_options` has returned, and remove other options of the kind."""
+    for group, own in zip(optimizer.param_groups, options, strict=False):
+        for option in [option for option in group if is_scheduled(option) and option not in own]:
+            del group[option]
+        for option, value in own.items():
+            if isinstance(mine := group.get(option), Tensor):
+                mine.copy_(value)  # in place: captured graphs hold on to a rate that is a tensor
+            else:
+                group[option] = copy.deepcopy(value)
+
+
+def _without_scheduler(options: Options) -> Options:
+    """Return options with the learning rate that a group had before a scheduler was made for it."""
+    others = {option: value for option, value in options.items() if option != "initial_lr"}
+    return others if len(others) == len(options) else {**others, "lr": options["initial_lr"]}
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """The schedulers of a Trainer, what they set in its optimizers, and the traces that they leave there."""
+
+    configs: list[LRSchedulerConfig]
+    options: list[list[Options]]
+    traces: list[Options]
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> _Rates:
+        optimizers = optimizers_of(trainer)
+        traces = [{name: vars(one)[name] for name in _TRACES if name in vars(one)} for one in optimizers]
+        return cls(list(trainer.lr_scheduler_configs), list(map(scheduled_options, optimizers)), traces)
+
+
+class PhaseSchedulers:
+    """Puts a phase's own schedulers in the place of the user's, which rest until the phase is over.
+
+    Args:
+        trainer: The Trainer, with its optimizers and schedulers as ``configure_optimizers`` left them.
+
+    Attributes:
+        saved: What a checkpoint holds of the current phase's schedulers, for each optimizer, until they take it over.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.optimizers = optimizers_of(trainer)
+        self.saved: list[Options] = []
+        self._first = _Rates.of(trainer)
+        self._states = [copy.deepcopy(config.scheduler.state_dict()) for config in self._first.configs]
+        self._rest: _Rates | None = None
+        self._own: list[LRSchedulerConfig] = []
+
+    def check(self, phases: Sequence[Phase], at: tuple[int, int]) -> None:
+        """Make the schedulers of all phases once, so that what one refuses is found at fit start.
+
+        Raises:
+            MisconfigurationException: If one cannot be made, or there is none that could begin anew.
+        """
+        for phase in phases:
+            if phase.lr_scheduler is None:
+                continue
+            where = f"Phase {phase.label!r} has lr_scheduler={phase.lr_scheduler!r}"
+            if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(self.trainer)):
+                raise MisconfigurationException(
+                    f"{where}, and StochasticWeightAveraging puts a scheduler of its own in its place. Leave one out."
+                )
+            if phase.lr_scheduler == "restart":
+                if not self._first.configs:
+                    raise MisconfigurationException(f"{where}, but configure_optimizers returns no scheduler.")
+                continue
+            try:
+                self.begin(phase, at)
+            except Exception as error:
+                raise MisconfigurationException(f"{where}, which cannot be made: {error}") from error
+            finally:
+                self.end()
+
+    def begin(self, phase: Phase, at: tuple[int, int], *, anew: bool = False) -> None:
+        """Have the schedulers of a phase's own go on, or else the user's.
+
+        Args:
+            phase: The phase.
+            at: Where it has begun: epoch and optimizer step.
+            anew: Whether that is here and now.
+        """
+        self.end()
+        saved, self.saved = self.saved, []
+        if self.trainer.global_step == 0:  # tuners set rates before the first step
+            self._first = _Rates.of(self.trainer)
+        if phase.lr_scheduler in (None, "restart"):
+            if anew and phase.lr_scheduler == "restart":
+                self._restart()
+            return
+        self._rest = _Rates.of(self.trainer)
+        for optimizer, options in zip(self.optimizers, self._first.options, strict=True):
+            set_options(optimizer, map(_without_scheduler, options))
+        steps = phase_length(self.trainer, phase, at).phase
+        assert steps is not None  # else it was refused
+        made = [make_scheduler(phase, optimizer, steps) for optimizer in self._driven()]
+        self._own = scheduler_configs(self.trainer.lightning_module, made)
+        self.trainer.strategy.lr_scheduler_configs[:] = self._own
+        for optimizer in self.optimizers:  # else torch warns where one is exchanged, which is seen in its first step
+            vars(optimizer)["_opt_called"] = True
+        for number, optimizer in enumerate(self.optimizers if saved else []):
+            for config, state in zip(self._own_of(optimizer), saved[number]["schedulers"], strict=False):
+                config.scheduler.load_state_dict(state)
+            set_options(optimizer, saved[number]["options"])
+
+    def end(self) -> None:
+        """Have the user's schedulers go on from where they began to rest."""
+        if self._rest is None:
+            return
+        if self.trainer.lr_scheduler_configs == self._own:  # else somebody has exchanged them too
+            self.trainer.strategy.lr_scheduler_configs[:] = self._rest.configs
+        self._restore(self._rest)
+        for optimizer, traces in zip(self.optimizers, self._rest.traces, strict=True):
+            for name in _TRACES:
+                vars(optimizer).pop(name, None)
+            vars(optimizer).update(traces)
+        self._rest, self._own = None, []
+
+    def state(self) -> list[Options]:
+        """Return, for each optimizer, what a checkpoint has to hold of the phase's own schedulers; empty without."""
+        if self._rest is None:
+            return self.saved
+        return [
+            {
+                "schedulers": [config.scheduler.state_dict() for config in self._own_of(optimizer)],
+                "options": scheduled_options(optimizer),
+            }
+            for optimizer in self.optimizers
+        ]
+
+    def as_the_users(self, checkpoint: dict[str, Any]) -> None:
+        """Have a checkpoint hold the user's schedulers and options, as they rest."""
+        if self._rest is None:
+            return
+        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in self._rest.configs]
+        for state, options in zip(checkpoint["optimizer_states"], self._rest.options, strict=True):
+            # FSDP gathers states on one process only.
+            for number, (group, own) in enumerate(zip(state.get("param_groups", []), options, strict=False)):
+                others = {key: value for key, value in group.items() if not is_scheduled(key)}
+                state["param_groups"][number] = {**others, **own}
+
+    def _driven(self) -> list[Optimizer]:
+        """Return the optimizers that get a scheduler, in the order in which the user's code finds schedulers."""
+        if self.trainer.lightning_module.automatic_optimization:
+            return self.optimizers
+        driven = [config.scheduler.optimizer for config in self._first.configs]
+        if not driven or len(set(driven)) < len(driven):
+            raise ValueError(
+                "in manual optimization your training_step steps what self.lr_schedulers() returns, so "
+                "configure_optimizers has to return one scheduler for each optimizer that a phase's shall drive."
+            )
+        return driven
+
+    def _own_of(self, optimizer: Optimizer) -> list[LRSchedulerConfig]:
+        return [config for config in self._own if config.scheduler.optimizer is optimizer]
+
+    def _restart(self) -> None:
+        """Have the user's schedulers begin anew."""
+        for config, state in zip(self._first.configs, self._states, strict=True):
+            config.scheduler.load_state_dict(copy.deepcopy(state))
+        self._restore(self._first)
+
+    def _restore(self, rates: _Rates) -> None:
+        for optimizer, options in zip(self.optimizers, rates.options, strict=True):
+            set_options(optimizer, options)
