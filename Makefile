@@ -17,7 +17,7 @@ LOWEST += pytorch-lightning==2.5.3 torchvision==0.21.0 torchdata==0.10.0 timm sc
 BENCHMARKS := rivals rivals_ddp overhead frozen_step feature_cache norms communication memory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples test test-lowest sweep lint types wheel bench clean
+.PHONY: help setup demo examples gallery test test-lowest sweep lint types wheel bench clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ examples: setup ## Run all examples, one after another
 			*) $(BIN)/python -W ignore $$script ;; \
 		esac || exit 1; \
 	done
+
+gallery: setup ## Write docs/gallery: every schedule as a table and a picture
+	$(BIN)/python -W ignore docs/gallery/make.py
 
 test: setup ## Run all tests and doctests but the slow sweeps; NAMESPACE=pytorch_lightning takes that package
 	$(BIN)/python -m pytest -n $(WORKERS)

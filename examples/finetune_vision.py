@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional import accuracy
 
 from lightning_freeze import FeatureCache, FreezeSchedule, Phase, trainable_summary
+from lightning_freeze.schedule.plan import Plan
 from lightning_freeze.schedule.plot import draw_schedule
-from lightning_freeze.schedule.preview import Plan
 
 PARTS = ("head", "backbone")
 PHASES = [
@@ -153,7 +153,7 @@ def picture(record: Record, schedule: FreezeSchedule, model: Classifier) -> Figu
     figure = Figure(figsize=(9, 7), layout="constrained")
     figure.suptitle("EfficientNet-Lite0 on handwritten digits: what trains (dark), how fast, and how well")
     what, rates, quality = figure.subplots(3, 1, sharex=True, height_ratios=[1, 1.3, 1.3])
-    draw_schedule(what, Plan.of(schedule.phases, model, len(record.epochs), None, schedule.frozen_mode))
+    draw_schedule(what, Plan.of(schedule, model, len(record.epochs)))
     what.set_xlabel("")
 
     steps = [position for position, _ in record.rates]

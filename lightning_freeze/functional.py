@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_freeze.selectors import Selector, clean_name, named_unique_parameters, select_parameters, unwrapped
+from lightning_freeze.tables import Table
 from lightning_freeze.tensors import as_array
-from lightning_freeze.words import Table, percent, whole_number
+from lightning_freeze.words import percent, whole_number
 
 
 def freeze(module: nn.Module, select: Selector = "*") -> dict[str, nn.Parameter]:
@@ -168,9 +169,16 @@ class TrainableSummary:
         return self.trainable / self.total if self.total else 0.0
 
     def __str__(self) -> str:
+        return str(self._table())
+
+    def _repr_html_(self) -> str:
+        """Return what notebooks show."""
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
         rows = [*self.rows, SummaryRow("total", "", self.trainable, self.total)]
         cells = [(r.name, r.kind, f"{r.trainable:,}", f"{r.total:,}", percent(r.trainable, r.total)) for r in rows]
-        return str(Table(("module", "type", "trainable", "total", "share"), cells))
+        return Table(("module", "type", "trainable", "total", "share"), cells)
 
 
 def trainable_summary(module: nn.Module, depth: int = 1) -> TrainableSummary:

@@ -1,10 +1,9 @@
-"""Words for errors, logs and tables: suggestions, short lists of names, shares, checks of arguments."""
+"""Words for errors and logs: suggestions, short lists of names, shares, checks of arguments."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
 
@@ -93,40 +92,3 @@ def some_of(where: str, name: str, values: Iterable[object], allowed: Sequence[s
     if not chosen:
         raise ValueError(f"{where}({name}=()) logs nothing: give one of {', '.join(map(repr, allowed))}.")
     return chosen
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under named columns; print it for plain text in which they line up.
-
-    Args:
-        columns: The column headings.
-        rows: One sequence of cells a row, as many as there are columns.
-
-    Example:
-        >>> print(Table(("phase", "epochs"), [("head", 2), ("everything", 10)]))
-        phase       epochs
-        ----------  ------
-        head             2
-        everything      10
-    """
-
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[object, ...]]
-
-    def __str__(self) -> str:
-        cells = [[str(cell) for cell in row] for row in self.rows]
-        widths = [max(len(line[i]) for line in [list(self.columns), *cells]) for i in range(len(self.columns))]
-        numeric = [all(_is_number(row[i]) for row in cells) for i in range(len(self.columns))]
-        lines = [list(self.columns), ["-" * width for width in widths], *cells]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(line, widths, numeric, strict=True)
-            ).rstrip()
-            for line in lines
-        )
-
-
-def _is_number(cell: str) -> bool:
-    return cell.replace(",", "").replace(".", "").replace("%", "").strip().lstrip("-+×").isdigit()

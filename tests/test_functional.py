@@ -147,3 +147,10 @@ def test_summary_is_the_same_through_wrappers() -> None:
     parallel = nn.DataParallel(net)
     for wrapped in (parallel, *(torch.compile(module, backend="eager") for module in (net, parallel))):
         assert trainable_summary(wrapped) == expected
+
+
+def test_summary_in_a_notebook_has_the_rows_of_the_printed_one() -> None:
+    html = trainable_summary(nn.ModuleDict({"a<b": nn.Linear(2, 1)}))._repr_html_()
+    assert "a&lt;b" in html
+    assert html.count("<tr>") == 3
+    assert "100.0 %" in html

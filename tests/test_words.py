@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_freeze import GradientAudit, NormLogger, Phase, Plateau, TargetNetwork
-from lightning_freeze.words import Table
+from lightning_freeze.tables import Table
 
 # Where users give a number of times: the class, the argument, and an object with it.
 TAKERS: list[tuple[str, str, Callable[[Any], Any]]] = [
@@ -66,3 +66,13 @@ def test_table_aligns_numbers_right() -> None:
 
 def test_table_without_rows_shows_its_headings() -> None:
     assert str(Table(("a", "b"), [])) == "a  b\n-  -"
+
+
+def test_a_table_in_a_notebook_shows_cells_in_full_and_no_markup_of_theirs() -> None:
+    table = Table(("name", "share"), [("<b>a</b> & $x$" + "b" * 30, "9.0 %")], ("1 < 2",), width=20)
+    html = table._repr_html_()
+    assert "&lt;b&gt;a&lt;/b&gt; &amp; $x$" + "b" * 30 in html
+    assert "<p>1 &lt; 2</p>" in html
+    assert 'right">9.0 %<' in html
+    assert "tex2jax_ignore" in html  # no formula
+    assert max(map(len, str(table).splitlines())) == 20

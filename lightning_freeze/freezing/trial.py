@@ -72,6 +72,41 @@ def try_scales(optimizer: Optimizer, index: int, phases: Iterable[Collection[flo
             ) from error
 
 
+def state_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> tuple[int, int] | None:
+    """Return the bytes of state that an optimizer keeps for a parameter.
+
+    Args:
+        optimizer: The optimizer.
+        group: The one of its groups whose options hold.
+        parameter: Any parameter; it is not touched.
+
+    Returns:
+        The bytes when the optimizer has been built, and those after its first step; None if it cannot be asked.
+
+    Example:
+        >>> net = nn.Linear(100, 1, bias=False)
+        >>> adam = torch.optim.Adam(net.parameters())
+        >>> state_bytes(adam, adam.param_groups[0], net.weight)  # two moments, and a step count
+        (0, 804)
+    """
+    options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    for device in ("meta", "cpu", parameter.device):  # without memory, if its step reads no value
+        twin = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype, device=device))
+        try:
+            other = _another(optimizer, [{"params": [twin], **options}])
+            built = _size(other.state[twin])
+            twin.grad = torch.zeros_like(twin)
+            other.step()
+        except Exception:  # whatever the class raises, it cannot be asked so
+            continue
+        return built, _size(other.state[twin])
+    return None
+
+
+def _size(state: Mapping[str, Any]) -> int:
+    return sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+
+
 def _step(
     optimizer: Optimizer, options: list[dict[str, Any]], shape: tuple[int, ...] = (2, 2), *, sparse: bool = False
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 from torch import nn
 
@@ -19,11 +19,12 @@ from lightning_freeze.schedule.length import refuse_uneven_ranks, steps_per_epoc
 from lightning_freeze.schedule.meaning import FrozenMode
 from lightning_freeze.schedule.neighbours import refuse_rivals
 from lightning_freeze.schedule.phases import Phase, as_phases
-from lightning_freeze.schedule.plot import plot_schedule
+from lightning_freeze.schedule.plan import FitOptions, Plan
 from lightning_freeze.schedule.preset import Preset
-from lightning_freeze.schedule.preview import Plan, preview_table
+from lightning_freeze.schedule.preview import OptimizerLike, preview_table, schedule_text
 from lightning_freeze.schedule.progress import Begin, Progress
-from lightning_freeze.words import Table, one_of
+from lightning_freeze.tables import Table
+from lightning_freeze.words import one_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,6 +85,10 @@ class FreezeSchedule(Holder):
         self._optimizers: list[dict[str, Any]] = []
         self._loaded: dict[str, Any] | None = None
 
+    def __repr__(self) -> str:
+        """Return the code that makes the schedule."""
+        return schedule_text(self)
+
     @property
     def progress(self) -> Progress:
         """Where in the schedule the fit is, or the last one was."""
@@ -120,45 +125,38 @@ class FreezeSchedule(Holder):
     def preview(
         self,
         model: nn.Module,
-        max_epochs: int,
+        max_epochs: int | None = None,
         *,
+        max_steps: int | None = None,
         steps_per_epoch: int | None = None,
         callbacks: Sequence[Callback] | None = None,
+        optimizer: OptimizerLike | None = None,
     ) -> Table:
-        """Return what each phase would train, without training.
+        """Return a table of what each phase would train, and what that takes, without training; print it.
 
         Args:
             model: The LightningModule, or any module with the same names.
-            max_epochs: The Trainer's.
-            steps_per_epoch: Optimizer steps an epoch takes, for schedules with phases that last a number of steps.
-            callbacks: The Trainer's other callbacks, which may keep parameters frozen too; those of the Trainer that
-                the model is attached to if not given.
-
-        Returns:
-            A table, one row a phase; print it.
+            max_epochs: The Trainer's. Without it and ``max_steps``: those of the Trainer that the model is attached to.
+            max_steps: The Trainer's.
+            steps_per_epoch: Optimizer steps an epoch takes, for schedules in which phases count the other unit.
+            callbacks: The Trainer's other callbacks, which may freeze too; those of the model's Trainer if not given.
+            optimizer: One, or a function that makes one of parameters, to count its state; the model's if not given.
 
         Raises:
             ValueError: If a phase names or trains nothing, or a number of epochs or steps is not positive.
         """
-        return preview_table(Plan.of(self.phases, model, max_epochs, steps_per_epoch, self.frozen_mode, callbacks))
+        plan = Plan.of(self, model, max_epochs, max_steps, steps_per_epoch, callbacks)
+        return preview_table(plan, self.optimizer_state, optimizer)
 
-    def plot(
-        self,
-        model: nn.Module,
-        max_epochs: int,
-        *,
-        steps_per_epoch: int | None = None,
-        callbacks: Sequence[Callback] | None = None,
-    ) -> Figure:
-        """Draw which modules train when, without training; arguments as for :meth:`preview`.
+    def plot(self, model: nn.Module, max_epochs: int | None = None, **fit: Unpack[FitOptions]) -> Figure:
+        """Return a figure of what trains when, and how fast; arguments as for :meth:`preview`, but for ``optimizer``.
 
-        Returns:
-            A matplotlib figure.
-
-        Raises:
-            ModuleNotFoundError: If matplotlib is not installed; ``pip install 'lightning-freeze[plot]'`` does it.
+        During a fit and after it, for a model that is attached to its Trainer, the picture is what has happened. It
+        needs matplotlib: ``pip install 'lightning-freeze[plot]'``.
         """
-        return plot_schedule(Plan.of(self.phases, model, max_epochs, steps_per_epoch, self.frozen_mode, callbacks))
+        from lightning_freeze.schedule.plot import plot_schedule
+
+        return plot_schedule(Plan.of(self, model, max_epochs, **fit, happened=True))
 
     def next_phase(self) -> None:
         """End the current phase before the next optimizer step; with the last phase the fit ends.

@@ -1,173 +1,198 @@
-"""A schedule as a table, without training."""
+"""A schedule as a table, without training, and as the code that makes it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from fractions import Fraction
-from functools import cached_property
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import nn
+from torch.optim import Optimizer
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of
-from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
-from lightning_freeze.freezing.eval_mode import BY_HAND, interceptor
-from lightning_freeze.freezing.holder import Holder
-from lightning_freeze.freezing.ledger import Ledger, ledger_of
-from lightning_freeze.functional import can_train, scalars
-from lightning_freeze.schedule.fit import Resolved, resolve_phases
-from lightning_freeze.schedule.meaning import FrozenMode
-from lightning_freeze.schedule.phases import Phase
-from lightning_freeze.schedule.preset import phases_for
-from lightning_freeze.selectors import named_unique_parameters, selector_text, unwrapped
-from lightning_freeze.words import Table, percent, whole_number
+from lightning_freeze._lightning import LightningModule
+from lightning_freeze.freezing.ledger import ledger_of
+from lightning_freeze.freezing.optimizers import OptimizerState
+from lightning_freeze.freezing.trial import state_bytes
+from lightning_freeze.functional import scalars
+from lightning_freeze.names import branches, runs
+from lightning_freeze.schedule.plan import Factor, Plan, running_statistics, trainer_of
+from lightning_freeze.schedule.plateau import Plateau
+from lightning_freeze.schedule.rates import Ramp
+from lightning_freeze.selectors import selector_text
+from lightning_freeze.tables import Table, in_bytes
+from lightning_freeze.words import listed, percent
 
-Span = tuple[float, float]
+if TYPE_CHECKING:
+    from lightning_freeze.schedule.callback import FreezeSchedule
+
+_WIDTH = 100
+
+# An optimizer, or what makes one of parameters.
+OptimizerLike: TypeAlias = Optimizer | Callable[[Any], Optimizer]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A schedule over a fit of one module.
+def schedule_text(schedule: FreezeSchedule) -> str:
+    """Return the code that makes a schedule, on one line if that is short."""
+    phases = list(map(repr, schedule.phases))
+    defaults = {"frozen_mode": "batchnorm", "optimizer_state": "keep", "verbose": True}
+    given = {name: getattr(schedule, name) for name in defaults}
+    options = "".join(f", {name}={value!r}" for name, value in given.items() if value != defaults[name])
+    text = f"[{', '.join(phases)}]{options}"
+    if len(text) > _WIDTH:
+        text = "[\n" + "".join(f"    {phase},\n" for phase in phases) + f"]{options}"
+    return f"{type(schedule).__name__}({text})"
+
+
+def preview_table(plan: Plan, policy: OptimizerState = "keep", optimizer: OptimizerLike | None = None) -> Table:
+    """Return a row for each phase: what trains, when, how much that is, at which rates, and the memory it takes.
 
     Args:
-        phases: The schedule.
-        model: The module, without wrappers.
-        max_epochs: How many epochs the fit takes.
-        spans: From which to which epoch each phase lasts, None for one that never begins.
-        resolved: What each phase means for the module.
-        held_layers: The layers that callbacks, or the user by hand, keep in eval mode in every phase.
+        plan: The schedule over a fit.
+        policy: What becomes of a parameter's optimizer state when it freezes.
+        optimizer: The optimizer; that of the module if not given, and none if the module does not say.
     """
-
-    phases: Sequence[Phase]
-    model: nn.Module
-    max_epochs: int
-    spans: list[Span | None]
-    resolved: Resolved
-    held_layers: set[nn.Module]
-
-    @classmethod
-    def of(
-        cls,
-        phases: Sequence[Phase],
-        model: nn.Module,
-        max_epochs: int,
-        steps_per_epoch: int | None,
-        mode: FrozenMode,
-        callbacks: Sequence[Callback] | None = None,
-    ) -> Plan:
-        """Return the plan of a schedule; ``callbacks`` are the Trainer's, else those of the model's own Trainer."""
-        model = unwrapped(model)
-        parameters, trainer = named_unique_parameters(model), _trainer(model)
-        if callbacks is None:
-            callbacks = callbacks_of(trainer) if trainer is not None else []
-        holds = {one.state_key: one.holds(model) for one in callbacks if isinstance(one, Holder)}
-        held = {key: who for who, hold in holds.items() for key in hold.frozen}
-        layers = [layer for layer in model.modules() if has_running_statistics(layer)]
-        held |= dict.fromkeys(affine_frozen_by_hand(layers), BY_HAND)
-        came_frozen = _came_frozen(parameters.values(), ledger_of(trainer) if trainer is not None else None)
-        steps = max_epochs * steps_per_epoch if steps_per_epoch else math.inf
-        phases = phases_for(phases, model, {*came_frozen, *held}, steps)
-        spans = phase_spans(phases, max_epochs, steps_per_epoch)
-        resolved = resolve_phases(
-            model,
-            parameters,
-            phases,
-            came_frozen=came_frozen,
-            held=held,
-            mode=mode,
-            left_alone={module for hold in holds.values() for module in hold.own},
-        )
-        by_others = {module for hold in holds.values() for module in hold.eval_mode}
-        by_hand = {one for one in layers if (stay := interceptor(one)) is not None and BY_HAND in stay.holders}
-        return cls(phases, model, max_epochs, spans, resolved, by_others | by_hand)
-
-    @cached_property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """All parameters, by name."""
-        return named_unique_parameters(self.model)
+    layers, total = set(running_statistics(plan.model)), sum(map(scalars, plan.parameters.values()))
+    counts = [sum(scalars(plan.parameters[name]) for name in factors) for factors in plan.factors]
+    columns = {
+        "phase": [f"{number} {phase.name or ''}".rstrip() for number, phase in enumerate(plan.phases, 1)],
+        "trains": [selected_text(phase.train) for phase in plan.phases],
+        f"{_unit(plan)}s": [_when(plan, index) for index in range(len(plan.phases))],
+        "parameters": [f"{count:,}" for count in counts],
+        "share": [percent(count, total) for count in counts],
+        "lr scale": [scales_text(factors.values()) for factors in plan.factors],
+    }
+    if layers:
+        columns["frozen BN"] = [f"{len(stay & layers)}/{len(layers)}" for stay in plan.in_eval]
+    size = {name: scalars(parameter) * parameter.dtype.itemsize for name, parameter in plan.parameters.items()}
+    columns["gradients"] = [in_bytes(sum(map(size.__getitem__, factors))) for factors in plan.factors]
+    if (states := _state_bytes(plan, optimizers_of(plan, optimizer))) is not None:
+        columns["optimizer"] = list(map(in_bytes, _kept(plan, policy, states)))
+    return Table(tuple(columns), list(zip(*columns.values(), strict=True)), tuple(_notes(plan)), _WIDTH)
 
 
-def phase_spans(phases: Sequence[Phase], max_epochs: int, steps_per_epoch: int | None = None) -> list[Span | None]:
-    """Return from which to which epoch each phase lasts, as fractions; None for one that never begins.
-
-    When a plateau comes, nobody knows: a phase that only a plateau ends is shown with an equal share of the rest of the
-    fit.
-
-    Raises:
-        TypeError: If a number is no whole one.
-        ValueError: If a phase lasts a number of steps and ``steps_per_epoch`` is not given, or a number is below 1.
+def scales_text(factors: Iterable[Factor]) -> str:
+    """Return learning rate scales in a few characters.
 
     Example:
-        >>> phase_spans([Phase("a", steps=15), Phase("b", epochs=9), Phase("c")], 4, steps_per_epoch=10)
-        [(0.0, 1.5), (1.5, 4.0), None]
+        >>> scales_text([Ramp(0.1)]), scales_text([0.125, 0.25, 0.5, 1.0])
+        ('0.1→1', '0.12 … 1')
     """
-    max_epochs = whole_number("preview", "max_epochs", max_epochs)
-    if steps_per_epoch is not None:
-        steps_per_epoch = whole_number("preview", "steps_per_epoch", steps_per_epoch)
-    # Thirds of an epoch have to add up to whole ones.
-    begin, spans = Fraction(0), list[Span | None]()
-    for index, phase in enumerate(phases):
-        ends = [Fraction(max_epochs)]
-        if index < len(phases) - 1:
-            if phase.epochs is not None:
-                ends.append(Fraction(int(begin) + phase.epochs))
-            if phase.steps is not None:
-                if steps_per_epoch is None:
-                    raise ValueError(f"Phase {phase.label!r} lasts {phase.steps} steps: give steps_per_epoch.")
-                ends.append(begin + Fraction(phase.steps, steps_per_epoch))
-            if len(ends) == 1:
-                ends.append(begin + (max_epochs - begin) / (len(phases) - index))
-        end = min(ends)
-        spans.append((float(begin), float(end)) if begin < max_epochs else None)
-        begin = end
-    return spans
-
-
-def preview_table(plan: Plan) -> Table:
-    """Return a row for each phase: what trains, when, how much that is, frozen BatchNorm, learning rate scales."""
-    total = sum(map(scalars, plan.parameters.values()))
-    layers = {layer for layer in plan.model.modules() if has_running_statistics(layer)}
-    rows = []
-    for index, phase in enumerate(plan.phases):
-        held = plan.held_layers.union(plan.resolved.holds[index].eval_mode)
-        count = sum(map(scalars, plan.resolved.trains[index].values()))
-        rows.append(
-            (
-                index + 1,
-                phase.label,
-                _epochs(phase, plan.spans[index], last=index == len(plan.phases) - 1),
-                f"{count:,}",
-                percent(count, total),
-                f"{len(held & layers)}/{len(layers)}",
-                ", ".join(f"{selector_text(select)}: {factor:g}" for select, factor in phase.scales.items()) or "1",
-            )
+    different = sorted(set(factors), key=lambda one: (one.end, one.start) if isinstance(one, Ramp) else (one, one))
+    if len(different) <= 2:
+        return ", ".join(
+            f"{one.start:.3g}→{one.end:.3g}" if isinstance(one, Ramp) else f"{one:.3g}" for one in different
         )
-    return Table(("phase", "trains", "epochs", "parameters", "share", "BatchNorm frozen", "lr scale"), rows)
+    values = [value for one in different for value in ([one.start, one.end] if isinstance(one, Ramp) else [one])]
+    return f"{min(values):.2g} … {max(values):.2g}"
 
 
-def _epochs(phase: Phase, span: Span | None, *, last: bool) -> str:
-    """Return the epochs of a phase as text."""
-    if span is None:
-        return "never"
-    begin, end = span
-    first, final = int(begin), max(int(begin), -int(-end // 1) - 1)
-    text = f"{first}-{final}" if final > first else f"{first}"
-    if phase.plateau is None or last:
-        return text
-    return f"{text}, or until {phase.plateau.monitor} plateaus"
+def selected_text(select: Any) -> str:
+    """Return a selector as text, names that count up as one."""
+    is_names = isinstance(select, list | tuple) and all(isinstance(one, str) for one in select)
+    return ", ".join(runs(select)) if is_names else selector_text(select)
 
 
-def _trainer(model: nn.Module) -> Trainer | None:
-    """Return the Trainer that a LightningModule is attached to."""
+def optimizers_of(plan: Plan, optimizer: OptimizerLike | None = None) -> list[Optimizer]:
+    """Return the optimizers of a module: those of its Trainer, else what ``configure_optimizers`` returns.
+
+    A module whose ``configure_optimizers`` needs a Trainer that is not there has none. Flags that it sets are restored.
+    """
+    model, parameters = plan.model, list(plan.parameters.values())
+    if optimizer is not None:
+        return [optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)]
+    if not isinstance(model, LightningModule):
+        return []
+    if (trainer := trainer_of(model)) is not None and trainer.optimizers:
+        return list(trainer.optimizers)
+    flags = [parameter.requires_grad for parameter in parameters]
     try:
-        return model.trainer if isinstance(model, LightningModule) else None
-    except RuntimeError:  # it is attached to none
-        return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return list(_optimizers_in(model.configure_optimizers()))
+    except Exception:  # whatever the user's code raises where there is no fit
+        return []
+    finally:
+        for parameter, flag in zip(parameters, flags, strict=True):
+            parameter.requires_grad = flag
 
 
-def _came_frozen(parameters: Iterable[nn.Parameter], ledger: Ledger | None) -> set[int]:
-    """Return the identities of what a fit finds frozen, or has found if one is running."""
-    if ledger is not None:
-        return ledger.came_frozen
-    return {id(parameter) for parameter in parameters if can_train(parameter) and not parameter.requires_grad}
+def _optimizers_in(nest: Any) -> Iterator[Optimizer]:
+    if isinstance(nest, Optimizer):
+        yield nest
+    elif isinstance(nest, Mapping | list | tuple):
+        for inner in nest.values() if isinstance(nest, Mapping) else nest:
+            yield from _optimizers_in(inner)
+
+
+def _state_bytes(plan: Plan, optimizers: list[Optimizer]) -> dict[str, tuple[int, int]] | None:
+    """Return the bytes of optimizer state for each parameter, before and after it is stepped; None if unknown."""
+    groups = {id(p): (one, group) for one in optimizers for group in one.param_groups for p in group["params"]}
+    trained = {name for factors in plan.factors for name in factors}
+    asked: dict[Any, tuple[int, int] | None] = {}
+    found: dict[str, tuple[int, int]] = {}
+    trainer = trainer_of(plan.model)
+    ledger = ledger_of(trainer) if trainer is not None else None
+    with ledger.steps.paused() if ledger is not None else nullcontext():  # throw-away optimizers step
+        for name, parameter in plan.parameters.items() if optimizers else ():
+            if not scalars(parameter) or (name not in trained and id(parameter) not in groups):
+                continue
+            # What no optimizer was given goes into the first group.
+            one, group = groups.get(id(parameter), (optimizers[0], optimizers[0].param_groups[0]))
+            key = (id(group), parameter.shape, parameter.dtype)
+            if key not in asked:
+                asked[key] = state_bytes(one, group, parameter)
+            if (answer := asked[key]) is None:
+                return None
+            found[name] = answer
+    return found if optimizers else None
+
+
+def _kept(plan: Plan, policy: OptimizerState, states: Mapping[str, tuple[int, int]]) -> Iterator[int]:
+    """Yield the bytes of optimizer state on the device in each phase."""
+    so_far: set[str] = set()
+    for factors in plan.factors:
+        so_far |= factors.keys()
+        if policy == "keep":
+            yield sum(stepped if name in so_far else built for name, (built, stepped) in states.items())
+        else:
+            yield sum(states[name][1] for name in factors if name in states)
+
+
+def _unit(plan: Plan) -> str:
+    """Return the unit in which no two phases look alike: steps, if several begin in one epoch."""
+    begins = [int(begin) for begin, _ in plan.reached.values()]
+    return plan.length.unit if len(set(begins)) == len(begins) or plan.length.per_epoch is None else "step"
+
+
+def _when(plan: Plan, index: int) -> str:
+    """Return the epochs, or the steps, of a phase as text."""
+    if index not in plan.reached:
+        return "never"
+    in_unit = 1 if _unit(plan) == plan.length.unit else plan.length.per_epoch or 1
+    begin, end = (round(float(place * in_unit), 6) for place in plan.reached[index])
+    first, last = int(begin), max(int(begin), -int(-end // 1) - 1)
+    text = f"{first}-{last}" if last > first else f"{first}"
+    return f"{text} or until" if plan.phases[index].until is not None else text
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    """Yield what no row says."""
+    for index in plan.reached:
+        if (until := (phase := plan.phases[index]).until) is not None:
+            what = f"{until.monitor} plateaus" if isinstance(until, Plateau) else f"{_name(until)}() is true"
+            is_guess = index + 1 < len(plan.phases) and not (phase.epochs or phase.steps or phase.fraction)
+            sure = "how long that takes is a guess" if is_guess else "at most as long as shown"
+            yield f"Phase {index + 1} lasts until {what}: {sure}."
+    if never := [number for number in range(1, len(plan.phases) + 1) if number - 1 not in plan.reached]:
+        yield f"The fit ends before phase {never[0]}{f' to {never[-1]}' * (len(never) > 1)} would begin."
+    if plan.end < (total := float(plan.length.total)):
+        yield f"The fit ends with the last phase, after {plan.end:g} of {total:g} {plan.length.unit}s."
+    trains = {name for index in plan.reached for name in plan.factors[index]}
+    if frozen := {name: p for name, p in plan.parameters.items() if name not in trains}:
+        found = branches({name: name in frozen for name in plan.parameters})
+        names = runs([branch for branch, inside in found if inside[0] in frozen])
+        yield f"Never trains: {listed(names, most=8)} ({sum(map(scalars, frozen.values())):,} parameters)."
+
+
+def _name(function: object) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

@@ -13,11 +13,20 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau, TargetNetwork, freeze_batchnorm
-from lightning_freeze.schedule.plot import draw_schedule
-from lightning_freeze.schedule.preview import Plan, phase_spans
+from lightning_freeze import (
+    FreezeBatchNorm,
+    FreezeSchedule,
+    Phase,
+    Plateau,
+    Ramp,
+    TargetNetwork,
+    freeze_batchnorm,
+    gradual_unfreezing,
+)
 from lightning_freeze.schedule.progress import walk
-from tests.nets import Net, Probe, loader, trainer
+from lightning_freeze.schedule.spans import FitLength, phase_spans
+from lightning_freeze.tables import Table, in_bytes
+from tests.nets import Net, Probe, adamw, loader, trainer
 
 ends = st.tuples(st.none() | st.integers(1, 4), st.none() | st.integers(1, 17)).filter(any)
 PHASES = [
@@ -28,26 +37,34 @@ PHASES = [
 ]
 
 
+def column(table: Table, name: str) -> list[str]:
+    place = table.columns.index(name)
+    return [str(row[place]) for row in table.rows]
+
+
 @settings(max_examples=300, deadline=None)
-@example([(None, 1), (None, 3), (None, 6), (None, 2), (None, 1)], 3, 4)  # thirds that add up to four
-@given(st.lists(ends, min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 8))
-def test_preview_spans_equal_those_of_a_fit(lengths: Any, steps_per_epoch: int, max_epochs: int) -> None:
+@example([(None, 1), (None, 3), (None, 6), (None, 2), (None, 1)], 3, 4, "epoch")  # thirds that add up to four
+@given(st.lists(ends, min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 8), st.sampled_from(["epoch", "step"]))
+def test_preview_spans_equal_those_of_a_fit(lengths: Any, steps_per_epoch: int, max_epochs: int, unit: str) -> None:
     phases = [Phase("*", epochs=e, steps=s) for e, s in lengths]
-    spans = phase_spans(phases, max_epochs, steps_per_epoch)
-    last = max_epochs * steps_per_epoch - 1
-    walked = walk(phases, max_epochs - 1, last, steps_per_epoch)
-    assert [round(span[0] * steps_per_epoch) for span in spans if span] == [step for _, step, _ in walked]
+    steps = max_epochs * steps_per_epoch
+    limits = (max_epochs, None) if unit == "epoch" else (None, steps)
+    spans = phase_spans(phases, FitLength.of(*limits, steps_per_epoch))
+    one = steps_per_epoch if unit == "epoch" else 1
+    begins = [step for _, step, _ in walk([*phases, Phase("*")], max_epochs - 1, steps - 1, steps_per_epoch)]
+    assert [round(span[0] * one) for span in spans if span] == begins[: len(phases)]
     reached = [span for span in spans if span is not None]
     assert reached == spans[: len(reached)]
     assert reached[0][0] == 0
-    assert reached[-1][1] == max_epochs
+    # The last phase ends where one after it would begin.
+    assert round(reached[-1][1] * one) == (begins[-1] if len(begins) > len(phases) else steps)
     assert all(one[1] == other[0] for one, other in pairwise(reached))
 
 
 def test_preview_table_equals_what_a_fit_does() -> None:
     net = Net()
     schedule = FreezeSchedule(PHASES[:2] + PHASES[3:], verbose=False)
-    rows = schedule.preview(net, 5, steps_per_epoch=6).rows
+    table = schedule.preview(net, 5, steps_per_epoch=6)
     seen: dict[int, tuple[int, int, set[int]]] = {}
 
     def start(run: Any, module: Any) -> None:
@@ -56,13 +73,114 @@ def test_preview_table_equals_what_a_fit_does() -> None:
         seen.setdefault(schedule.phase_index, (trains, frozen, set()))[2].add(run.current_epoch)
 
     trainer(callbacks=[schedule, Probe(start)], max_epochs=5).fit(net, loader())
-    for index, (number, _, epochs, trains, share, frozen, _) in enumerate(rows):
-        expected, held, within = seen[index]
-        assert number == index + 1
-        assert trains == str(expected)
-        assert share == f"{100 * expected / 275:.1f} %"
-        assert frozen == f"{held}/2"
-        assert epochs == (f"{min(within)}-{max(within)}" if len(within) > 1 else f"{min(within)}")
+    assert column(table, "phase") == ["1", "2", "3"]
+    assert column(table, "parameters") == [str(trains) for trains, *_ in seen.values()]
+    assert column(table, "share") == [f"{100 * trains / 275:.1f} %" for trains, *_ in seen.values()]
+    assert column(table, "frozen BN") == [f"{held}/2" for _, held, _ in seen.values()]
+    epochs = [f"{min(own)}-{max(own)}" if len(own) > 1 else f"{min(own)}" for *_, own in seen.values()]
+    assert column(table, "epochs") == epochs
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "AdamW": adamw,
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.01),
+    "momentum in one group": lambda p: torch.optim.SGD(
+        [{"params": (own := list(p))[:4], "momentum": 0.9}, {"params": own[4:]}], lr=0.01
+    ),
+    "Adagrad, whose constructor makes the state": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "Adafactor, whose step reads values": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "only some parameters": lambda p: torch.optim.Adam(list(p)[:-2], lr=0.01),
+}
+
+
+@pytest.mark.parametrize("policy", ["keep", "drop", "offload"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_memory_of_gradients_and_optimizer_state_is_that_of_the_fit(name: str, policy: Any) -> None:
+    phases = [Phase("head", epochs=1), Phase(["neck", "backbone.4"], epochs=1, lr_scale=0.5), Phase("*")]
+    schedule, net = FreezeSchedule(phases, optimizer_state=policy, verbose=False), Net(OPTIMIZERS[name])
+    table = schedule.preview(net, 3)
+    gradients, states = dict[int, int](), dict[int, int]()
+
+    def end(run: Any, module: Any) -> None:
+        gradients[schedule.phase_index] = sum(p.grad.nbytes for p in module.parameters() if p.grad is not None)
+        trains = [p for p in module.parameters() if p.requires_grad or policy == "keep"]
+        kept = [run.optimizers[0].state.get(p, {}).values() for p in trains]
+        states[schedule.phase_index] = sum(v.nbytes for state in kept for v in state if isinstance(v, torch.Tensor))
+
+    trainer(callbacks=[schedule, Probe(end=end)], max_epochs=3).fit(net, loader())
+    assert column(table, "gradients") == list(map(in_bytes, gradients.values()))
+    assert column(table, "optimizer") == list(map(in_bytes, states.values()))
+
+
+def test_preview_asks_an_optimizer_that_is_given_and_leaves_out_what_nobody_knows() -> None:
+    schedule, plain = (
+        FreezeSchedule([Phase("0", epochs=1), Phase("*")]),
+        nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)),
+    )
+    assert "optimizer" not in schedule.preview(plain, 3).columns
+    made = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for optimizer in (made, lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)):
+        assert column(schedule.preview(plain, 3, optimizer=optimizer), "optimizer") == ["48 B", "64 B"]
+    assert made.state == {}
+
+    class NeedsTrainer(Net):
+        def configure_optimizers(self) -> Any:
+            self.neck.requires_grad_(False)
+            return torch.optim.SGD(self.parameters(), lr=1 / self.trainer.estimated_stepping_batches)
+
+    net = NeedsTrainer()
+    assert "optimizer" not in FreezeSchedule([Phase("head")]).preview(net, 3).columns
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+class Blocks(nn.Module):
+    """Many layers, without memory."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            self.embed = nn.Embedding(1000, 64)
+            self.blocks = nn.ModuleList(nn.TransformerEncoderLayer(64, 2, 128) for _ in range(count))
+            self.norm = nn.LayerNorm(64)
+            self.head = nn.Linear(64, 10)
+
+
+def test_a_preview_of_forty_layers_in_forty_phases_fits_a_terminal() -> None:
+    layers = ["embed", *(f"blocks.{number}" for number in range(39)), "head"]
+    phases = gradual_unfreezing(layers, lr_decay=1.2)
+    table = FreezeSchedule(phases).preview(Blocks(39), 50, optimizer=torch.optim.AdamW)
+    lines = str(table).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert column(table, "trains")[19] == "blocks[20:39], head"
+    assert column(table, "lr scale")[-1] == "0.00068 … 1"
+    assert "Never trains: norm (128 parameters)." in lines
+
+
+def test_preview_says_what_never_trains_and_what_the_fit_does_not_reach() -> None:
+    phases = [Phase("head", epochs=2), Phase(["head", "backbone.4"], epochs=2), Phase("neck", epochs=1), Phase("*")]
+    notes = FreezeSchedule(phases).preview(Net(), 3).notes
+    assert notes == (
+        "The fit ends before phase 3 to 4 would begin.",
+        "Never trains: backbone[0:2, 5], neck (112 parameters).",
+    )
+    notes = FreezeSchedule(phases[:2]).preview(Net(), 9).notes
+    assert notes[0] == "The fit ends with the last phase, after 4 of 9 epochs."
+
+
+def test_preview_in_steps_and_by_fractions() -> None:
+    phases = [Phase("head", fraction=0.1), Phase("neck", epochs=1), Phase("*")]
+    table = FreezeSchedule(phases).preview(Net(), max_steps=100, steps_per_epoch=20)
+    assert column(table, "steps") == ["0-9", "10-19", "20-99"]
+    assert column(FreezeSchedule(phases).preview(Net(), 20), "epochs") == ["0-1", "2", "3-19"]
+    thirds = FreezeSchedule([Phase("*", fraction=1 / 3) for _ in range(3)])  # together they are the fit
+    assert column(thirds.preview(Net(), max_steps=10), "steps") == ["0-2", "3-6", "7-9"]
+    # Phases that begin in one epoch would look alike in epochs.
+    table = FreezeSchedule([Phase("head", steps=3), Phase("neck", steps=4), Phase("*")]).preview(
+        Net(), 2, steps_per_epoch=10
+    )
+    assert column(table, "steps") == ["0-2", "3-6", "7-19"]
+    assert column(FreezeSchedule([Phase("*")]).preview(Net(), 9, max_steps=25, steps_per_epoch=10), "epochs") == ["0-2"]
 
 
 def test_preview_changes_nothing() -> None:
@@ -78,16 +196,15 @@ def test_preview_changes_nothing() -> None:
 
 
 def test_preview_table_words_epochs_plateaus_and_scales() -> None:
-    table = FreezeSchedule([*PHASES[:3], Phase("*", name="all", epochs=1)]).preview(Net(), 8, steps_per_epoch=6)
-    assert [row[1:3] for row in table.rows] == [
-        ("head", "0-1"),
-        ("head, backbone.4", "2-3"),
-        ("neck", "3-5, or until val_loss plateaus"),
-        ("all", "5-7"),
-    ]
-    assert [row[6] for row in table.rows] == ["1", "backbone: 0.1", "1", "1"]
+    schedule = FreezeSchedule([*PHASES[:3], Phase("*", name="all", epochs=1, lr_scale={"*": Ramp(0.1), "head": 1.0})])
+    table = schedule.preview(Net(), 8, steps_per_epoch=6)
+    assert column(table, "phase") == ["1", "2", "3", "4 all"]
+    assert column(table, "trains") == ["head", "head, backbone.4", "neck", "*"]
+    assert column(table, "epochs") == ["0-1", "2-3", "3-5 or until", "5"]
+    assert column(table, "lr scale") == ["1", "0.1, 1", "1", "0.1→1, 1"]
+    assert "Phase 3 lasts until val_loss plateaus: how long that takes is a guess." in table.notes
     short = FreezeSchedule(PHASES).preview(Net(), 2, steps_per_epoch=6)
-    assert [row[2] for row in short.rows] == ["0-1", "never", "never", "never"]
+    assert column(short, "epochs") == ["0-1", "never", "never", "never"]
 
 
 @pytest.mark.parametrize(
@@ -109,24 +226,6 @@ def test_preview_and_plot_refuse_what_a_fit_refuses(phases: Any, options: Any, m
                 give(Net(), value)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.lists(ends, min_size=1, max_size=4), st.integers(1, 9), st.integers(1, 8))
-def test_plot_bars_cover_the_whole_fit(lengths: Any, steps_per_epoch: int, max_epochs: int) -> None:
-    pytest.importorskip("matplotlib")
-    phases = [Phase("head", epochs=e, steps=s, lr_scale=0.5) for e, s in lengths]
-    figure = FreezeSchedule(phases).plot(Net(), max_epochs, steps_per_epoch=steps_per_epoch)
-    (axes,) = figure.axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["backbone", "neck", "head"]
-    for row in range(3):
-        pale = [bar for bar in axes.patches if round(bar.get_y() + 0.4) == row][::2]  # each with its dark one on it
-        assert sum(bar.get_width() for bar in pale) == pytest.approx(max_epochs)
-        dark = [bar for bar in axes.patches if round(bar.get_y() + 0.4) == row][1::2]
-        assert {bar.get_alpha() for bar in dark} == {float(row == 2)}
-    assert axes.get_xlim() == (0, max_epochs)
-    assert {text.get_text() for text in axes.texts} >= {"lr ×0.5", "head"}
-    figure.canvas.draw()
-
-
 @pytest.mark.filterwarnings("ignore:Found 1 module")
 @pytest.mark.parametrize("train_affine", [False, True])
 def test_preview_counts_batchnorm_frozen_by_hand_as_the_fit_does(
@@ -136,40 +235,16 @@ def test_preview_counts_batchnorm_frozen_by_hand_as_the_fit_does(
     net = Net()
     freeze_batchnorm(net, "backbone.5", train_affine=train_affine)
     schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")])
-    rows = schedule.preview(net, 2).rows
-    assert [row[5] for row in rows] == ["2/2", "1/2"]
+    table = schedule.preview(net, 2)
+    assert column(table, "frozen BN") == ["2/2", "1/2"]
     with caplog.at_level(logging.INFO, "lightning_freeze"):
         trainer(callbacks=[schedule], max_epochs=2).fit(net, loader())
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("phase")]
-    for row, line in zip(rows, lines, strict=True):
-        assert f"trains {row[3]} of " in line
-        assert line.endswith(f"{row[5].replace('/', ' of ')} BatchNorm frozen")
-    pytest.importorskip("matplotlib")
-    (axes,) = schedule.plot(net, 2).axes
-    assert any("%" in text.get_text() for text in axes.texts) == (not train_affine)
+    for count, frozen, line in zip(column(table, "parameters"), column(table, "frozen BN"), lines, strict=True):
+        assert f"trains {count} of " in line
+        assert line.endswith(f"{frozen.replace('/', ' of ')} BatchNorm frozen")
     with pytest.raises(ValueError, match="trains nothing") if not train_affine else contextlib.nullcontext():
         FreezeSchedule([Phase("backbone.5")]).preview(net, 2)
-
-
-def test_plot_shows_dollar_signs_as_text() -> None:
-    pytest.importorskip("matplotlib")
-    net = nn.ModuleDict({"a$x$": nn.Linear(1, 1), "b": nn.Linear(1, 1)})
-    schedule = FreezeSchedule(
-        [Phase([r"re:a.*\d$|a.*$", "re:b.*$"], name=None, until=Plateau("$\\loss$")), Phase("*")][:1]
-    )
-    figure = schedule.plot(net, 2)
-    figure.canvas.draw()  # it raises for a formula that is none
-    texts = [*figure.axes[0].texts, *figure.axes[0].get_yticklabels()]
-    assert not any(text.get_parse_math() for text in texts if "$" in text.get_text())
-
-
-def test_plot_draws_into_axes_of_the_user() -> None:
-    figure_module = pytest.importorskip("matplotlib.figure")
-    axes = figure_module.Figure().add_subplot()
-    draw_schedule(axes, Plan.of(PHASES, Net(), 8, 6, "batchnorm"))
-    texts = {text.get_text() for text in axes.texts}
-    assert "neck (until val_loss plateaus)" in texts
-    assert any("%" in text and "lr ×0.1" in text for text in texts)
 
 
 class Byol(Net):
@@ -212,16 +287,10 @@ def test_what_other_callbacks_hold_is_counted(held: str, mode: Any) -> None:
 
     trainer(callbacks=[*callbacks, schedule, Probe(note)], max_epochs=3).fit(net, loader())
     for table in (before, schedule.preview(net, 3)):  # it is attached to its Trainer still
-        found = [(int(row[3]), int(row[5].partition("/")[0])) for row in table.rows]
+        frozen = [int(cell.partition("/")[0]) for cell in column(table, "frozen BN")]
+        found = list(zip(map(int, column(table, "parameters")), frozen, strict=True))
         assert found == [fitted[index] for index in range(3)]
     assert attached == [str(before)] * 3  # also asked in mid-fit
-    pytest.importorskip("matplotlib")
-    figure = schedule.plot(net, 3, callbacks=callbacks)
-    rows = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    dark = [bar for bar in figure.axes[0].patches if round(bar.get_y() + 0.4) == rows.index("target")][1::2]
-    shares = [bar.get_alpha() for bar in dark]
-    assert shares[:2] == [0.0, 0.0]
-    assert (shares[2] == 0.0) == ("TargetNetwork" in str(list(map(type, callbacks))))
 
 
 def test_the_example_of_byol() -> None:
@@ -229,9 +298,22 @@ def test_the_example_of_byol() -> None:
     byol = importlib.import_module("examples.momentum_encoder").BYOL()
     schedule = FreezeSchedule([Phase("predictor", epochs=1), Phase("*")], verbose=False)
     follow, counts = TargetNetwork("online", "target", tau=0.02), list[str]()
-    rows = schedule.preview(byol, 2, callbacks=[follow]).rows
+    table = schedule.preview(byol, 2, callbacks=[follow])
     probe = Probe(lambda _, m: counts.append(f"{sum(p.numel() for p in m.parameters() if p.requires_grad):,}"))
     images = torch.utils.data.TensorDataset(torch.randn(8, 1, 8, 8))
     run = trainer(callbacks=[schedule, follow, probe], max_epochs=2)
     run.fit(byol, torch.utils.data.DataLoader(images, batch_size=8))
-    assert [row[3] for row in rows] == counts
+    assert column(table, "parameters") == counts
+
+
+def test_the_repr_of_a_schedule_is_the_code_that_makes_it() -> None:
+    short = FreezeSchedule([Phase("head", epochs=2), Phase("*")], frozen_mode="eval")
+    assert repr(short) == "FreezeSchedule([Phase(train='head', epochs=2), Phase(train='*')], frozen_mode='eval')"
+    long = FreezeSchedule(
+        [*PHASES[:3], Phase(["*", "!head"], name="all", lr_scale={"*": Ramp(0.1, epochs=2)})], optimizer_state="drop"
+    )
+    for schedule in (short, long):
+        again = eval(repr(schedule))
+        assert again.phases == schedule.phases
+        assert (again.frozen_mode, again.optimizer_state) == (schedule.frozen_mode, schedule.optimizer_state)
+    assert len(repr(long).splitlines()) == 6
