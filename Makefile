@@ -10,10 +10,10 @@ WORKERS ?= 2
 BENCHMARKS := rivals rivals_ddp overhead frozen_step feature_cache norms communication memory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples test sweep lint types wheel bench clean
+.PHONY: help setup demo examples test sweep gpu compatibility lint types wheel bench clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +39,13 @@ test: setup ## Run all tests and doctests but the slow sweeps
 
 sweep: setup ## Run the slow sweeps
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+gpu: ## Check laws 1 to 8 on a GPU, then benchmark; under 8 minutes, downloads nothing (LF_DEVICE=cpu: what a CPU can)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu
+
+compatibility: setup ## Write docs/compatibility.md; some 300 optimizers and 190 networks, an hour on 2 cores
+	$(BIN)/python -m pip install --quiet --editable '.[compatibility]'
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.compatibility --jobs $(WORKERS)
 
 lint: setup ## Check style
 	$(BIN)/ruff check .

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 OptimizerFactory = Callable[[Any], torch.optim.Optimizer]
 SchedulerFactory = Callable[[torch.optim.Optimizer], Any]
@@ -106,7 +105,11 @@ def data(samples: int = 24, seed: int = 1) -> TensorDataset:
 
 
 def loader(samples: int = 24, batch_size: int = 4, *, stateful: bool = False) -> DataLoader[Any]:
-    return (StatefulDataLoader if stateful else DataLoader)(data(samples), batch_size=batch_size)
+    if not stateful:
+        return DataLoader(data(samples), batch_size=batch_size)
+    from torchdata.stateful_dataloader import StatefulDataLoader  # `make gpu` does without
+
+    return StatefulDataLoader(data(samples), batch_size=batch_size)
 
 
 def trainer(tmp_path: Any = None, **options: Any) -> Trainer:

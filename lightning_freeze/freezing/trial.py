@@ -87,9 +87,29 @@ def try_scales(optimizer: Optimizer, index: int, phases: Iterable[Collection[flo
             ) from error
 
 
+def saves_with_hooks(optimizer: Optimizer) -> bool:
+    """Return whether saving and loading run torch's hooks; a class with methods of its own is asked.
+
+    Example:
+        >>> saves_with_hooks(torch.optim.SGD([torch.zeros(1)]))
+        True
+    """
+    cls, ran = type(optimizer), []
+    if (cls.state_dict, cls.load_state_dict) == (Optimizer.state_dict, Optimizer.load_state_dict):
+        return True
+    try:
+        other = _step(optimizer, [{}])
+        for when in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            getattr(other, f"register_{when}_hook")(lambda *_, when=when: ran.append(when))
+        other.load_state_dict(other.state_dict())
+    except Exception:  # whatever the class raises, it cannot be asked so
+        return False
+    return len(ran) == 4
+
+
 def _step(
     optimizer: Optimizer, options: list[dict[str, Any]], shape: tuple[int, ...] = (2, 2), *, sparse: bool = False
-) -> None:
+) -> Optimizer:
     like = next(p for group in optimizer.param_groups for p in group["params"])
     tensors = [nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)) for _ in options]
     groups = [{"params": [tensor], **own} for tensor, own in zip(tensors, options, strict=True)]
@@ -98,6 +118,7 @@ def _step(
         zeros: Tensor = torch.zeros_like(tensor)
         tensor.grad = zeros.to_sparse(1) if sparse else zeros
     other.step()
+    return other
 
 
 def _another(optimizer: Optimizer, parameters: Any) -> Optimizer:

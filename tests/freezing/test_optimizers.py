@@ -292,3 +292,52 @@ def test_nothing_of_a_fit_stays_in_a_copy(make: Any, two: Any) -> None:
     twin.state_dict()
     twin.step()
     assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+class Converting(torch.optim.AdamW):
+    """Loads through torch, and then looks at what was loaded, as timm's Adafactor does."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for p, number in zip(group["params"], saved["params"], strict=False):
+                if number in state_dict["state"]:
+                    self.state[p]["exp_avg"] = state_dict["state"][number]["exp_avg"].clone()
+
+
+class Apart(torch.optim.AdamW):
+    """Saves in a way of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": dict(self.state), "param_groups": self.param_groups}
+
+
+def test_an_optimizer_that_loads_through_torch_takes_parameters_in() -> None:
+    """Its state is the user's alone, and what it took in goes on to the bit."""
+    found = []
+    for stop in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False))
+        optimizer = Converting(net[2].parameters())
+        phased = Phased(optimizer, adopt={"0.weight": net[0].weight})
+        for step in range(4):
+            if stop and step == 2:
+                saved, own = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(phased.state())
+                assert [len(group["params"]) for group in saved["param_groups"]] == [1]
+                optimizer = Converting(net[2].parameters())
+                phased.release()
+                phased = Phased(optimizer, adopt={"0.weight": net[0].weight})
+                optimizer.load_state_dict(saved)
+                phased.load_state(own)
+            optimizer.zero_grad()
+            net(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+        phased.release()
+        found.append([p.detach() for p in net.parameters()])
+    assert same(*found)
+
+
+def test_an_optimizer_that_saves_past_torch_takes_nothing_in() -> None:
+    net = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"Apart was not given: bias\. It saves in a way of its own"):
+        Phased(Apart([net.weight]), adopt={"bias": net.bias})
