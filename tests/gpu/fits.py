@@ -255,9 +255,27 @@ class Evidence:
     plain_checkpoint: dict[str, Any]
 
 
-@functools.cache
 def evidence(name: str, device: str) -> Evidence:
-    """Run a setting's fits, once."""
+    """Run a setting's fits, once.
+
+    Raises:
+        Exception: What a fit raised, for each check of the setting.
+    """
+    found = _evidence(name, device)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+@functools.cache
+def _evidence(name: str, device: str) -> Evidence | Exception:
+    try:
+        return _run(name, device)
+    except Exception as error:
+        return error
+
+
+def _run(name: str, device: str) -> Evidence:
     setting = SETTINGS[name]
     if setting.needs_cuda and device != "cuda":
         raise NotHereError(setting.needs_cuda)

@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ def compiled(whole: bool) -> Callable[[str], None]:
     """What unfreezes trains, and what is frozen stays, though the graph was made before."""
 
     def run(device: str) -> None:
-        if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-            raise NotHereError("inductor needs a C++ compiler here")
+        compilers = os.environ.get("CC", "gcc"), "g++", "clang++", "cc"
+        if not any(map(shutil.which, compilers)) or (device == "cuda" and find_spec("triton") is None):
+            raise NotHereError("inductor needs a compiler, and triton on a GPU")
         torch._dynamo.reset()
         torch.manual_seed(0)
         net = Even(optimizer=adamw())
@@ -265,8 +267,8 @@ def norms_wait(device: str) -> str:
 
 
 def metrics_wait(device: str) -> str:
-    """A metric is updated without waiting for the device."""
-    metrics = {"accuracy": tm.MulticlassAccuracy(3, validate_args=False)}
+    """A metric that does not wait by itself is updated without waiting for the device."""
+    metrics = {"accuracy": tm.MulticlassAccuracy(3, average="micro", validate_args=False)}
     return waits_of(device, MetricLogger(metrics, stages=("train",)), 0)
 
 
