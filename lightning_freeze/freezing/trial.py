@@ -115,8 +115,8 @@ def _step(
     groups = [{"params": [tensor], **own} for tensor, own in zip(tensors, options, strict=True)]
     other = _another(optimizer, groups)
     for tensor in tensors:
-        zeros: Tensor = torch.zeros_like(tensor)
-        tensor.grad = zeros.to_sparse(1) if sparse else zeros
+        ones: Tensor = torch.ones_like(tensor)  # at zero gradients some classes return before they look at rates
+        tensor.grad = ones.to_sparse(1) if sparse else ones
     other.step()
     return other
 

@@ -341,3 +341,19 @@ def test_an_optimizer_that_saves_past_torch_takes_nothing_in() -> None:
     net = nn.Linear(2, 1)
     with pytest.raises(ValueError, match=r"Apart was not given: bias\. It saves in a way of its own"):
         Phased(Apart([net.weight]), adopt={"bias": net.bias})
+
+
+class LooksLate(torch.optim.SGD):
+    """Has nothing to say before it is given a gradient that is not zero, as D-Adaptation's SGD."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        moving = any(p.grad.any() for group in self.param_groups for p in group["params"] if p.grad is not None)
+        if moving and len({group["lr"] for group in self.param_groups}) > 1:
+            raise RuntimeError("one rate for all")
+        return super().step(closure)
+
+
+def test_rates_that_are_refused_only_with_a_gradient_are_refused_at_the_start() -> None:
+    net = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="LooksLate refuses: one rate for all"):
+        Phased(LooksLate(net.parameters()), scales=[{id(net.bias): 0.1}])
