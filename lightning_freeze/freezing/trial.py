@@ -75,10 +75,12 @@ def try_scales(optimizer: Optimizer, index: int, phases: Iterable[Collection[flo
         return
     for factors in phases:
         try:
-            _step(optimizer, [{"lr": rate} for _ in factors])
+            whole = _step(optimizer, alike := [dict[str, Any]() for _ in factors], split=False)
         except Exception:  # whatever the class raises, it cannot be asked so
             return
         try:
+            if _moved(whole) != _moved(_step(optimizer, alike)):
+                raise ValueError("it steps only as many groups as it was built with.")
             _step(optimizer, [{"lr": rate * factor} for factor in factors])
         except Exception as error:
             raise ValueError(
@@ -108,17 +110,31 @@ def saves_with_hooks(optimizer: Optimizer) -> bool:
 
 
 def _step(
-    optimizer: Optimizer, options: list[dict[str, Any]], shape: tuple[int, ...] = (2, 2), *, sparse: bool = False
+    optimizer: Optimizer,
+    options: list[dict[str, Any]],
+    shape: tuple[int, ...] = (2, 2),
+    *,
+    sparse: bool = False,
+    split: bool = True,
 ) -> Optimizer:
+    """Step one of its class with a tensor for each of ``options``, whose group is split as in a step of a schedule."""
     like = next(p for group in optimizer.param_groups for p in group["params"])
     tensors = [nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)) for _ in options]
-    groups = [{"params": [tensor], **own} for tensor, own in zip(tensors, options, strict=True)]
-    other = _another(optimizer, groups)
+    other = _another(optimizer, tensors)
     for tensor in tensors:
         ones: Tensor = torch.ones_like(tensor)  # at zero gradients some classes return before they look at rates
         tensor.grad = ones.to_sparse(1) if sparse else ones
+    if split:
+        group = other.param_groups[0]
+        parts = zip(tensors, options, strict=True)
+        other.param_groups[:1] = [{**group, "params": [tensor], **own} for tensor, own in parts]
     other.step()
     return other
+
+
+def _moved(optimizer: Optimizer) -> int:
+    """Return how many of the tensors, which were zero, a step has moved."""
+    return sum(bool(p.any()) for group in optimizer.param_groups for p in group["params"])
 
 
 def _another(optimizer: Optimizer, parameters: Any) -> Optimizer:

@@ -357,3 +357,36 @@ def test_rates_that_are_refused_only_with_a_gradient_are_refused_at_the_start() 
     net = nn.Linear(2, 1)
     with pytest.raises(ValueError, match="LooksLate refuses: one rate for all"):
         Phased(LooksLate(net.parameters()), scales=[{id(net.bias): 0.1}])
+
+
+class PerGroup(torch.optim.SGD):
+    """Steps the groups that it was built with, as AdaBound, which has a list of its own beside them."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, lr=lr)
+        self.base_lrs = [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group, rate in zip(self.param_groups, self.base_lrs, strict=False):
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=rate)
+
+
+def test_scales_are_refused_by_an_optimizer_that_would_leave_a_part_out() -> None:
+    net = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="PerGroup refuses: it steps only as many groups as it was built with"):
+        Phased(PerGroup(net.parameters()), scales=[{id(net.bias): 0.1}])
+
+
+class CountsInState(torch.optim.SGD):
+    """Keeps what is no parameter's in its state, as SPAM."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.01)
+        self.state["total_step"] = 0  # type: ignore[index]
+
+
+def test_an_optimizer_whose_state_has_more_than_parameters_is_followed() -> None:
+    net = nn.Linear(2, 1)
+    Phased(CountsInState(net.parameters()), optimizer_state="drop").train(net, [net.bias])
