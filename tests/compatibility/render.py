@@ -45,15 +45,21 @@ a checkpoint.
 
 # All holds but the last of what a ✓ says.
 INEXACT = "a resumed run differs without the schedule, too"
-
-
-# What stands behind some of the errors.
+# Names and addresses would make many notes of one.
+PLAIN = {
+    r"what \w+ was not given( and does not take)?: net\..*? and \d+ more\.": r"what it was not given\1.",
+    r"which \w+ refuses: ": "which it refuses: ",
+    r"(group \d) of \w+": r"\1",
+    r"It saves in a way of its own.*": "It saves in a way of its own, so nothing can be added later.",
+    r"moves although frozen in phase.*": "what is frozen moves",
+    r"0x[0-9a-f]{6,}": "0x…",
+}
+# What is behind some of the errors, by how they start.
 WHY = {
-    "what is frozen moves": "each step moves all parameters that have ever been trained, and back those with a gradient; "
-    "GradientAudit names them",
-    "KeyError: 'gsnr'": "it measures, in its first step, the parameters that have a gradient then, and can step no other",
-    "AttributeError: 'Parameter' object has no attribute 'hess'": "its constructor marks the parameters that it is given",
-    "lr_scale makes groups of different learning rates, which it refuses: list index": "it keeps a list beside its groups",
+    "what is frozen moves": "a step moves all that was ever trained, and back what has a gradient; GradientAudit tells",
+    "KeyError: 'gsnr'": "it measures what has a gradient in its first step, and can step nothing else",
+    "AttributeError: 'Parameter' object has no": "its constructor marks the parameters that it is given",
+    "lr_scale makes groups of different learning rates, which it refuses: list": "it keeps a list beside its groups",
 }
 
 
@@ -75,17 +81,9 @@ class Notes:
 
 
 def plain(reason: str) -> str:
-    """A reason without names of our little nets, addresses and what breaks a table."""
-    reason = re.sub(
-        r"what \w+ was not given( and does not take)?: net\..*? and \d+ more\.", r"what it was not given\1.", reason
-    )
-    reason = re.sub(r"which \w+ refuses: ", "which it refuses: ", reason)
-    reason = re.sub(r"(group \d) of \w+", r"\1", reason)
-    reason = re.sub(
-        r"It saves in a way of its own.*", "It saves in a way of its own, so nothing can be added later.", reason
-    )
-    reason = re.sub(r"(moves although frozen) in phase.*", r"what is frozen moves", reason)
-    reason = re.sub(r"0x[0-9a-f]{6,}", "0x…", reason)
+    """A reason without what would make many notes of one or break a table, and what is behind it."""
+    for pattern, instead in PLAIN.items():
+        reason = re.sub(pattern, instead, reason)
     reason += next((f" ({why})" for start, why in WHY.items() if reason.startswith(start)), "")
     return reason.replace("|", "\\|").replace("<", "‹").replace(">", "›").replace("*", "\\*")
 
