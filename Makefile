@@ -17,10 +17,10 @@ LOWEST += pytorch-lightning==2.5.3 torchvision==0.21.0 torchdata==0.10.0 timm sc
 BENCHMARKS := rivals rivals_ddp overhead frozen_step feature_cache norms communication memory
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo examples gallery test test-lowest sweep lint types wheel bench clean
+.PHONY: help setup demo examples gallery test test-lowest sweep gpu compatibility lint types wheel bench clean
 
 help: ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -60,6 +60,13 @@ test-lowest: build/lowest/installed ## Run the tests with the lowest versions th
 
 sweep: setup ## Run the slow sweeps
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+gpu: ## Check laws 1 to 8 on a GPU, then benchmark; under 8 minutes, downloads nothing (LF_DEVICE=cpu: what a CPU can)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu
+
+compatibility: setup ## Write docs/compatibility.md; some 300 optimizers and 190 networks, an hour on 2 cores
+	$(BIN)/python -m pip install --quiet --editable '.[compatibility]'
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.compatibility --jobs $(WORKERS)
 
 lint: setup ## Check style
 	$(BIN)/ruff check .

@@ -6,7 +6,7 @@ runs the backbone in eval mode under ``no_grad``, and is taken on the same batch
 steps, so that whatever else the machine does hits both. Fits of the two callbacks alternate. Ratios are to the step by
 hand, of each fit's median: minimum / median / maximum over the fits.
 
-Run it with ``python benchmarks/frozen_step.py``.
+Run it with ``python benchmarks/frozen_step.py``, on a GPU with ``--device cuda``: both wait for it after each step.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class Classifier(LightningModule):
 class ByHand:
     """A training step with a frozen backbone as people write it."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         torch.manual_seed(0)
-        self.net = Classifier()
+        self.net = Classifier().to(device)
         self.net.backbone.eval()
         self.optimizer = torch.optim.AdamW(self.net.head.parameters(), lr=1e-3)
 
@@ -66,27 +66,34 @@ class ByHand:
 class Clock(Callback):
     """Last in the Trainer: times each of its steps, and the same step by hand after it."""
 
-    def __init__(self) -> None:
-        self.hand = ByHand()
+    def __init__(self, device: str) -> None:
+        self.hand, self.device = ByHand(device), device
         self.pairs: list[tuple[float, float]] = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.began = time.perf_counter()
+        self.began = now(self.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        ended = time.perf_counter()
+        ended = now(self.device)
         self.hand.step(*batch)
-        self.pairs.append((ended - self.began, time.perf_counter() - ended))
+        self.pairs.append((ended - self.began, now(self.device) - ended))
 
 
-def fit(callback: Callback, steps: int) -> list[tuple[float, float]]:
-    clock = Clock()
+def now(device: str) -> float:
+    """Return the time at which the device has done its work."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def fit(callback: Callback, steps: int, device: str) -> list[tuple[float, float]]:
+    clock = Clock(device)
     torch.manual_seed(0)
     trainer = Trainer(
         max_epochs=1,
-        accelerator="cpu",
+        accelerator="gpu" if device == "cuda" else device,
         devices=1,
         logger=False,
         callbacks=[callback, clock],
@@ -108,10 +115,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--steps", type=int, default=22, help="in a fit")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; ResNet-18, batch {BATCH} at {SIZE} px")
+    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, {machine}; ResNet-18, batch {BATCH} at {SIZE} px")
     cases: dict[str, Callable[[], Callback]] = {
         "FreezeSchedule": lambda: FreezeSchedule([Phase("head")], verbose=False),
         "BackboneFinetuning": BackboneFinetuning,
@@ -119,7 +128,7 @@ def main() -> None:
     fits: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in cases}
     for _ in range(options.repetitions):
         for name, make in cases.items():
-            fits[name].append(fit(make(), options.steps))
+            fits[name].append(fit(make(), options.steps, options.device))
     print(f"{'':<20}{'ms a step':>10}{'by hand':>10}   ratio: minimum / median / maximum of fits")
     for name, pairs in fits.items():
         ratios = [statistics.median(ours / hand for ours, hand in one) for one in pairs]

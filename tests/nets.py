@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 if "weights_only" not in inspect.signature(Trainer.fit).parameters:  # Lightning 2.5, where all is loaded
 
@@ -125,7 +124,11 @@ def data(samples: int = 24, seed: int = 1) -> TensorDataset:
 
 
 def loader(samples: int = 24, batch_size: int = 4, *, stateful: bool = False) -> DataLoader[Any]:
-    return (StatefulDataLoader if stateful else DataLoader)(data(samples), batch_size=batch_size)
+    if not stateful:
+        return DataLoader(data(samples), batch_size=batch_size)
+    from torchdata.stateful_dataloader import StatefulDataLoader  # `make gpu` does without
+
+    return StatefulDataLoader(data(samples), batch_size=batch_size)
 
 
 def trainer(tmp_path: Any = None, **options: Any) -> Trainer:

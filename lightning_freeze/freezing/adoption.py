@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from lightning_freeze.freezing.trial import saves_with_hooks
 from lightning_freeze.words import listed
 
 
@@ -99,8 +100,8 @@ class Adoption:
 
     def _hook(self) -> list[Any]:
         """Have the parameters out while states are saved or loaded."""
-        optimizer, own = self.optimizer, (Optimizer.state_dict, Optimizer.load_state_dict)
-        if (type(optimizer).state_dict, type(optimizer).load_state_dict) != own:
+        optimizer = self.optimizer
+        if not saves_with_hooks(optimizer):
             raise ValueError(
                 f"The schedule trains what {type(optimizer).__name__} was not given: {listed(self.parameters)}. It "
                 "saves in a way of its own, so nothing can be added to it later. Give it all parameters in "

@@ -94,8 +94,8 @@ class PhasedOptimizer:
         # Counters that a constructor made are not made again by a step, as tensors are.
         self._made = {
             parameter: dict(state)
-            for parameter, state in optimizer.state.items()
-            if state and not any(isinstance(value, Tensor) for value in state.values())
+            for parameter in members([optimizer])
+            if (state := optimizer.state.get(parameter)) and not any(isinstance(v, Tensor) for v in state.values())
         }
 
     def apply(self, phase: int, trains: Collection[int], factor: Callable[[Scale], float] = factor_at) -> None:

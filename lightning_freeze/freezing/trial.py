@@ -60,10 +60,12 @@ def try_scales(optimizer: Optimizer, index: int, phases: Iterable[Collection[flo
         return
     for factors in phases:
         try:
-            _step(optimizer, [{"lr": rate} for _ in factors])
+            whole = _step(optimizer, alike := [dict[str, Any]() for _ in factors], split=False)
         except Exception:  # whatever the class raises, it cannot be asked so
             return
         try:
+            if _moved(whole) != _moved(_step(optimizer, alike)):
+                raise ValueError("it steps only as many groups as it was built with.")
             _step(optimizer, [{"lr": rate * factor} for factor in factors])
         except Exception as error:
             raise ValueError(
@@ -107,19 +109,52 @@ def _size(state: Mapping[str, Any]) -> int:
     return sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
 
 
+def saves_with_hooks(optimizer: Optimizer) -> bool:
+    """Return whether saving and loading run torch's hooks; a class with methods of its own is asked.
+
+    Example:
+        >>> saves_with_hooks(torch.optim.SGD([torch.zeros(1)]))
+        True
+    """
+    cls, ran = type(optimizer), []
+    if (cls.state_dict, cls.load_state_dict) == (Optimizer.state_dict, Optimizer.load_state_dict):
+        return True
+    try:
+        other = _step(optimizer, [{}])
+        for when in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            getattr(other, f"register_{when}_hook")(lambda *_, when=when: ran.append(when))
+        other.load_state_dict(other.state_dict())
+    except Exception:  # whatever the class raises, it cannot be asked so
+        return False
+    return len(ran) == 4
+
+
 def _step(
-    optimizer: Optimizer, options: list[dict[str, Any]], shape: tuple[int, ...] = (2, 2), *, sparse: bool = False
-) -> None:
+    optimizer: Optimizer,
+    options: list[dict[str, Any]],
+    shape: tuple[int, ...] = (2, 2),
+    *,
+    sparse: bool = False,
+    split: bool = True,
+) -> Optimizer:
+    """Step one of its class with a tensor for each of ``options``, whose group is split as in a step of a schedule."""
     like = next(p for group in optimizer.param_groups for p in group["params"])
     tensors = [nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)) for _ in options]
-    # A rate of 0, where a ramp may begin, is set later, as in a fit: some refuse to be built with it.
-    built = [{option: value for option, value in own.items() if value} for own in options]
-    other = _another(optimizer, [{"params": [tensor], **own} for tensor, own in zip(tensors, built, strict=True)])
-    for tensor, group, own in zip(tensors, other.param_groups, options, strict=True):
-        group.update(own)
-        zeros: Tensor = torch.zeros_like(tensor)
-        tensor.grad = zeros.to_sparse(1) if sparse else zeros
+    other = _another(optimizer, tensors)
+    for tensor in tensors:
+        ones: Tensor = torch.ones_like(tensor)  # at zero gradients some classes return before they look at rates
+        tensor.grad = ones.to_sparse(1) if sparse else ones
+    if split:
+        group = other.param_groups[0]
+        parts = zip(tensors, options, strict=True)
+        other.param_groups[:1] = [{**group, "params": [tensor], **own} for tensor, own in parts]
     other.step()
+    return other
+
+
+def _moved(optimizer: Optimizer) -> int:
+    """Return how many of the tensors, which were zero, a step has moved."""
+    return sum(bool(p.any()) for group in optimizer.param_groups for p in group["params"])
 
 
 def _another(optimizer: Optimizer, parameters: Any) -> Optimizer:

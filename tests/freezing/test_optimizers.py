@@ -320,3 +320,101 @@ def test_copy_of_an_optimizer_in_a_fit_saves_and_steps_alone(make: Any, two: Any
     twin.state_dict()
     twin.step()
     assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+class Converting(torch.optim.AdamW):
+    """Loads through torch, and then looks at what was loaded, as timm's Adafactor does."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            for p, number in zip(group["params"], saved["params"], strict=False):
+                if number in state_dict["state"]:
+                    self.state[p]["exp_avg"] = state_dict["state"][number]["exp_avg"].clone()
+
+
+class Apart(torch.optim.AdamW):
+    """Saves in a way of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": dict(self.state), "param_groups": self.param_groups}
+
+
+def test_an_optimizer_that_loads_through_torch_takes_parameters_in() -> None:
+    """Its state is the user's alone, and what it took in goes on to the bit."""
+    found = []
+    for stop in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False))
+        optimizer = Converting(net[2].parameters())
+        phased = Phased(optimizer, adopt={"0.weight": net[0].weight})
+        for step in range(4):
+            if stop and step == 2:
+                saved, own = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(phased.state())
+                assert [len(group["params"]) for group in saved["param_groups"]] == [1]
+                optimizer = Converting(net[2].parameters())
+                phased.release()
+                phased = Phased(optimizer, adopt={"0.weight": net[0].weight})
+                optimizer.load_state_dict(saved)
+                phased.load_state(own)
+            optimizer.zero_grad()
+            net(torch.ones(2, 3)).square().sum().backward()
+            optimizer.step()
+        phased.release()
+        found.append([p.detach() for p in net.parameters()])
+    assert same(*found)
+
+
+def test_an_optimizer_that_saves_past_torch_takes_nothing_in() -> None:
+    net = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"Apart was not given: bias\. It saves in a way of its own"):
+        Phased(Apart([net.weight]), adopt={"bias": net.bias})
+
+
+class LooksLate(torch.optim.SGD):
+    """Has nothing to say before it is given a gradient that is not zero, as D-Adaptation's SGD."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        moving = any(p.grad.any() for group in self.param_groups for p in group["params"] if p.grad is not None)
+        if moving and len({group["lr"] for group in self.param_groups}) > 1:
+            raise RuntimeError("one rate for all")
+        return super().step(closure)
+
+
+def test_rates_that_are_refused_only_with_a_gradient_are_refused_at_the_start() -> None:
+    net = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="LooksLate refuses: one rate for all"):
+        Phased(LooksLate(net.parameters()), scales=[{id(net.bias): 0.1}])
+
+
+class PerGroup(torch.optim.SGD):
+    """Steps the groups that it was built with, as AdaBound, which has a list of its own beside them."""
+
+    def __init__(self, params: Any, lr: float = 0.01) -> None:
+        super().__init__(params, lr=lr)
+        self.base_lrs = [group["lr"] for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group, rate in zip(self.param_groups, self.base_lrs, strict=False):
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=rate)
+
+
+def test_scales_are_refused_by_an_optimizer_that_would_leave_a_part_out() -> None:
+    net = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="PerGroup refuses: it steps only as many groups as it was built with"):
+        Phased(PerGroup(net.parameters()), scales=[{id(net.bias): 0.1}])
+
+
+class CountsInState(torch.optim.SGD):
+    """Keeps what is no parameter's in its state, as SPAM."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, lr=0.01)
+        self.state["total_step"] = 0  # type: ignore[index]
+
+
+def test_an_optimizer_whose_state_has_more_than_parameters_is_followed() -> None:
+    net = nn.Linear(2, 1)
+    Phased(CountsInState(net.parameters()), optimizer_state="drop").train(net, [net.bias])

@@ -1,0 +1,38 @@
+"""The checks of ``make gpu``, on the device that ``LF_DEVICE`` names: by default those that a CPU can run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.gpu import laws, others
+from tests.gpu.fits import NotHereError
+
+DEVICE = os.environ.get("LF_DEVICE", "cpu")
+SAMPLE = ("float32: ", "16-mixed, an optimizer at rest: ", "state offloaded: ", "FSDP", "Feature", "waits")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [
+        pytest.param(name, check, id=name, marks=[] if name.startswith(SAMPLE) else [pytest.mark.slow])
+        for name, check in {**laws.CHECKS, **others.CHECKS}.items()
+    ],
+)
+def test_on_the_device(name: str, check: Callable[[str], Any]) -> None:
+    try:
+        check(DEVICE)
+    except NotHereError as reason:
+        pytest.skip(str(reason))
