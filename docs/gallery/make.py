@@ -92,6 +92,7 @@ def fit(schedule: Any, model: LightningModule, max_epochs: int) -> None:
 @cache
 def models() -> dict[str, Any]:
     """Return the networks, by the names that the pages give them."""
+    torch.manual_seed(0)
     with torch.device("meta"):
         made = {
             "resnet": torchvision.models.resnet50(num_classes=10),
@@ -208,8 +209,10 @@ PAGES = [
     ),
     Page(
         "layerwise_decay", "Layer-wise decay of rates",
-        "Each layer's rate is its successor's times 0.75, from the first step on.",
-        BLOCKS + 'schedule = FreezeSchedule([Phase("*", lr_scale={"*": 0.02, **layerwise_lr_decay(layers, 0.75)})])',
+        "Each block's rate is its successor's times 0.75, from the first step on. What no layer names "
+        "has the full rate.",
+        'layers = ["embeddings", *layers_of(transformer)]\n'
+        'schedule = FreezeSchedule([Phase("*", lr_scale=layerwise_lr_decay(layers, 0.75))])',
         "transformer, max_epochs=5",
     ),
     Page(
