@@ -138,14 +138,13 @@ def overlay(module: nn.Module, selects: Sequence[Selector], *, given: str = "sel
     Raises:
         ValueError: If a selector matches nothing, or if later ones leave it nothing.
     """
-    owner: dict[str, Selector] = {}
-    for select in selects:
-        owner.update(dict.fromkeys(resolve(module, select, given=given), select))
-    for select in selects:
+    names = _Names(module := unwrapped(module), module.named_parameters(remove_duplicate=False))
+    named = [(select, list(names.choose(select, given, "parameter"))) for select in selects]
+    owner = {name: select for select, mine in named for name in mine}
+    for select, mine in named:
         if not any(holder is select for holder in owner.values()):
-            mine = resolve(module, select, given=given)
-            for other in selects:
-                if other is not select and resolve(module, other, given=given).keys() == mine.keys():
+            for other, theirs in named:
+                if other is not select and theirs == mine:
                     raise ValueError(
                         f"{given.format(repr(selector_text(select)))} names the same parameters as "
                         f"{selector_text(other)!r}: {', '.join(mine)}. Tied parameters are one. Keep one of the two."
