@@ -60,11 +60,12 @@ def try_scales(optimizer: Optimizer, index: int, phases: Iterable[Collection[flo
         return
     for factors in phases:
         try:
-            whole = _step(optimizer, alike := [dict[str, Any]() for _ in factors], split=False)
+            whole = _step(optimizer, alike := [dict[str, Any]() for _ in factors], one_group=True)
+            _step(optimizer, [{"lr": rate} for _ in factors])
         except Exception:  # whatever the class raises, it cannot be asked so
             return
         try:
-            if _moved(whole) != _moved(_step(optimizer, alike)):
+            if _moved(whole) != _moved(_step(optimizer, alike, one_group=True, split=True)):
                 raise ValueError("it steps only as many groups as it was built with.")
             _step(optimizer, [{"lr": rate * factor} for factor in factors])
         except Exception as error:
@@ -135,19 +136,19 @@ def _step(
     shape: tuple[int, ...] = (2, 2),
     *,
     sparse: bool = False,
-    split: bool = True,
+    one_group: bool = False,
+    split: bool = False,
 ) -> Optimizer:
-    """Step one of its class with a tensor for each of ``options``, whose group is split as in a step of a schedule."""
+    """Step one of its class that was built with a group for each of ``options``, or one that is split later."""
     like = next(p for group in optimizer.param_groups for p in group["params"])
     tensors = [nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)) for _ in options]
-    other = _another(optimizer, tensors)
+    groups = [{"params": [tensor], **own} for tensor, own in zip(tensors, options, strict=True)]
+    other = _another(optimizer, tensors if one_group else groups)
     for tensor in tensors:
         ones: Tensor = torch.ones_like(tensor)  # at zero gradients some classes return before they look at rates
         tensor.grad = ones.to_sparse(1) if sparse else ones
     if split:
-        group = other.param_groups[0]
-        parts = zip(tensors, options, strict=True)
-        other.param_groups[:1] = [{**group, "params": [tensor], **own} for tensor, own in parts]
+        other.param_groups[:1] = [{**other.param_groups[0], **group} for group in groups]
     other.step()
     return other
 
