@@ -111,16 +111,3 @@ def check_dtype(dtype: Any) -> torch.dtype | None:
         raise TypeError(f"FeatureCache(dtype={dtype!r}): it is a dtype, such as torch.float16.")
     name = str(dtype).removeprefix("torch.")
     return None if dtype is None else getattr(torch, one_of("FeatureCache", "dtype", name, _DTYPES))
-
-
-def refuse_twice(first: str | list[str], second: str | list[str], twice: list[str]) -> None:
-    """Raise an error if two caches would answer for the same modules.
-
-    Raises:
-        ValueError: If ``twice`` names any.
-    """
-    if twice:
-        raise ValueError(
-            f"FeatureCache(module={first!r}) and FeatureCache(module={second!r}) would both remember what {twice[0]} "
-            "gives. Leave one of them out; one with a list of modules caches as many of them as are frozen."
-        )

@@ -27,7 +27,6 @@ from lightning_freeze.feature_cache.arguments import (
     check_module,
     check_storage,
     modules_by_name,
-    refuse_twice,
     sequential_links,
 )
 from lightning_freeze.feature_cache.chain import FeatureChain
@@ -212,9 +211,16 @@ class FeatureCache(Callback):
         whole = next(iter(found.items())) if isinstance(self.module, str) and len(found) == 1 else None
         links = found if whole is None else sequential_links(*whole)
         for other in callbacks_of(trainer):
-            if isinstance(other, FeatureCache) and (chain := other._chain) is not None:
-                twice = [name for name, module in (found | links).items() if chain.answers_for(module)]
-                refuse_twice(other.module, self.module, twice)
+            chain = other._chain if isinstance(other, FeatureCache) else None
+            twice = [
+                name for name, module in (found | links).items() if chain is not None and chain.answers_for(module)
+            ]
+            if isinstance(other, FeatureCache) and twice:
+                raise ValueError(
+                    f"FeatureCache(module={other.module!r}) and FeatureCache(module={self.module!r}) would both "
+                    f"remember what {twice[0]} gives. Leave one of them out; one with a list of modules caches as many "
+                    "of them as are frozen."
+                )
         if self._rows is None:
             self._rows = MemoryRows(self.max_bytes or available_memory() // 2 // max(1, trainer.num_devices))
         elif isinstance(self._rows, FolderRows):

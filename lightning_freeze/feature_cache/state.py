@@ -42,8 +42,6 @@ def why_not_reusable(name: str, module: nn.Module) -> str | None:
         'net.1 (Dropout, p=0.5) is in train mode: its output is random'
     """
     for below, parameter in module.named_parameters(name):
-        if isinstance(parameter, DTensor):
-            return f"{below} is sharded over ranks (FSDP2 or tensor parallelism)"
         if parameter.requires_grad:
             return f"{below} trains"
     for below, layer in module.named_modules(prefix=name):
@@ -60,8 +58,6 @@ def why_not_reusable(name: str, module: nn.Module) -> str | None:
 def _why_not_layer(name: str, layer: nn.Module) -> str | None:
     if isinstance(layer, torch.jit.ScriptModule):
         return f"{name} is TorchScript, whose code cannot be looked into"
-    if isinstance(layer, FSDPModule):
-        return f"{name} is sharded over ranks (FSDP2)"
     if any(isinstance(value, torch.ScriptObject) for value in vars(layer).values()):
         return f"{name} ({type(layer).__name__}) keeps weights that cannot be looked into"
     if any(hooks_of(layer)):
