@@ -28,20 +28,19 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional import accuracy
 
-from lightning_freeze import FeatureCache, FreezeSchedule, Phase, trainable_summary
+from lightning_freeze import FeatureCache, FreezeSchedule, Phase, Ramp, trainable_summary
 from lightning_freeze.schedule.plan import Plan
-from lightning_freeze.schedule.plot import draw_schedule
+from lightning_freeze.schedule.plot import draw_rates, draw_schedule
 
-PARTS = ("head", "backbone")
 PHASES = [
     Phase("head", name="head", epochs=6),
     Phase(
         ["head", "backbone._conv_head", "backbone._bn1", r"re:backbone\._blocks\.1[1-5]\..*"],
         name="top blocks",
         epochs=2,
-        lr_scale={"backbone": 0.5},
+        lr_scale={"backbone": Ramp(0.05, 0.5, epochs=1)},
     ),
-    Phase("*", name="everything", lr_scale={"backbone": 0.5}),
+    Phase("*", name="everything", lr_scale={"backbone": Ramp(0.05, 0.5, epochs=2)}),
 ]
 
 
@@ -85,18 +84,9 @@ class Record(Callback):
         self.schedule, self.cache = schedule, cache
         self.saved = 0.0
         self.epochs: list[dict[str, float]] = []
-        self.rates: list[tuple[float, list[float]]] = []
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = time.perf_counter()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        position = trainer.global_step / trainer.num_training_batches
-        rate, scales = trainer.optimizers[0].param_groups[0]["lr"], self.schedule.phase.scales
-        trains = {name: any(p.requires_grad for p in pl_module.get_submodule(name).parameters()) for name in PARTS}
-        self.rates.append(
-            (position, [rate * scales.get(name, 1.0) if trains[name] else float("nan") for name in PARTS])
-        )
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -107,6 +97,7 @@ class Record(Callback):
         self.epochs.append(
             {
                 "epoch": trainer.current_epoch,
+                "step": trainer.global_step,
                 "phase": self.schedule.phase_index,
                 "share": trainable_summary(pl_module).fraction,
                 "seconds": self.seconds,
@@ -149,38 +140,28 @@ def report(record: Record, phases: list[Phase]) -> Table:
 
 
 def picture(record: Record, schedule: FreezeSchedule, model: Classifier) -> Figure:
-    """Draw the schedule, the learning rates and the accuracy above one another."""
+    """Draw what trained, at which rate, and how well, above one another."""
     figure = Figure(figsize=(9, 7), layout="constrained")
-    figure.suptitle("EfficientNet-Lite0 on handwritten digits: what trains (dark), how fast, and how well")
-    what, rates, quality = figure.subplots(3, 1, sharex=True, height_ratios=[1, 1.3, 1.3])
-    draw_schedule(what, Plan.of(schedule, model, len(record.epochs)))
-    what.set_xlabel("")
+    figure.suptitle("EfficientNet-Lite0 on handwritten digits")
+    what, rates, quality = figure.subplots(3, 1, sharex=True, height_ratios=[1.5, 1, 1.5])
+    plan = Plan.of(schedule, model, happened=True)
+    draw_schedule(what, plan)
+    draw_rates(rates, plan)
+    for axes in (what, rates):
+        axes.set_xlabel("")
 
-    steps = [position for position, _ in record.rates]
-    for label, colour, values in zip(
-        PARTS, ("#d08a2e", "#2f6f9f"), zip(*(row for _, row in record.rates), strict=True), strict=True
-    ):
-        rates.plot(steps, values, color=colour)
-        highest = max(range(len(values)), key=lambda i: values[i] if values[i] == values[i] else 0.0)
-        rates.annotate(
-            label, (steps[highest], values[highest]), xytext=(0, 4), textcoords="offset points", color=colour
-        )
-    rates.margins(y=0.15)
-    rates.set_ylabel("learning rate")
-
-    accuracies = [epoch["accuracy"] for epoch in record.epochs]
-    ends = [number + 1 for number in range(len(accuracies))]
-    quality.plot(ends, accuracies, marker="o", color="#2f6f9f", clip_on=False)
-    last = (ends[-1], accuracies[-1])
-    quality.annotate(f"{last[1]:.1%}", last, xytext=(-6, 7), textcoords="offset points", ha="right")
+    steps, accuracies = zip(*((epoch["step"], epoch["accuracy"]) for epoch in record.epochs), strict=True)
+    quality.plot(steps, accuracies, marker="o", color="#2f6f9f", clip_on=False)
+    quality.annotate(
+        f"{accuracies[-1]:.1%}", (steps[-1], accuracies[-1]), xytext=(-6, 7), textcoords="offset points", ha="right"
+    )
     quality.margins(y=0.15)
     quality.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     quality.set_ylabel("validation accuracy")
-    quality.set_xlabel("epoch")
-    for axes in (rates, quality):
-        axes.spines[["top", "right"]].set_visible(False)
-        for epoch, _, _ in schedule.history[1:]:
-            axes.axvline(epoch, color="black", linewidth=0.8)
+    quality.set_xlabel("optimizer step")
+    quality.spines[["top", "right"]].set_visible(False)
+    for _, step, _ in schedule.history[1:]:
+        quality.axvline(step, color="black", linewidth=0.8)
     return figure
 
 
