@@ -112,6 +112,11 @@ class Stops(torch.autograd.Function):
 #: Muon is new in torch 2.9.
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
+#: On a CPU; torch 2.6 has it on GPUs only.
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on a CPU"
+)
+
 
 def averaging(name: str = "WeightAveraging") -> Any:
     """A class of Lightning's callbacks that is new in 2.6; before, the test is skipped."""

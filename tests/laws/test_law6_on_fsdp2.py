@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase
 from tests.devices import Even, share, whole
-from tests.nets import Probe, adamw, same, sgd, trainer
+from tests.nets import Probe, adamw, needs_fsdp2, same, sgd, trainer
 from tests.replicas import WORLD, on_two_processes
+
+pytestmark = needs_fsdp2
 
 # Whole units, single parameters inside a unit, and back; backbone.0, neck and head are units, the rest is the root's.
 PHASES = [
