@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-if "weights_only" not in inspect.signature(Trainer.fit).parameters:  # Lightning 2.5, where all is loaded
+LOADS_ALL = "weights_only" not in inspect.signature(Trainer.fit).parameters  # Lightning 2.5
+if LOADS_ALL:
 
     def _loads_all(method: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, weights_only=None, **kwargs: method(*args, **kwargs)
