@@ -109,6 +109,8 @@ CASES: dict[str, Case] = {
     },
     "local steps between averages": {"make_strategy": post_local_sgd, "joined": False, "optimizer": sgd},
 }
+if not hasattr(Hooked(), "_pl_static_graph_delay_done"):  # Lightning 2.5, where that pair is refused
+    del CASES["manual, static graph"]
 
 
 def fit(case: Case, *, ranks: int) -> dict[str, Any]:
