@@ -112,7 +112,7 @@ CASES: dict[str, Case] = {
 }
 if not hasattr(Hooked(), "_pl_static_graph_delay_done"):  # Lightning 2.5, where that pair is refused
     del CASES["manual, static graph"]
-if "forward_sync_buffers" not in inspect.signature(nn.parallel.DistributedDataParallel).parameters:  # older torch
+if "forward_sync_buffers" not in inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters:  # older torch
     del CASES["buffers not broadcast"]
 
 
