@@ -12,7 +12,6 @@ import torch
 import xxhash
 from torch import Tensor, fx, nn
 
-from lightning_freeze._distributed import DTensor, FSDPModule
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.interceptor import (
     BatchNormBase,
