@@ -78,12 +78,11 @@ class _Split:
         """Write into the user's group what the step has changed in the first part."""
         factor, before = self.factors[0], self.before
         for option, value in self.parts[0].items():
-            if before.get(option, self) is value or option in _MEMBERS:
+            scale = factor if is_rate(option) else 1.0
+            # What a step makes of a rate of 0 says nothing of the user's.
+            if before.get(option, self) is value or option in _MEMBERS or not scale:
                 continue
-            if not is_rate(option) or factor == 1.0:
-                group[option] = value
-            elif factor:  # what a step makes of a rate of 0 says nothing of the user's
-                group[option] = value / factor
+            group[option] = value if scale == 1.0 else value / scale
             if not isinstance(value, Tensor):
                 self.seen[option] = group[option]
 

@@ -143,7 +143,11 @@ def _step(
     like = next(p for group in optimizer.param_groups for p in group["params"])
     tensors = [nn.Parameter(torch.zeros(shape, dtype=like.dtype, device=like.device)) for _ in options]
     groups = [{"params": [tensor], **own} for tensor, own in zip(tensors, options, strict=True)]
-    other = _another(optimizer, tensors if one_group else groups)
+    # A rate of 0, where a ramp may begin, is set later, as in a fit: some refuse to be built with it.
+    built = [{option: value for option, value in group.items() if value} for group in groups]
+    other = _another(optimizer, tensors if one_group else built)
+    for made, own in zip(other.param_groups, options, strict=False):
+        made.update(own)
     for tensor in tensors:
         ones: Tensor = torch.ones_like(tensor)  # at zero gradients some classes return before they look at rates
         tensor.grad = ones.to_sparse(1) if sparse else ones
