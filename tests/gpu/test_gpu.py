@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.gpu import laws, others
 from tests.gpu.fits import NotHereError
@@ -18,10 +19,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(autouse=True)
-def _deterministic() -> Iterator[None]:
+def _leaves_nothing() -> Iterator[None]:
+    environment = dict(os.environ)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+    if dist.is_initialized():  # Lightning leaves it, and the metrics of other tests would meet in it
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.mark.parametrize(
