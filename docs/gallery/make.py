@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torchvision
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_freeze
-from lightning_freeze._lightning import LightningModule, Trainer
 
 HERE = Path(__file__).parent
 

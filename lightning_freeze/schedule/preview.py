@@ -33,12 +33,12 @@ OptimizerLike: TypeAlias = Optimizer | Callable[[Any], Optimizer]
 
 def schedule_text(schedule: FreezeSchedule) -> str:
     """Return the code that makes a schedule, on one line if that is short."""
-    phases = list(map(repr, schedule.phases))
+    phases = list(map(repr, schedule.phases)) if schedule.phases else []
     defaults = {"frozen_mode": "batchnorm", "optimizer_state": "keep", "verbose": True}
     given = {name: getattr(schedule, name) for name in defaults}
     options = "".join(f", {name}={value!r}" for name, value in given.items() if value != defaults[name])
-    text = f"[{', '.join(phases)}]{options}"
-    if len(text) > _WIDTH:
+    text = (f"[{', '.join(phases)}]" if phases else repr(schedule.phases)) + options  # a preset may have none yet
+    if phases and len(text) > _WIDTH:
         text = "[\n" + "".join(f"    {phase},\n" for phase in phases) + f"]{options}"
     return f"{type(schedule).__name__}({text})"
 

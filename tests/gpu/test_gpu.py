@@ -20,12 +20,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing() -> Iterator[None]:
-    environment = dict(os.environ)
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # else DDP sets threads, and sums of more are others
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
     if dist.is_initialized():  # Lightning leaves it, and the metrics of other tests would meet in it
         dist.destroy_process_group()
+    torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(environment)
 

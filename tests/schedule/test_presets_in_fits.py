@@ -158,7 +158,7 @@ def test_draws_last_through_a_fit_with_two_optimizers() -> None:
 def test_preview_and_plot_show_the_phases_of_a_preset() -> None:
     net = Deep()
     rows = FreezeSchedule(gradual_unfreezing("blocks")).preview(net, 9).rows
-    assert [row[1] for row in rows][:2] == ["from last", "from blocks.2"]
+    assert [row[:2] for row in rows][:2] == [("1 from last", "last"), ("2 from blocks.2", "blocks.2, last")]
     assert len(rows) == 5
     sampled = FreezeSchedule(layerwise_sampling("blocks", count=1, every_n_steps=5))
     assert len(sampled.preview(net, 3, steps_per_epoch=10).rows) == 6
