@@ -103,13 +103,14 @@ class Course:
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
-        stepped = self.step != self.progress.seen
-        # Where the user steps, only a step in the last batch tells that no accumulation window is open.
         automatic = pl_module.automatic_optimization
-        closed = batch_idx % self.trainer.accumulate_grad_batches == 0 if automatic else stepped
-        if closed and self._move(self._asked(ask_function=stepped)):
-            self._log_phase()
-        self.progress.seen = self.step
+        if not automatic or self.progress.may_end_in_epoch:
+            stepped = self.step != self.progress.seen
+            # Where the user steps, only a step in the last batch tells that no accumulation window is open.
+            closed = batch_idx % self.trainer.accumulate_grad_batches == 0 if automatic else stepped
+            if closed and self._move(self._asked(ask_function=stepped)):
+                self._log_phase()
+            self.progress.seen = self.step
         if not automatic:
             self.fit.stepped = (0, self.trainer.global_step)
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
@@ -126,7 +127,8 @@ class Course:
         if self.fit.stepped[0] and (uncounted := self.fit.uncounted(self.trainer.global_step)):
             report.steps_uncounted(self.trainer, first=self.progress.uncounted == 0)
             self.progress.uncounted += uncounted
-        self._end_if_over()
+        if self.progress.may_end_in_epoch:
+            self._end_if_over()
 
     def end_validation(self) -> None:
         """Look at the phase's metric if validation has logged it; end the fit if the last phase is over."""

@@ -140,8 +140,15 @@ class Progress:
         """Whether the current phase is the last."""
         return self.index + 1 == len(self.phases)
 
+    @property
+    def may_end_in_epoch(self) -> bool:
+        """Whether the current phase may be over between two batches of an epoch; cheap enough for each."""
+        phase = self.phase
+        by_function = phase.until is not None and phase.plateau is None
+        return phase.steps is not None or by_function or bool(self.plateau.why or self.asked or self.ended)
+
     def over(self, epoch: int, step: int, asked: str = "") -> str:
-        """Return why the current phase is over, an empty text while it is not; cheap enough for every batch.
+        """Return why the current phase is over, an empty text while it is not.
 
         Args:
             epoch: The current epoch.
