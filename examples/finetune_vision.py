@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.functional import accuracy
 
-from lightning_freeze import FeatureCache, FreezeSchedule, Phase, Ramp, trainable_summary
+from lightning_freeze import FeatureCache, FreezeSchedule, Phase, trainable_summary
 from lightning_freeze.schedule.plan import Plan
 from lightning_freeze.schedule.plot import draw_rates, draw_schedule
 
@@ -38,9 +38,9 @@ PHASES = [
         ["head", "backbone._conv_head", "backbone._bn1", r"re:backbone\._blocks\.1[1-5]\..*"],
         name="top blocks",
         epochs=2,
-        lr_scale={"backbone": Ramp(0.05, 0.5, epochs=1)},
+        lr_scale={"backbone": 0.5},
     ),
-    Phase("*", name="everything", lr_scale={"backbone": Ramp(0.05, 0.5, epochs=2)}),
+    Phase("*", name="everything", lr_scale={"backbone": 0.5}),
 ]
 
 
