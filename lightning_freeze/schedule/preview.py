@@ -15,6 +15,7 @@ from lightning_freeze.freezing.optimizers import OptimizerState
 from lightning_freeze.freezing.trial import state_bytes
 from lightning_freeze.functional import scalars
 from lightning_freeze.names import branches, runs
+from lightning_freeze.schedule.phases import function_name
 from lightning_freeze.schedule.plan import Factor, Plan, running_statistics, trainer_of
 from lightning_freeze.schedule.plateau import Plateau
 from lightning_freeze.schedule.rates import Ramp
@@ -179,7 +180,7 @@ def _notes(plan: Plan) -> Iterator[str]:
     """Yield what no row says."""
     for index in plan.reached:
         if (until := (phase := plan.phases[index]).until) is not None:
-            what = f"{until.monitor} plateaus" if isinstance(until, Plateau) else f"{_name(until)}() is true"
+            what = f"{until.monitor} plateaus" if isinstance(until, Plateau) else f"{function_name(until)}() is true"
             is_guess = index + 1 < len(plan.phases) and not (phase.epochs or phase.steps or phase.fraction)
             sure = "how long that takes is a guess" if is_guess else "at most as long as shown"
             yield f"Phase {index + 1} lasts until {what}: {sure}."
@@ -192,7 +193,3 @@ def _notes(plan: Plan) -> Iterator[str]:
         found = branches({name: name in frozen for name in plan.parameters})
         names = runs([branch for branch, inside in found if inside[0] in frozen])
         yield f"Never trains: {listed(names, most=8)} ({sum(map(scalars, frozen.values())):,} parameters)."
-
-
-def _name(function: object) -> str:
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
