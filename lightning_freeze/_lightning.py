@@ -45,6 +45,7 @@ __all__ = [
     "callbacks_of",
     "epoch_names",
     "evaluation_dataloaders",
+    "is_sharded",
     "logged_step",
     "loss_scale",
     "optimizers_of",
@@ -153,6 +154,11 @@ _LENT = frozenset({"log", "log_dict"})
 def averages_models(strategy: Strategy) -> bool:
     """Return whether DDP's processes train apart and average their models now and then, as in post-local SGD."""
     return getattr(strategy, "_model_averager", None) is not None  # nothing public tells of it
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Return whether a process has a part of each parameter only, as under FSDP."""
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
-from lightning_freeze.words import suggestion
+from lightning_freeze.words import suggestion, whole_number
 
 T = TypeVar("T")
 
@@ -23,21 +23,34 @@ _ELSEWHERE = {
 
 
 def plain_options(cls: type[T]) -> type[T]:
-    """Have a dataclass of options say what would be right where Python's error does not, and show no defaults."""
+    """Have a dataclass of options check its numbers, say what would be right, and show no defaults.
+
+    What is annotated as an ``int`` or a ``float`` becomes one, also if it is NumPy's; an ``int`` is at least 1, or 0 if
+    that is the default.
+    """
     make = cls.__init__
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    names, unnamed = [field.name for field in fields], [field.name for field in fields if not field.kw_only]
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unnamed = [field.name for field in fields.values() if not field.kw_only]
+
+    def as_number(name: str, value: Any) -> Any:
+        kind, default = str(fields[name].type), fields[name].default
+        if kind.removesuffix(" | None") not in ("int", "float") or (value is None and kind.endswith("None")):
+            return value
+        if value == default == 0:
+            return default
+        shown = f"{cls.__name__}({name}={value!r}): {name}"
+        return number(shown, value) if kind.startswith("float") else whole_number(cls.__name__, name, value)
 
     @functools.wraps(make)
     def checked(self: T, *args: Any, **options: Any) -> None:
         if len(args) > len(unnamed):
             raise TypeError(
                 f"{cls.__name__}({', '.join(map(repr, args))}): only {', '.join(unnamed)} can be positional. Write "
-                f"other options by name: {', '.join(names)}."
+                f"other options by name: {', '.join(fields)}."
             )
-        if unknown := [key for key in options if key not in names]:
-            raise TypeError(_unknown(cls.__name__, unknown[0], names))
-        make(self, *args, **options)
+        if unknown := [key for key in options if key not in fields]:
+            raise TypeError(_unknown(cls.__name__, unknown[0], list(fields)))
+        make(self, *map(as_number, unnamed, args), **{name: as_number(name, one) for name, one in options.items()})
 
     def shown(self: T) -> str:
         return f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in without_defaults(self).items())})"
@@ -50,14 +63,8 @@ def plain_options(cls: type[T]) -> type[T]:
 def built(cls: Callable[..., T], options: Mapping[str, Any], where: str, needs: tuple[str, str]) -> T:
     """Return a dataclass from a mapping of its arguments, as YAML has them.
 
-    Args:
-        cls: The dataclass.
-        options: Its arguments.
-        where: What the mapping is, for errors.
-        needs: An argument that has to be there, and what it says.
-
-    Raises:
-        ValueError: If an argument is unknown or the needed one is not there.
+    ``where`` begins what a ValueError says of an argument that is unknown, or that ``needs`` to be there: its name, and
+    what it says.
     """
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     if unknown := [key for key in options if key not in names]:
@@ -69,11 +76,7 @@ def built(cls: Callable[..., T], options: Mapping[str, Any], where: str, needs: 
 
 
 def number(shown: str, value: object) -> float:
-    """Return a number as a float, also if it is NumPy's.
-
-    Raises:
-        TypeError: If it is none; ``shown`` begins the sentence.
-    """
+    """Return a number as a float; raise a TypeError that begins with ``shown`` if it is none."""
     if isinstance(value, bool) or not isinstance(value, Real):
         hint = ""
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):  # YAML 1.1 wants a point in a number

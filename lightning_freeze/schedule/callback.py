@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Unpack, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
@@ -12,17 +12,17 @@ from lightning_freeze.freezing.callback import refuse_new_statistics
 from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.optimizers import OptimizerState
 from lightning_freeze.schedule import report
-from lightning_freeze.schedule.checkpoint import restore, trained_so_far, weights_to_keep
 from lightning_freeze.schedule.course import Course
 from lightning_freeze.schedule.fit import begin_fit
-from lightning_freeze.schedule.length import refuse_uneven_ranks, steps_per_epoch
+from lightning_freeze.schedule.length import refuse_uneven_ranks
 from lightning_freeze.schedule.meaning import FrozenMode
 from lightning_freeze.schedule.neighbours import refuse_rivals
 from lightning_freeze.schedule.phases import Phase, as_phases
-from lightning_freeze.schedule.plan import FitOptions, Plan
+from lightning_freeze.schedule.plan import Plan
 from lightning_freeze.schedule.preset import Preset
 from lightning_freeze.schedule.preview import OptimizerLike, preview_table, schedule_text
 from lightning_freeze.schedule.progress import Begin, Progress
+from lightning_freeze.schedule.weights import restore, trained_so_far, weights_to_keep
 from lightning_freeze.tables import Table
 from lightning_freeze.words import one_of
 
@@ -86,7 +86,6 @@ class FreezeSchedule(Holder):
         self._loaded: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
-        """Return the code that makes the schedule."""
         return schedule_text(self)
 
     @property
@@ -148,7 +147,15 @@ class FreezeSchedule(Holder):
         plan = Plan.of(self, model, max_epochs, max_steps, steps_per_epoch, callbacks)
         return preview_table(plan, self.optimizer_state, optimizer)
 
-    def plot(self, model: nn.Module, max_epochs: int | None = None, **fit: Unpack[FitOptions]) -> Figure:
+    def plot(
+        self,
+        model: nn.Module,
+        max_epochs: int | None = None,
+        *,
+        max_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        callbacks: Sequence[Callback] | None = None,
+    ) -> Figure:
         """Return a figure of what trains when, and how fast; arguments as for :meth:`preview`, but for ``optimizer``.
 
         During a fit and after it, for a model that is attached to its Trainer, the picture is what has happened. It
@@ -156,7 +163,7 @@ class FreezeSchedule(Holder):
         """
         from lightning_freeze.schedule.plot import plot_schedule
 
-        return plot_schedule(Plan.of(self, model, max_epochs, **fit, happened=True))
+        return plot_schedule(Plan.of(self, model, max_epochs, max_steps, steps_per_epoch, callbacks, happened=True))
 
     def next_phase(self) -> None:
         """End the current phase before the next optimizer step; with the last phase the fit ends.
@@ -197,7 +204,6 @@ class FreezeSchedule(Holder):
         """Refuse what cannot work."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._loaded = None  # of a fit that failed before it could go on; this fit's checkpoint is restored later
             refuse_rivals(trainer, FreezeSchedule)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -207,10 +213,9 @@ class FreezeSchedule(Holder):
         super().on_fit_start(trainer, pl_module)
         is_fresh = self._loaded is not None or (trainer.current_epoch, trainer.global_step) == (0, 0)
         before = None if is_fresh else self._progress
-        self._optimizers = []
         who, policy = self.state_key, self.optimizer_state
         fit = begin_fit(self.phases, self.ledger, pl_module, mode=self.frozen_mode, policy=policy, who=who)
-        self.phases = fit.phases
+        self.phases, self._optimizers = fit.phases, []
         self._course = Course(self.phases, fit, trainer, who, self.verbose, before)
         self._course.begin(self._loaded)
 
@@ -219,7 +224,7 @@ class FreezeSchedule(Holder):
         self.course.fit.take_steps(trainer)
         refuse_uneven_ranks(trainer, self.phases)
         self._restore()
-        report.fit_begins(trainer, self, self.progress, self.course.fit, steps_per_epoch(trainer))
+        report.fit_begins(trainer, self, self.progress, self.course.fit)
         self.course.start()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -259,24 +264,19 @@ class FreezeSchedule(Holder):
         """End the last phase, or say that it never began."""
         self.course.end()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Restore everything."""
-        super().teardown(trainer, pl_module, stage)
-        self._loaded = None
-
     def _restore(self) -> None:
         loaded, self._loaded = self._loaded, None
         self.course.restore(loaded)
 
     def _close(self, trainer: Trainer) -> None:
-        course, self._course = self._course, None
+        course, loaded = self._course, self._loaded
+        self._course = self._loaded = None
         if course is not None:
-            if self._loaded is not None:  # a checkpoint of a fit that had nothing left to do
-                course.fit.load_state(self._loaded.get("optimizers", []))
+            if loaded is not None:  # a checkpoint of a fit that had nothing left to do
+                course.fit.load_state(loaded.get("optimizers", []))
             self._progress, self._optimizers = course.progress, course.fit.release()
         super()._close(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one fit in one process."""
         progress = self._course.progress if self._course is not None else self._progress
         return super().__getstate__() | {"_course": None, "_optimizers": [], "_progress": progress}

@@ -12,13 +12,11 @@ from lightning_freeze._lightning import LightningModule, Trainer, logged_step
 from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.ranks import check_agreement, greatest
 from lightning_freeze.schedule import report
-from lightning_freeze.schedule.best import bring_back, refuse_sharded
 from lightning_freeze.schedule.fit import Fit
 from lightning_freeze.schedule.length import (
     may_stop,
     phase_length,
     refuse_unknown,
-    refuse_unknown_rates,
     steps_in_all,
     steps_per_epoch,
     window_is_closed,
@@ -28,33 +26,22 @@ from lightning_freeze.schedule.neighbours import call_hooks, count_anew
 from lightning_freeze.schedule.phases import Phase, describe, function_name
 from lightning_freeze.schedule.progress import Progress, begin_or_go_on
 from lightning_freeze.schedule.rates import Length, planned_factor
+from lightning_freeze.schedule.weights import bring_back, movable, refuse_sharded
 
 
 @dataclass
 class Course:
-    """A schedule that moves on through its phases.
-
-    Args:
-        phases: The schedule.
-        fit: What the phases mean in this fit.
-        trainer: The Trainer.
-        who: By which name the ledger knows the schedule.
-        verbose: Whether a line is logged for each phase that begins.
-        before: The progress of the fit that this one goes on from, None for a fresh one.
-        progress: Where in the schedule the fit is.
-        looks: What takes the values of a plateau's metric.
-        length: How long the current phase is.
-    """
+    """A schedule that moves on through its phases."""
 
     phases: Sequence[Phase]
     fit: Fit
     trainer: Trainer
-    who: str
-    verbose: bool
-    before: Progress | None
+    who: str  # by which name the ledger knows the schedule
+    verbose: bool  # whether a line is logged for each phase that begins
+    before: Progress | None  # of the fit that this one goes on from
     progress: Progress = field(default_factory=Progress)
     looks: Looks = field(init=False)
-    length: Length = field(default_factory=Length)
+    length: Length = field(default_factory=Length)  # how long the current phase is
 
     def __post_init__(self) -> None:
         self.looks = Looks(self.trainer, self.fit.ledger)
@@ -75,8 +62,7 @@ class Course:
     def restore(self, saved: Mapping[str, Any] | None) -> None:
         """Go on from what a checkpoint held; tuners restore one in the middle of a fit too."""
         self._find(saved, steps_in_all(self.trainer))
-        refuse_unknown(self.phases, self.progress.total)
-        refuse_unknown_rates(self.trainer, self.progress.phases)
+        refuse_unknown(self.trainer, self.progress.phases)
         self.fit.schedulers.check(self.progress.phases, (self.trainer.current_epoch, self.trainer.global_step))
         if saved is not None:
             report.another_schedule(self.trainer, self.phases, saved, self.progress.index)
@@ -86,19 +72,17 @@ class Course:
 
     def start(self) -> None:
         """Begin the phase that holds if it is new; end the fit if the last phase was over."""
-        self._announce()
+        self._tell_start()
         if self.progress.ended:
             self._end_fit(self.progress.ended)
-        else:
-            self._tell_start()
-            self._end_if_over()
+        self._end_if_over()
 
     def begin_epoch(self) -> bool:
         """Look at what the last epoch logged; begin the next phase if this one is over, and return whether it was."""
         self.looks.begin_epoch(self.progress, self.phases)
         moved = self._move(self._asked(ask_function=True, epoch_begins=True))
         self.progress.seen = self.step
-        self._log_phase()
+        report.log_phase(self.trainer, self.progress.index, self.fit.trainable())
         return moved
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
@@ -109,7 +93,7 @@ class Course:
             # Where the user steps, only a step in the last batch tells that no accumulation window is open.
             closed = batch_idx % self.trainer.accumulate_grad_batches == 0 if automatic else stepped
             if closed and self._move(self._asked(ask_function=stepped)):
-                self._log_phase()
+                report.log_phase(self.trainer, self.progress.index, self.fit.trainable())
             self.progress.seen = self.step
         if not automatic:
             self.fit.stepped = (0, self.trainer.global_step)
@@ -183,7 +167,7 @@ class Course:
 
     def _follow(self, optimizer: Optimizer) -> None:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
-        if optimizer not in self.fit.followed and self.fit.follow(self.trainer):
+        if self.fit.follow(self.trainer):
             report.optimizers_exchanged(self.trainer)
             self.fit.apply(self.progress.index, self.factor)
             self.fit.schedulers.begin(self.progress.phase, self.progress.history[-1][:2])
@@ -225,16 +209,17 @@ class Course:
             return False
         self._end_phase(why)
         progress.begin_next(epoch, self.step, why)
-        self.looks.monitor.by_validation = False  # the next phase may have another metric
+        self.looks.by_validation = False  # the next phase may have another metric
         self.apply()
         self.fit.schedulers.begin(progress.phase, progress.history[-1][:2], anew=True)
-        self._announce()
         count_anew(self.trainer)
         self._tell_start()
         return True
 
     def _tell_start(self) -> None:
-        if not self.progress.told:
+        if self.verbose and self.trainer.is_global_zero:
+            report.phase_begins(self.phases, self.progress, self.fit)
+        if not (self.progress.told or self.progress.ended):
             self.progress.told = True  # before the hooks: they may save, and restore
             call_hooks(self.trainer, "on_phase_start", self.phases[self.progress.index])
 
@@ -243,7 +228,7 @@ class Course:
         watch = self.progress.plateau
         if why:
             if why == watch.why:
-                bring_back(watch.kept, self.fit.ledger)
+                bring_back(watch.kept, movable(self.fit.ledger))
             watch.kept = {}
         call_hooks(self.trainer, "on_phase_end", self.phases[self.progress.index])
 
@@ -267,10 +252,3 @@ class Course:
             report.last_phase_is_over(self.trainer, self.phases, why, goes_on=not may_stop(self.trainer))
         self.progress.ended = why
         self.trainer.should_stop = True
-
-    def _announce(self) -> None:
-        if self.verbose and self.trainer.is_global_zero:
-            report.phase_begins(self.phases, self.progress, self.fit)
-
-    def _log_phase(self) -> None:
-        report.log_phase(self.trainer, self.progress.index, self.fit.trainable())

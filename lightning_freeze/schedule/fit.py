@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import (
-    FSDPStrategy,
     LightningModule,
     MisconfigurationException,
-    ModelParallelStrategy,
     Strategy,
     Trainer,
+    is_sharded,
     optimizers_of,
 )
 from lightning_freeze.freezing.fsdp import CheckpointsByName
@@ -39,28 +37,18 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Resolved:
-    """What each phase means for one module.
+    """What each phase means for one module."""
 
-    Args:
-        came_frozen: The identities of what was frozen when the fit began.
-        held: The identities of what another callback keeps frozen in every phase.
-        trains: For each phase, what trains, by name.
-        scales: For each phase, the learning rate scales, by identity.
-        scaled: For each phase, the first parameter that trains of each selector of its scales.
-        holds: For each phase, what the schedule asks the ledger for.
-    """
-
-    came_frozen: set[int]
-    held: set[int]
-    trains: list[dict[str, nn.Parameter]]
-    scales: list[dict[int, float | Ramp]]
-    scaled: list[dict[str, nn.Parameter]]
-    holds: list[Hold]
+    came_frozen: set[int]  # the identities of what was frozen when the fit began
+    held: set[int]  # those of what another callback keeps frozen in every phase
+    trains: list[dict[str, nn.Parameter]]  # for each phase, what trains, by name
+    scales: list[dict[int, float | Ramp]]  # for each phase, the learning rate scales, by identity
+    scaled: list[dict[str, nn.Parameter]]  # for each phase, the first that trains of each selector of its scales
+    holds: list[Hold]  # for each phase, what the schedule asks the ledger for
 
 
 def resolve_phases(
     module: nn.Module,
-    parameters: Mapping[str, nn.Parameter],
     phases: Sequence[Phase],
     *,
     came_frozen: set[int],
@@ -77,10 +65,10 @@ def resolve_phases(
     """
     sleeping = asleep(module, phases, came_frozen)
     trains = [phase_trains(module, phase, sleeping, held) for phase in phases]
-    holds, scaled = [], []
+    everything, holds, scaled = frozenset(map(id, module.parameters())), [], []
     for phase, selected in zip(phases, trains, strict=True):
         active = frozenset(map(id, selected.values()))
-        frozen = frozenset(id(parameter) for parameter in parameters.values()) - active
+        frozen = everything - active
         stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
         holds.append(Hold(frozen, tuple(stay), active))
         owners = [(name, select) for name, select in scale_owners(module, phase).items() if name in selected]
@@ -91,31 +79,17 @@ def resolve_phases(
 
 @dataclass
 class Fit:
-    """A schedule at work.
-
-    Args:
-        phases: The schedule.
-        ledger: The fit's.
-        resolved: What each phase means.
-        policy: What becomes of a parameter's optimizer state when it freezes.
-        schedulers: What puts a phase's own schedulers in the place of the user's.
-        resolve: Returns what phases mean for the module.
-        optimizers: The optimizers under the schedule.
-        checkpoints: What lets FSDP save and load while parameters are frozen.
-        stepped: Optimizer steps since the batch began, and ``trainer.global_step`` then.
-        followed: The optimizers themselves.
-    """
+    """A schedule at work."""
 
     phases: Sequence[Phase]
     ledger: Ledger
     resolved: Resolved
     policy: OptimizerState
     schedulers: PhaseSchedulers
-    resolve: Callable[[Sequence[Phase]], Resolved]
+    resolve: Callable[[Sequence[Phase]], Resolved]  # returns what phases mean for the module
     optimizers: list[PhasedOptimizer] = field(default_factory=list)
     checkpoints: CheckpointsByName | None = None
-    stepped: tuple[int, int] = (0, 0)
-    followed: set[Optimizer] = field(default_factory=set)
+    stepped: tuple[int, int] = (0, 0)  # optimizer steps since the batch began, and `trainer.global_step` then
 
     def begin(self, trainer: Trainer) -> None:
         """Take the Trainer's optimizers under the schedule."""
@@ -134,7 +108,6 @@ class Fit:
         optimizers = optimizers_of(trainer)
         if list(map(id, optimizers)) == [id(phased.optimizer) for phased in self.optimizers]:
             return False
-        self.followed = set(optimizers)
         self._release_optimizers()
         self.schedulers = PhaseSchedulers(trainer)
         adopt = self._to_adopt(trainer.strategy, optimizers)
@@ -142,11 +115,7 @@ class Fit:
         with self.ledger.steps.paused():  # throw-away optimizers step, and some fail
             for optimizer in optimizers:
                 phased = PhasedOptimizer(
-                    optimizer,
-                    scales=self.resolved.scales,
-                    adopt=adopt,
-                    optimizer_state=self.policy,
-                    sparse=sparse,
+                    optimizer, scales=self.resolved.scales, adopt=adopt, optimizer_state=self.policy, sparse=sparse
                 )
                 self.optimizers.append(phased)
                 if phased.view:
@@ -230,7 +199,7 @@ class Fit:
                 f"The schedule trains parameters that none of the {len(optimizers)} optimizers holds: "
                 f"{listed(adopt)}. Which one should is for you to say: give them to one in configure_optimizers."
             )
-        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        if is_sharded(strategy):
             raise MisconfigurationException(
                 f"The schedule trains parameters that the optimizer was not given: {listed(adopt)}. With "
                 f"{type(strategy).__name__}, which saves optimizers in parts, they cannot be added later: give them to "
@@ -255,25 +224,16 @@ def begin_fit(
     who: str,
 ) -> Fit:
     """Return a schedule resolved against a module, before it has taken over optimizers."""
-    held = ledger.held(without=who)
-    phases = phases_for(phases, pl_module, {*ledger.came_frozen, *held})
-    resolve = partial(
-        resolve_phases,
-        pl_module,
-        ledger.parameters,
-        came_frozen=ledger.came_frozen,
-        held=held,
-        mode=mode,
-        left_alone=ledger.left_alone(),
-    )
+    came_frozen, held, left_alone = ledger.came_frozen, ledger.held(without=who), ledger.left_alone()
+    phases = phases_for(phases, pl_module, {*came_frozen, *held})
+
+    def resolve(phases: Sequence[Phase]) -> Resolved:
+        return resolve_phases(pl_module, phases, came_frozen=came_frozen, held=held, mode=mode, left_alone=left_alone)
+
     return Fit(phases, ledger, resolve(phases), policy, PhaseSchedulers(pl_module.trainer), resolve)
 
 
 def _sparse(module: nn.Module) -> list[int]:
     """Return the identities of parameters that get sparse gradients."""
-    return [
-        id(parameter)
-        for child in module.modules()
-        if getattr(child, "sparse", False) is True
-        for parameter in child.parameters(recurse=False)
-    ]
+    sparse = [child for child in module.modules() if getattr(child, "sparse", False) is True]
+    return [id(parameter) for child in sparse for parameter in child.parameters(recurse=False)]

@@ -48,7 +48,7 @@ def layers_of(module: nn.Module, select: Selector = "*") -> list[str]:
     units = list(_units(root, {block.name for block in blocks}))
     places = [place for place, unit in enumerate(units) if unit in blocks]
     between = units[places[0] : places[-1] + 1]
-    return [unit.name for unit in between if unit in blocks or unit.is_composite]
+    return [unit.name for unit in between if unit in blocks or unit.children]
 
 
 def layerwise_lr_decay(layers: Sequence[str], decay: float, *, head: float = 1.0) -> dict[str, float]:
@@ -92,34 +92,13 @@ class _Node:
     shapes: Counter[tuple[int, ...]] = field(default_factory=Counter)
 
     @property
-    def is_list(self) -> bool:
-        """Whether it is a list of modules."""
-        return isinstance(self.module, _LISTS)
-
-    @property
-    def is_composite(self) -> bool:
-        """Whether it is made of modules."""
-        return bool(self.children)
-
-    @property
     def has_class(self) -> bool:
         """Whether it is made of modules in a way that its class knows."""
-        return self.is_composite and not isinstance(self.module, (*_LISTS, nn.ModuleDict))
+        return bool(self.children) and not isinstance(self.module, (*_LISTS, nn.ModuleDict))
 
-    @property
-    def matrices(self) -> int:
-        """How many of its parameters have two dimensions or more."""
-        return sum(count for shape, count in self.shapes.items() if len(shape) > 1)
 
-    @property
-    def size(self) -> int:
-        """The number of its scalars."""
-        return self.weights(self.shapes)
-
-    @staticmethod
-    def weights(shapes: Counter[tuple[int, ...]]) -> int:
-        """Return the number of scalars in shapes."""
-        return sum(math.prod(shape) * count for shape, count in shapes.items())
+def _weights(shapes: Counter[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) * count for shape, count in shapes.items())
 
 
 def _tree(name: str, module: nn.Module, chosen: set[int], seen: set[int]) -> _Node:
@@ -141,13 +120,13 @@ def _tree(name: str, module: nn.Module, chosen: set[int], seen: set[int]) -> _No
 def _blocks(root: _Node) -> set[_Node]:
     """Return the blocks, by the first rule that finds a quarter of what another one finds."""
     rules: list[Callable[[_Node], list[_Node]]] = [
-        lambda node: _alike(node.children) if node.is_list else [],
+        lambda node: _alike(node.children) if isinstance(node.module, _LISTS) else [],
         lambda node: _three(_alike(node.children)),
         lambda node: _three([child for child in node.children if child.has_class]),
-        lambda node: [child for child in node.children if node.is_list and child.is_composite],
+        lambda node: [child for child in node.children if isinstance(node.module, _LISTS) and child.children],
     ]
     found = [_of_their_class(root, list(_search(root, rule))) for rule in rules]
-    sizes = [sum(block.size for block in blocks) for blocks in found]
+    sizes = [sum(_weights(block.shapes) for block in blocks) for blocks in found]
     best = next((blocks for blocks, size in zip(found, sizes, strict=True) if 4 * size >= max(sizes)), set())
     return best or set(_around_matrices(root))
 
@@ -162,7 +141,7 @@ def _alike(siblings: Sequence[_Node]) -> list[_Node]:
     """Return those that have half of their weights, by shape, in common with another of their class."""
 
     def common(one: _Node, other: _Node) -> bool:
-        both, either = _Node.weights(one.shapes & other.shapes), _Node.weights(one.shapes | other.shapes)
+        both, either = _weights(one.shapes & other.shapes), _weights(one.shapes | other.shapes)
         return type(one.module) is type(other.module) and 2 * both >= either
 
     known = [one for one in siblings if one.has_class]
@@ -186,7 +165,8 @@ def _of_their_class(node: _Node, found: Sequence[_Node]) -> set[_Node]:
 
 def _around_matrices(node: _Node) -> Iterator[_Node]:
     """Yield the highest modules with one weight matrix each."""
-    if node.matrices == 1 and node.name:
+    matrices = sum(count for shape, count in node.shapes.items() if len(shape) > 1)
+    if matrices == 1 and node.name:
         yield node
     else:
         for child in node.children:

@@ -13,11 +13,12 @@ from lightning_freeze._lightning import (
 )
 from lightning_freeze.ranks import refuse_differences
 from lightning_freeze.schedule.phases import Phase
+from lightning_freeze.schedule.progress import counted_ends
 from lightning_freeze.schedule.rates import Length, Ramp
 
 
 def planned_length(
-    phase: Phase, begin: tuple[int, int], *, epoch: int | None = None, total: int | None = None
+    phase: Phase, begin: Sequence[int], *, epoch: float | None = None, total: int | None = None
 ) -> Length:
     """Return how long a phase lasts at most, if it begins at ``begin = (epoch, optimizer step)``.
 
@@ -31,15 +32,13 @@ def planned_length(
         >>> planned_length(Phase("*", epochs=2), (3, 32), epoch=10, total=90)
         Length(phase=18, epoch=10)
     """
-    ends = [phase.steps] if phase.steps is not None else []
-    if phase.epochs is not None and epoch is not None:
-        ends.append((begin[0] + phase.epochs) * epoch - begin[1])
-    if total is not None and (ends or phase.epochs is None):
-        ends.append(total - begin[1])
-    return Length(max(1, min(ends)) if ends else None, epoch)
+    steps = [end - begin[1] for end, *_ in counted_ends(phase, begin, epoch) if end > begin[1]]
+    if total is not None and (steps or phase.epochs is None):
+        steps.append(total - begin[1])
+    return Length(max(1, min(steps)) if steps else None, epoch)
 
 
-def phase_length(trainer: Trainer, phase: Phase, begin: tuple[int, int]) -> Length:
+def phase_length(trainer: Trainer, phase: Phase, begin: Sequence[int]) -> Length:
     """Return how long a phase lasts at most in a Trainer's fit, the same before and after a resume."""
     return planned_length(phase, begin, epoch=steps_of_each_epoch(trainer), total=steps_in_all(trainer))
 
@@ -94,27 +93,15 @@ def may_stop(trainer: Trainer) -> bool:
     return epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
 
 
-def refuse_unknown(phases: Sequence[Phase], total: int | None) -> None:
-    """Refuse a share of a fit of which nobody knows how many steps it takes.
-
-    Raises:
-        MisconfigurationException: If a phase lasts such a share.
-    """
-    if total is None and (share := next((phase for phase in phases if phase.fraction is not None), None)):
-        raise MisconfigurationException(
-            f"Phase {share.label!r} lasts fraction={share.fraction:g} of the fit, and how many optimizer steps that "
-            "takes is unknown: without max_epochs, with data that has no length, and where you step optimizers "
-            "yourself. Give the Trainer max_steps, or the phase epochs=… or steps=…."
-        )
-
-
-def refuse_unknown_rates(trainer: Trainer, phases: Sequence[Phase]) -> None:
-    """Refuse a phase that spreads something over steps of which nobody knows how many they are.
-
-    Raises:
-        MisconfigurationException: If there is one.
-    """
+def refuse_unknown(trainer: Trainer, phases: Sequence[Phase]) -> None:
+    """Raise a MisconfigurationException for what lasts a share of a fit, or of a phase, of unknown length."""
     for phase in phases:
+        if phase.fraction is not None:  # else it has become a number of steps
+            raise MisconfigurationException(
+                f"Phase {phase.label!r} lasts fraction={phase.fraction:g} of the fit, and how many optimizer steps "
+                "that takes is unknown: without max_epochs, with data that has no length, and where you step "
+                "optimizers yourself. Give the Trainer max_steps, or the phase epochs=… or steps=…."
+            )
         length = phase_length(trainer, phase, (trainer.current_epoch, trainer.global_step))
         ramps = [scale for scale in phase.scales.values() if isinstance(scale, Ramp) and length.of(scale) is None]
         unknown = [f"lr_scale={ramp!r}" for ramp in ramps]
@@ -129,11 +116,7 @@ def refuse_unknown_rates(trainer: Trainer, phases: Sequence[Phase]) -> None:
 
 
 def refuse_uneven_ranks(trainer: Trainer, phases: Sequence[Phase]) -> None:
-    """Refuse ranks of which some would run out of batches before others: no phase would end for all at once.
-
-    Raises:
-        MisconfigurationException: If there are such ranks.
-    """
+    """Refuse ranks of which some would run out of batches before others: no phase would end for all at once."""
     if not any(phase.has_end for phase in phases):
         return
     batches: float = trainer.num_training_batches

@@ -4,50 +4,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lightning_freeze._lightning import Trainer
 from lightning_freeze.freezing.ledger import Ledger
 from lightning_freeze.ranks import mean_over_ranks, only_true
 from lightning_freeze.schedule import report
-from lightning_freeze.schedule.best import keep
-from lightning_freeze.schedule.monitor import Monitor
 from lightning_freeze.schedule.neighbours import count_anew, stoppers
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.progress import Progress
+from lightning_freeze.schedule.weights import keep
 
 
 @dataclass
 class Looks:
-    """Takes the values of the metric that the current phase waits for.
+    """Takes the values of the metric that a phase waits for: one a validation run that logs it, else one an epoch.
 
-    Args:
-        trainer: The Trainer.
-        ledger: The fit's.
-        monitor: What tells new values.
-        warned_in: The last phase in which a value was not finite.
+    What validation logs is final when validation ends. What training logs is final when the next epoch begins, after
+    every hook of the epoch's end.
     """
 
     trainer: Trainer
     ledger: Ledger
-    monitor: Monitor = field(default_factory=Monitor)
-    warned_in: int | None = None
+    validated_in: int | None = None  # the phase in which validation last ran
+    epoch_over: bool = False  # whether an epoch has ended, and none has begun since
+    by_validation: bool = False  # whether validation has logged the current phase's metric
+    stale: Any = None  # the metric as it was when the validation that runs began
+    looked_ahead: bool = False  # whether the metrics of later phases have been looked for
+    warned_in: int | None = None  # the last phase in which a value was not finite
 
     def begin_validation(self, progress: Progress) -> None:
-        """Note what is logged before validation logs."""
-        self.monitor.begin_validation(progress.phase.plateau, self.trainer.callback_metrics)
+        """Note what is there before validation logs."""
+        self.stale = self._logged(progress)
 
     def end_validation(self, progress: Progress) -> None:
         """Look at the metric if validation has logged it."""
-        until = progress.phase.plateau
-        value = self.monitor.end_validation(until, self.trainer.callback_metrics, progress.index)
+        self.validated_in, until, value = progress.index, progress.phase.plateau, self._logged(progress)
+        # Validation's results replace what was there by new objects; a name that it did not log keeps the old one.
+        if value is self.stale:
+            value = None
+        self.by_validation |= value is not None
         if until is not None:
-            self._look(progress, mean_over_ranks(self.trainer.strategy, value), self.trainer.current_epoch)
+            self._look(progress, self._agreed(value), self.trainer.current_epoch)
             self._make_way(progress, progress.plateau.why)
 
     def end_epoch(self, progress: Progress) -> None:
         """Note that an epoch is over; what it logs is final after all hooks, when the next one begins."""
-        self.monitor.epoch_over = True
+        self.epoch_over = True
         until = progress.phase.plateau
         if until is not None and stoppers(self.trainer, until.monitor):
             foreseen, value = replace(progress.plateau), self.epoch_value(progress)
@@ -57,19 +61,16 @@ class Looks:
 
     def epoch_value(self, progress: Progress) -> float | None:
         """Return the metric's value that the next epoch's start will look at, the same on all ranks."""
-        until = progress.phase.plateau
-        if until is None or not self.monitor.epoch_over:
+        if progress.phase.plateau is None or not self.epoch_over:
             return progress.unlooked
-        return mean_over_ranks(self.trainer.strategy, self.monitor.epoch_value(until, self.trainer.callback_metrics))
+        return self._agreed(None if self.by_validation else self._logged(progress))
 
     def begin_epoch(self, progress: Progress, phases: Sequence[Phase]) -> None:
         """Look at what training has logged in the epoch before; raise for a metric that nothing logs."""
         self._look(progress, self.epoch_value(progress), self.trainer.current_epoch - 1)
         progress.unlooked = None
-        epochs = self.trainer.current_epoch - progress.history[-1][0]
-        due = self.monitor.checkable(progress.index, len(phases), epochs, self.trainer.enable_validation)
-        self.check(phases, due, progress.index)
-        self.monitor.begin_epoch()
+        self.check(phases, self._due(progress, len(phases)), progress.index)
+        self.epoch_over = False
 
     def check(self, phases: Sequence[Phase], numbers: Iterable[int], current: int | None = None) -> None:
         """Raise for a plateau of the current phase that can never come, warn of one of another phase."""
@@ -78,6 +79,28 @@ class Looks:
             until = phases[number].plateau
             if until is not None and only_true(self.trainer.strategy, until.monitor not in metrics):
                 report.metric_is_missing(self.trainer, phases, number, is_current=number == current)
+
+    def _logged(self, progress: Progress) -> Any:
+        until = progress.phase.plateau
+        return None if until is None else self.trainer.callback_metrics.get(until.monitor)
+
+    def _agreed(self, value: Any) -> float | None:
+        return mean_over_ranks(self.trainer.strategy, None if value is None else float(value))
+
+    def _due(self, progress: Progress, phases: int) -> list[int]:
+        """Return the phases, of so many, whose metric should have been logged by now, or could have been.
+
+        The current one is due when every loop that could log its metric has run in it, later ones after an epoch.
+        """
+        if not self.epoch_over:  # in this process none has run
+            return []
+        index, validates = progress.index, self.trainer.enable_validation
+        has_run = self.trainer.current_epoch > progress.history[-1][0]
+        due = [index] if has_run and (not validates or self.validated_in == index) else []
+        if not self.looked_ahead and (not validates or self.validated_in is not None):
+            self.looked_ahead = True
+            due += range(index + 1, phases)
+        return due
 
     def _look(self, progress: Progress, value: float | None, epoch: int) -> None:
         until = progress.phase.plateau

@@ -52,12 +52,8 @@ def phase_trains(
 ) -> dict[str, nn.Parameter]:
     """Return what a phase trains, by name.
 
-    Args:
-        module: The module to look in.
-        phase: The phase.
-        asleep: The identities of what ``"*"`` leaves frozen.
-        held: Who keeps a parameter frozen in every phase, by its identity. That ``"*"`` selects such parameters too is
-            fine; to name only such ones is not.
+    ``asleep`` has the identities of what ``"*"`` leaves frozen; ``held`` tells who keeps a parameter frozen in every
+    phase. That ``"*"`` selects such parameters too is fine; to name only such ones is not.
 
     Raises:
         ValueError: If the phase's selector matches nothing, nothing that can train, or names what never trains.
@@ -90,9 +86,6 @@ def phase_trains(
 
 def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float | Ramp]:
     """Return the learning rate scale of each parameter that has one in a phase, by identity.
-
-    Raises:
-        ValueError: If a selector of ``lr_scale`` matches nothing, or if later ones leave it nothing.
 
     Example:
         >>> net = nn.Linear(2, 1)
@@ -129,12 +122,12 @@ def what_came_frozen(
     sleeping = asleep(module, phases, came_frozen)
     stars = any("*" in as_patterns(phase.train) for phase in phases)
     sentences = []
-    if stars and (names := list(topmost(module, sleeping - set(held)))):
+    if stars and (names := topmost(module, sleeping - set(held))):
         sentences.append(
             f'"*" is what was trainable when the fit began, so these stay frozen: {_counted(module, names)}. To train '
             f'them too, name them: Phase(["*", {_quoted(names)}]).'
         )
-    if names := list(topmost(module, set(came_frozen) - sleeping - set(held))):
+    if names := topmost(module, set(came_frozen) - sleeping - set(held)):
         sentences.append(
             f"these came frozen and train where a phase names them: {_counted(module, names)}. To leave them frozen, "
             f'take them away: Phase(["*", {_quoted([f"!{name}" for name in names])}]).'

@@ -19,11 +19,7 @@ from lightning_freeze.schedule.phases import Phase
 
 
 def refuse_rivals(trainer: Trainer, kind: type[Callback]) -> None:
-    """Refuse two schedules, ``kind`` is their class, and Lightning's own callbacks that freeze.
-
-    Raises:
-        MisconfigurationException: If there are such callbacks.
-    """
+    """Refuse two schedules, ``kind`` is their class, and Lightning's own callbacks that freeze."""
     if sum(isinstance(callback, kind) for callback in callbacks_of(trainer)) > 1:
         raise MisconfigurationException(
             "The Trainer has two FreezeSchedule callbacks, and each would undo what the other does. "

@@ -6,19 +6,91 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import LightningModule, Trainer
 from lightning_freeze.schedule.arguments import built, number, plain_options, without_defaults
-from lightning_freeze.schedule.plateau import Plateau
 from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import Selector, as_patterns, selector_text
-from lightning_freeze.words import whole_number
+from lightning_freeze.words import one_of
 
 # A scheduler, or what configure_optimizers may return in its place: {"scheduler": …, "interval": "epoch"}.
 SchedulerFactory: TypeAlias = Callable[[Optimizer, int], Any]
+Mode: TypeAlias = Literal["min", "max"]
+
+
+@plain_options
+@dataclass(frozen=True)
+class Plateau:
+    """The end of a phase: a metric has stopped getting better, or is good enough.
+
+    A value is taken after each validation run that logs the metric, or after each training epoch if validation does
+    not log it; with several processes it is their mean. A value that is not finite is no improvement, and a warning
+    tells of it. ``EarlyStopping`` beside it counts anew in each phase.
+
+    Args:
+        monitor: The name of a logged metric, as in ``trainer.callback_metrics``.
+        patience: After how many values without improvement the phase ends, at least 1.
+        mode: ``"min"`` if lower is better, ``"max"`` if higher is.
+        min_delta: By how much a value has to be better, in the metric's own unit, at least 0.
+        min_epochs: How many epochs the phase lasts at least; values are taken from its first on.
+        threshold: A value at which the phase ends at once, without patience.
+        restore_best: Whether weights and buffers come back as they were at the best value, when the plateau ends the
+            phase; if epochs or steps end it first, they stay as they are. A copy of what can have moved in the phase
+            is kept on the CPU and in checkpoints. The optimizer's state stays as it is.
+
+    Raises:
+        TypeError: If a number or a flag is of another type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> Plateau("val_loss", patience=2).patience
+        2
+    """
+
+    monitor: str
+    patience: int = 3
+    mode: Mode = "min"
+    min_delta: float = 0.0
+    min_epochs: int = 0
+    threshold: float | None = None
+    restore_best: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.monitor, str) or not self.monitor:
+            raise ValueError(f"Plateau(monitor={self.monitor!r}): name a logged metric, for example 'val_loss'.")
+        one_of("Plateau", "mode", self.mode, get_args(Mode))
+        if not self.min_delta >= 0:
+            shown = f"Plateau(min_delta={self.min_delta!r}): min_delta"
+            raise ValueError(f"{shown} is 0 or more; mode says which direction is better.")
+        if not isinstance(self.restore_best, bool):
+            raise TypeError(f"Plateau(restore_best={self.restore_best!r}): restore_best is True or False.")
+
+    def better(self, value: float, best: float | None) -> bool:
+        """Return whether a value improves on the best one so far.
+
+        Example:
+            >>> Plateau("acc", mode="max", min_delta=0.1).better(0.55, 0.5)
+            False
+        """
+        if not math.isfinite(value):
+            return False
+        if best is None:
+            return True
+        return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
+
+    def reaches(self, value: float) -> bool:
+        """Return whether a value is as good as ``threshold``.
+
+        Example:
+            >>> Plateau("acc", mode="max", threshold=0.9).reaches(0.95)
+            True
+        """
+        if self.threshold is None:
+            return False
+        return value <= self.threshold if self.mode == "min" else value >= self.threshold
 
 
 @plain_options
@@ -74,14 +146,9 @@ class Phase:
     lr_scheduler: Mapping[str, Any] | Literal["restart"] | SchedulerFactory | None = None
 
     def __post_init__(self) -> None:
-        for end in ("epochs", "steps"):
-            if getattr(self, end) is not None:
-                object.__setattr__(self, end, whole_number("Phase", end, getattr(self, end)))
-        if self.fraction is not None:
+        if self.fraction is not None and not 0 < self.fraction <= 1:
             shown = f"Phase(fraction={self.fraction!r}): fraction"
-            object.__setattr__(self, "fraction", number(shown, self.fraction))
-            if not 0 < self.fraction <= 1:
-                raise ValueError(f"{shown} is a share of the fit: above 0 and at most 1.")
+            raise ValueError(f"{shown} is a share of the fit: above 0 and at most 1.")
         if not (self.until is None or isinstance(self.until, Plateau) or callable(self.until)):
             raise TypeError(
                 f"Phase(until={self.until!r}): until is a Plateau, for example Plateau('val_loss'), or a function "
@@ -169,23 +236,18 @@ def describe(phases: Sequence[Phase]) -> list[dict[str, Any]]:
 def _described(phase: Phase) -> dict[str, Any]:
     plain = without_defaults(phase, "name", "epochs", "steps", "until", "lr_scale")
     plain["train"] = selector_text(phase.train)
-    plain["lr_scale"] = {selector_text(select): _factor(factor) for select, factor in phase.scales.items()}
+    plain["lr_scale"] = {
+        selector_text(select): dataclasses.asdict(factor) if isinstance(factor, Ramp) else float(factor)
+        for select, factor in phase.scales.items()
+    }
     if phase.plateau is not None:
         plain["until"] = without_defaults(phase.plateau, "monitor", "patience", "mode", "min_delta")
-    elif phase.until is not None:
-        plain["until"] = function_name(phase.until)
-    if callable(phase.lr_scheduler):
-        plain["lr_scheduler"] = function_name(phase.lr_scheduler)
-    return plain
+    return {key: function_name(value) if callable(value) else value for key, value in plain.items()}
 
 
 def function_name(function: object) -> str:
     """Return the name of a function, or of the class of what is called."""
     return str(getattr(function, "__qualname__", type(function).__qualname__))
-
-
-def _factor(factor: float | Ramp) -> float | dict[str, Any]:
-    return dataclasses.asdict(factor) if isinstance(factor, Ramp) else float(factor)
 
 
 def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:

@@ -55,15 +55,10 @@ class Picture(Figure):
 
 @dataclass(frozen=True)
 class Row:
-    """Layers that do the same throughout a fit, or of which parts do.
+    """Layers that do the same throughout a fit, or of which parts do."""
 
-    Args:
-        layers: Their names.
-        courses: What they do, phase by phase, and how many scalars do that.
-    """
-
-    layers: list[str]
-    courses: Counter[Course]
+    layers: list[str]  # their names
+    courses: Counter[Course]  # what they do, phase by phase, and how many scalars do that
 
     @property
     def label(self) -> str:
@@ -215,8 +210,8 @@ def _pieces(plan: Plan, course: Course) -> Iterator[tuple[Point, Point]]:
         if not isinstance(factor, Ramp):
             yield (begin, factor), (end, factor)
             continue
-        until, step = min(end, plan.ramp_end(index, factor)), plan.step
-        if by_steps := step is not None and until - begin <= _SLICES * step:
+        until, step = min(end, plan.ramp_end(index, factor)), 1 / plan.length.size
+        if by_steps := until - begin <= _SLICES * step:
             edges = [begin + step * number for number in range(math.ceil((until - begin) / step - 1e-6) + 1)]
         else:
             edges = [begin + (until - begin) * number / _SLICES for number in range(_SLICES + 1)]

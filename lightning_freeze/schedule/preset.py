@@ -21,19 +21,12 @@ Layers: TypeAlias = str | Sequence[str | Sequence[str]]
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a model: layers, each as its names, and what is none of them.
+    """The parts of a model: layers, each as its names, and what is none of them."""
 
-    Args:
-        layers: From the first to the last.
-        before: What the model has before the first layer, if layers are those of one module.
-        after: What it has after the last, such as its head, if layers are those of one module.
-        rest: What no layer names, if layers are named one by one.
-    """
-
-    layers: list[list[str]]
-    before: list[str] = field(default_factory=list)
-    after: list[str] = field(default_factory=list)
-    rest: list[str] = field(default_factory=list)
+    layers: list[list[str]]  # from the first to the last
+    before: list[str] = field(default_factory=list)  # what the model has before them, if they are those of one module
+    after: list[str] = field(default_factory=list)  # what it has after them then, such as its head
+    rest: list[str] = field(default_factory=list)  # what no layer names, if layers are named one by one
 
 
 #: Returns the phases for the parts of a model and the optimizer steps of the fit, None where these are not known yet.
@@ -43,13 +36,9 @@ Build: TypeAlias = Callable[[Parts, float | None], list[Phase]]
 class Preset(list[Phase]):
     """The phases of a well-known schedule, and how they are made for a module.
 
-    Before :meth:`resolve` it has the phases that the arguments alone tell; where these name a module, none.
-
-    Args:
-        build: What makes the phases; None for phases that are the same for every module.
-        layers: The layers as given.
-        called: How the log shows the call.
-        others: What the log says becomes of parameters that no layer names.
+    Before :meth:`resolve` it has the phases that the arguments alone tell; where these name a module, none. ``build``
+    is None if they are the same for every module, ``called`` how the log shows the call, and ``others`` what it says
+    becomes of parameters that no layer names.
     """
 
     def __init__(
@@ -145,8 +134,8 @@ def parts_of(module: nn.Module, layers: Layers, idle: Collection[int] = ()) -> P
         if name not in owner and id(parameter) not in idle:
             loose.setdefault(place, set()).add(id(parameter))
     if not isinstance(layers, str):
-        return Parts(names, rest=list(topmost(module, set[int]().union(*loose.values()))))
-    before, *between, after = (list(topmost(module, loose.get(place, set()))) for place in range(-1, len(names)))
+        return Parts(names, rest=topmost(module, set[int]().union(*loose.values())))
+    before, *between, after = (topmost(module, loose.get(place, set())) for place in range(-1, len(names)))
     return Parts([[*layer, *more] for layer, more in zip(names, [*between, []], strict=True)], before, after)
 
 
@@ -162,13 +151,8 @@ def preset(
 ) -> Preset:
     """Return a preset with the phases that its arguments tell; those of a named module are not among them.
 
-    Args:
-        build: As of :class:`Preset`.
-        name: The name of the function that was called.
-        layers: The layers as given.
-        rest: What becomes of parameters that no name names.
-        beside: What becomes of those beside the layers of a named module, if that needs a word.
-        is_known: Whether the phases do not depend on the fit.
+    ``rest`` is what becomes of parameters that no name names, ``beside`` of those beside the layers of a named module;
+    ``is_known`` is whether the phases do not depend on the fit.
     """
     if isinstance(layers, str):
         return Preset(build, layers, f"{name}({layers!r})", [beside] if beside else [])

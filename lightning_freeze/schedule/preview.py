@@ -13,11 +13,10 @@ from lightning_freeze._lightning import LightningModule
 from lightning_freeze.freezing.ledger import ledger_of
 from lightning_freeze.freezing.optimizers import OptimizerState
 from lightning_freeze.freezing.trial import state_bytes
-from lightning_freeze.functional import scalars
-from lightning_freeze.names import branches, runs
-from lightning_freeze.schedule.phases import function_name
+from lightning_freeze.functional import scalars, topmost
+from lightning_freeze.names import runs
+from lightning_freeze.schedule.phases import Plateau, function_name
 from lightning_freeze.schedule.plan import Factor, Plan, running_statistics, trainer_of
-from lightning_freeze.schedule.plateau import Plateau
 from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import selector_text
 from lightning_freeze.tables import Table, in_bytes
@@ -162,14 +161,14 @@ def _kept(plan: Plan, policy: OptimizerState, states: Mapping[str, tuple[int, in
 def _unit(plan: Plan) -> str:
     """Return the unit in which no two phases look alike: steps, if several begin in one epoch."""
     begins = [int(begin) for begin, _ in plan.reached.values()]
-    return plan.length.unit if len(set(begins)) == len(begins) or plan.length.per_epoch is None else "step"
+    return plan.length.unit if len(set(begins)) == len(begins) or not plan.length.knows("step") else "step"
 
 
 def _when(plan: Plan, index: int) -> str:
     """Return the epochs, or the steps, of a phase as text."""
     if index not in plan.reached:
         return "never"
-    in_unit = 1 if _unit(plan) == plan.length.unit else plan.length.per_epoch or 1
+    in_unit = 1 if _unit(plan) == plan.length.unit else plan.length.size
     begin, end = (round(float(place * in_unit), 6) for place in plan.reached[index])
     first, last = int(begin), max(int(begin), -int(-end // 1) - 1)
     text = f"{first}-{last}" if last > first else f"{first}"
@@ -186,10 +185,9 @@ def _notes(plan: Plan) -> Iterator[str]:
             yield f"Phase {index + 1} lasts until {what}: {sure}."
     if never := [number for number in range(1, len(plan.phases) + 1) if number - 1 not in plan.reached]:
         yield f"The fit ends before phase {never[0]}{f' to {never[-1]}' * (len(never) > 1)} would begin."
-    if plan.end < (total := float(plan.length.total)):
+    if plan.end < (total := plan.length.total / plan.length.size):
         yield f"The fit ends with the last phase, after {plan.end:g} of {total:g} {plan.length.unit}s."
     trains = {name for index in plan.reached for name in plan.factors[index]}
     if frozen := {name: p for name, p in plan.parameters.items() if name not in trains}:
-        found = branches({name: name in frozen for name in plan.parameters})
-        names = runs([branch for branch, inside in found if inside[0] in frozen])
+        names = runs(topmost(plan.model, set(map(id, frozen.values()))))
         yield f"Never trains: {listed(names, most=8)} ({sum(map(scalars, frozen.values())):,} parameters)."

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.serialization import add_safe_globals
 
-from lightning_freeze.schedule.phases import Phase, describe
-from lightning_freeze.schedule.plateau import Plateau
+from lightning_freeze.schedule.phases import Phase, Plateau, describe
 from lightning_freeze.words import counted
+
+#: The optimizer step and the epoch at which a phase ends, and why.
+End: TypeAlias = tuple[int, int, str]
 
 
 class Begin(tuple[int, int, int]):
@@ -43,19 +45,12 @@ add_safe_globals([Begin])  # what a user saves the history in loads with weights
 
 @dataclass
 class PlateauWatch:
-    """How far a metric is from its plateau; the caller decides when to take a value.
-
-    Args:
-        best: The best value so far.
-        bad: How many values since then were no better.
-        why: How the plateau was reached, empty before.
-        kept: Weights and buffers of the best value, if they shall come back.
-    """
+    """How far a metric is from its plateau; the caller decides when to take a value."""
 
     best: float | None = None
-    bad: int = 0
-    why: str = ""
-    kept: dict[str, Tensor] = field(default_factory=dict, compare=False)
+    bad: int = 0  # how many values since the best were no better
+    why: str = ""  # how the plateau was reached
+    kept: dict[str, Tensor] = field(default_factory=dict, compare=False)  # the best value's, if they shall come back
 
     def look(self, until: Plateau, value: float, *, early: bool = False) -> bool:
         """Take one value of the metric; return whether it is the best so far.
@@ -71,12 +66,9 @@ class PlateauWatch:
         """
         better = until.better(value, self.best)
         if better:
-            self.best, self.bad = value, 0
-        else:
-            self.bad += 1
-        if early:
-            self.why = ""
-        if not self.why:
+            self.best = value
+        self.bad = 0 if better else self.bad + 1
+        if early or not self.why:
             self.why = self._reached(until, value)
         return better
 
@@ -93,18 +85,6 @@ class PlateauWatch:
 class Progress:
     """Where in its schedule a fit is.
 
-    Args:
-        history: Where each phase began, and why.
-        plateau: How far the current phase's metric is from its plateau.
-        unlooked: The metric's value of an epoch that is over, which the next epoch's start takes.
-        uncounted: Optimizer steps that ``trainer.global_step`` has missed.
-        seen: The optimizer steps that were taken when the last batch, or an epoch after it, began.
-        asked: Whether somebody has asked for the next phase.
-        told: Whether ``on_phase_start`` has been called for the current phase, and its end is still to come.
-        total: The optimizer steps that the fit takes, where a phase lasts a share of them.
-        ended: Why the last phase, and with it the fit, has ended; empty before.
-        phases: The schedule, as :func:`planned` returns it; it is not saved.
-
     Example:
         >>> progress = Progress(phases=[Phase("head", steps=3), Phase("*")])
         >>> progress.over(epoch=0, step=2), progress.over(epoch=0, step=3)
@@ -115,15 +95,15 @@ class Progress:
     """
 
     history: list[Begin] = field(default_factory=lambda: [Begin(0, 0, 0)])
-    plateau: PlateauWatch = field(default_factory=PlateauWatch)
-    unlooked: float | None = None
-    uncounted: int = 0
-    seen: int = -1
-    asked: bool = False
-    told: bool = False
-    total: int | None = None
-    ended: str = ""
-    phases: Sequence[Phase] = field(default=(), compare=False, repr=False)
+    plateau: PlateauWatch = field(default_factory=PlateauWatch)  # of the current phase
+    unlooked: float | None = None  # the metric of an epoch that is over, which the next epoch's start takes
+    uncounted: int = 0  # optimizer steps that `trainer.global_step` has missed
+    seen: int = -1  # optimizer steps taken when the last batch, or an epoch after it, began
+    asked: bool = False  # whether somebody has asked for the next phase
+    told: bool = False  # whether `on_phase_start` has been called for the current phase, and its end is still to come
+    total: int | None = None  # the optimizer steps that the fit takes, where a phase lasts a share of them
+    ended: str = ""  # why the last phase, and with it the fit, has ended
+    phases: Sequence[Phase] = field(default=(), compare=False, repr=False)  # as planned() returns them; not saved
 
     @property
     def index(self) -> int:
@@ -148,18 +128,15 @@ class Progress:
         return phase.steps is not None or by_function or bool(self.plateau.why or self.asked or self.ended)
 
     def over(self, epoch: int, step: int, asked: str = "") -> str:
-        """Return why the current phase is over, an empty text while it is not.
+        """Return why the current phase is over at an epoch and an optimizer step, an empty text while it is not.
 
-        Args:
-            epoch: The current epoch.
-            step: Optimizer steps taken.
-            asked: Who has asked for the next phase, empty if nobody has.
+        ``asked`` is who has asked for the next phase, empty if nobody has.
         """
-        begin_epoch, begin_step, _ = self.history[-1]
-        phase, why = self.phase, self.plateau.why
-        if why and (phase.plateau is None or epoch - begin_epoch >= phase.plateau.min_epochs):
+        phase, why, begin = self.phase, self.plateau.why, self.history[-1]
+        if why and (phase.plateau is None or epoch - begin[0] >= phase.plateau.min_epochs):
             return why
-        return asked or _counted_out(phase, epoch - begin_epoch, step - begin_step)
+        ends = counted_ends(phase, begin)
+        return asked or next((why for at, in_epoch, why in ends if at <= step and in_epoch <= epoch), "")
 
     def look(self, until: Plateau, value: float, epoch: int) -> bool:
         """Take a value of the current phase's metric, logged in an epoch; return whether it is the best so far."""
@@ -196,10 +173,7 @@ class Progress:
 def planned(phases: Sequence[Phase], total: int | None = None, *, dry_run: bool = False) -> tuple[Phase, ...]:
     """Return a schedule as one fit goes through it: fractions as steps; in a dry run each phase lasts a step.
 
-    Args:
-        phases: The schedule.
-        total: The optimizer steps that the fit takes; None if unknown, then fractions do not end.
-        dry_run: Whether each phase shall only be tried.
+    Fractions of a fit of which nobody knows how many steps it takes, ``total=None``, stay fractions.
 
     Example:
         >>> planned([Phase("a", fraction=0.25), Phase("b", fraction=0.5), Phase("c")], 10)[:2]
@@ -222,8 +196,30 @@ def planned(phases: Sequence[Phase], total: int | None = None, *, dry_run: bool 
     return tuple(plan)
 
 
+def counted_ends(phase: Phase, begin: Sequence[int], per_epoch: float | None = None) -> Iterator[End]:
+    """Yield where its epochs, and where its steps, end a phase that begins at ``begin = (epoch, step)``.
+
+    Without ``per_epoch``, the optimizer steps of an epoch, one counts epochs only and the other steps only: what is
+    unknown of an end is as at the beginning.
+
+    Example:
+        >>> list(counted_ends(Phase("*", epochs=2, steps=25), (3, 32), per_epoch=10))
+        [(50, 5, '2 epochs'), (57, 5, '25 steps')]
+    """
+    if phase.epochs is not None:
+        epoch = begin[0] + phase.epochs
+        yield round(epoch * per_epoch) if per_epoch else begin[1], epoch, counted(phase.epochs, "epoch")
+    if phase.steps is not None:
+        step = begin[1] + phase.steps
+        yield step, int(step / per_epoch) if per_epoch else begin[0], counted(phase.steps, "step")
+
+
 def walk(
-    phases: Sequence[Phase], epoch: int, step: int, steps_per_epoch: float | None, *, passed: int = 0
+    phases: Sequence[Phase],
+    epoch: float,
+    step: float,
+    per_epoch: float | None,
+    guess: Callable[[Begin], End | None] = lambda begin: None,
 ) -> list[Begin]:
     """Return where each phase began in a fit that is at an epoch and a step.
 
@@ -231,30 +227,20 @@ def walk(
         phases: The schedule, as :func:`planned` returns it.
         epoch: The epoch that is about to begin or has begun, from 0.
         step: Optimizer steps taken.
-        steps_per_epoch: Optimizer steps an epoch takes; None if unknown, then ends in the unknown unit are not reached.
-        passed: How many phases count as over though only what nobody can foresee ends them.
+        per_epoch: Optimizer steps an epoch takes; None if unknown, then ends in the unknown unit are not reached.
+        guess: Returns where a phase ends that only ends by what nobody can foresee, None if it has not ended.
 
     Example:
-        >>> walk([Phase("a", epochs=2), Phase("b", steps=15), Phase("c")], 9, 90, steps_per_epoch=10)
+        >>> walk([Phase("a", epochs=2), Phase("b", steps=15), Phase("c")], 9, 90, per_epoch=10)
         [(0, 0, 0), (2, 20, 1), (3, 35, 2)]
     """
     begins = [Begin(0, 0, 0)]
     for index, phase in enumerate(phases[:-1]):
-        begin_epoch, begin_step, _ = begins[-1]
-        ends = []
-        if phase.epochs is not None:
-            end_epoch = begin_epoch + phase.epochs
-            ends.append((end_epoch, round(end_epoch * steps_per_epoch) if steps_per_epoch else begin_step))
-        if phase.steps is not None:
-            end_step = begin_step + phase.steps
-            ends.append((int(end_step / steps_per_epoch) if steps_per_epoch else begin_epoch, end_step))
-        if not ends and index < passed:
-            ends.append((begin_epoch, begin_step))
-        reached = [(end_step, end_epoch) for end_epoch, end_step in ends if end_epoch <= epoch and end_step <= step]
+        ends: list[End | None] = [*counted_ends(phase, begins[-1], per_epoch)] or [guess(begins[-1])]
+        reached = [end for end in ends if end is not None and end[0] <= step and end[1] <= epoch]
         if not reached:
             break
-        end_step, end_epoch = min(reached)
-        why = _counted_out(phase, end_epoch - begin_epoch, end_step - begin_step)
+        end_step, end_epoch, why = min(reached, key=lambda end: end[:2])
         begins.append(Begin(end_epoch, end_step, index + 1, why))
     return begins
 
@@ -264,7 +250,7 @@ def begin_or_go_on(
     before: Progress | None,
     saved: Mapping[str, Any] | None,
     at: tuple[int, int],
-    steps_per_epoch: Callable[[], float | None],
+    per_epoch: Callable[[], float | None],
     total: int | None = None,
     dry_run: bool = False,
 ) -> Progress:
@@ -275,7 +261,7 @@ def begin_or_go_on(
         before: The progress of the fit that this one goes on from, None if there is none.
         saved: The state of a checkpoint, None without one.
         at: The epoch and the optimizer steps taken.
-        steps_per_epoch: Returns the optimizer steps of an epoch, None if unknown.
+        per_epoch: Returns the optimizer steps of an epoch, None if unknown.
         total: The optimizer steps that the fit takes, None if unknown; what was saved of it comes first.
         dry_run: Whether each phase shall only be tried.
     """
@@ -284,16 +270,11 @@ def begin_or_go_on(
     elif before is not None and before.history[-1][:2] <= at:  # else a checkpoint without a schedule went back
         progress = before
     else:
+        # Of ends that nobody can foresee, those count as passed that another schedule had passed.
         passed = saved["history"][-1][2] if saved is not None and saved["history"] else 0
-        progress = Progress(walk(planned(phases, total), *at, steps_per_epoch(), passed=passed))
+        guess = lambda begin: (begin[1], begin[0], "") if begin[2] < passed else None  # noqa: E731
+        progress = Progress(walk(planned(phases, total), *at, per_epoch(), guess))
     if progress.total is None:
         progress.total = total
     progress.phases = planned(phases, progress.total, dry_run=dry_run)
     return progress
-
-
-def _counted_out(phase: Phase, epochs: int, steps: int) -> str:
-    """Return which of its epochs or steps are over in a phase that has lasted so long, empty if neither."""
-    if phase.epochs is not None and epochs >= phase.epochs:
-        return counted(phase.epochs, "epoch")
-    return counted(phase.steps, "step") if phase.steps is not None and steps >= phase.steps else ""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lightning_freeze.freezing.step_view import Scale, factor_at
-from lightning_freeze.schedule.arguments import number, plain_options
-from lightning_freeze.words import one_of, whole_number
+from lightning_freeze.schedule.arguments import plain_options
+from lightning_freeze.words import one_of
 
 Shape = Literal["linear", "exponential", "cosine"]
 
@@ -48,27 +48,19 @@ class Ramp:
     shape: Shape = "linear"
 
     def __post_init__(self) -> None:
-        values: dict[str, float] = {}
         for name in ("start", "end"):
-            shown = f"Ramp({name}={getattr(self, name)!r}): {name}"
-            values[name] = number(shown, getattr(self, name))
-            if not (0 <= values[name] < math.inf):
+            if not 0 <= getattr(self, name) < math.inf:
+                shown = f"Ramp({name}={getattr(self, name)!r}): {name}"
                 raise ValueError(f"{shown} is a factor on the learning rate: 0 or more, and finite.")
         one_of("Ramp", "shape", self.shape, get_args(Shape))
-        if self.shape == "exponential" and not (values["start"] and values["end"]):
+        if self.shape == "exponential" and not (self.start and self.end):
             raise ValueError(f"{self!r}: an exponential ramp multiplies, so both of its ends are above 0.")
-        if not values["end"]:
+        if not self.end:
             raise ValueError(f"{self!r}: it ends at 0, so nothing would learn any more. End above 0, or end the phase.")
         if self.epochs is not None and self.steps is not None:
             raise ValueError(f"{self!r}: say epochs or steps, not both.")
-        if self.steps is not None:
-            values["steps"] = whole_number("Ramp", "steps", self.steps)
-        if self.epochs is not None:
-            values["epochs"] = number(f"Ramp(epochs={self.epochs!r}): epochs", self.epochs)
-            if not (0 < values["epochs"] < math.inf):
-                raise ValueError(f"Ramp(epochs={self.epochs!r}): epochs is above 0 and finite.")
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"Ramp(epochs={self.epochs!r}): epochs is above 0 and finite.")
 
     def at(self, done: float) -> float:
         """Return the factor when a share of the ramp is done, from 0 to 1; it stays at ``end`` beyond.
@@ -88,15 +80,10 @@ class Ramp:
 
 @dataclass(frozen=True)
 class Length:
-    """How long a phase and an epoch are, in optimizer steps; None where that cannot be known.
-
-    Args:
-        phase: How many steps the phase lasts at most.
-        epoch: How many steps an epoch takes.
-    """
+    """How long a phase lasts at most and an epoch is, in optimizer steps; None where that cannot be known."""
 
     phase: int | None = None
-    epoch: int | None = None
+    epoch: float | None = None
 
     def of(self, ramp: Ramp) -> float | None:
         """Return how many steps a ramp takes."""
@@ -105,13 +92,10 @@ class Length:
         return self.phase if ramp.steps is None else ramp.steps
 
 
-def planned_factor(scale: Scale, step: int, length: Length) -> float:
-    """Return the factor on the learning rate in a step of a phase.
+def planned_factor(scale: Scale, step: float, length: Length) -> float:
+    """Return the factor on the learning rate in a step of a phase of a length, from 0.
 
-    Args:
-        scale: A value of ``Phase.scales``.
-        step: Optimizer steps since the phase began: 0 for its first one.
-        length: How long the phase is; a ramp of unknown length stays at its beginning.
+    ``scale`` is a value of ``Phase.scales``; a ramp of unknown length stays at its beginning.
 
     Example:
         >>> [planned_factor(Ramp(0.5), step, Length(phase=4)) for step in (0, 2, 4, 6)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,21 +19,18 @@ from lightning_freeze.freezing.eval_mode import is_held
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.fit import Fit
+from lightning_freeze.schedule.length import steps_per_epoch
 from lightning_freeze.schedule.meaning import what_came_frozen
-from lightning_freeze.schedule.monitor import missing_metric
 from lightning_freeze.schedule.neighbours import stoppers
-from lightning_freeze.schedule.phases import Phase, describe
-from lightning_freeze.schedule.plateau import Plateau
+from lightning_freeze.schedule.phases import Phase, Plateau, describe
 from lightning_freeze.schedule.preset import Preset
 from lightning_freeze.schedule.progress import Progress, walk
-from lightning_freeze.words import listed, percent
+from lightning_freeze.words import listed, percent, suggestion
 
 _log = get_logger(__name__)
 
 
-def fit_begins(
-    trainer: Trainer, schedule: Callback, progress: Progress, fit: Fit, steps_per_epoch: float | None
-) -> None:
+def fit_begins(trainer: Trainer, schedule: Callback, progress: Progress, fit: Fit) -> None:
     """Warn, before the first batch, of what the user may not expect."""
     if not trainer.is_global_zero:
         return
@@ -43,7 +40,7 @@ def fit_begins(
     if said := what_came_frozen(pl_module, phases, fit.resolved.came_frozen, fit.resolved.held):
         _log.warning("%s", said)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-        for number, why in _ends_too_early(trainer, schedule, phases, steps_per_epoch):
+        for number, why in _ends_too_early(trainer, schedule, phases):
             _log.warning("%s %s", _numbered(phases, number - 1), why)
 
 
@@ -105,7 +102,12 @@ def metric_is_missing(trainer: Trainer, phases: Sequence[Phase], index: int, *, 
     """Raise for the current phase, warn for a later one, that a plateau's metric is not logged."""
     phase = phases[index]
     assert phase.plateau is not None
-    missing = missing_metric(phase.plateau, trainer.callback_metrics)
+    monitor, logged = phase.plateau.monitor, sorted(map(str, trainer.callback_metrics))
+    logged = [name for name in logged if not name.startswith("freeze/")]
+    missing = (
+        f"ends by Plateau(monitor={monitor!r}), but no metric of that name was logged.{suggestion(monitor, logged)} "
+        f"Logged are: {', '.join(logged) or 'none'}."
+    )
     if is_current:
         raise MisconfigurationException(f"Phase {phase.label!r} {missing}")
     if trainer.is_global_zero:
@@ -154,22 +156,16 @@ def steps_uncounted(trainer: Trainer, *, first: bool) -> None:
         )
 
 
-def _ends_too_early(
-    trainer: Trainer, schedule: Callback, phases: Sequence[Phase], steps_per_epoch: float | None
-) -> Iterator[tuple[int, str]]:
+def _ends_too_early(trainer: Trainer, schedule: Callback, phases: Sequence[Phase]) -> Iterator[tuple[int, str]]:
     """Yield the numbers of phases that never begin, or cannot end as they say, and why."""
-    epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
-    steps = trainer.max_steps if trainer.max_steps > 0 else None
-    last = walk(
-        phases,
-        sys.maxsize if epochs is None else epochs - 1,
-        sys.maxsize if steps is None else steps - 1,
-        steps_per_epoch,
-        passed=len(phases),
-    )[-1][2]
-    limits = [f"max_{unit}={most}" for unit, most in (("epochs", epochs), ("steps", steps)) if most is not None]
+    limits = {"epochs": trainer.max_epochs, "steps": trainer.max_steps}
+    limits = {unit: most for unit, most in limits.items() if most is not None and most > 0}
+    epoch, step = ((limits.get(unit) or math.inf) - 1 for unit in ("epochs", "steps"))
+    # What nobody can foresee counts as reached at once.
+    last = walk(phases, epoch, step, steps_per_epoch(trainer), lambda begin: (begin[1], begin[0], ""))[-1][2]
+    end = " or ".join(f"max_{unit}={most}" for unit, most in limits.items())
     for number in range(last + 2, len(phases) + 1):
-        yield number, f"never begins: the fit ends before, at {' or '.join(limits)}."
+        yield number, f"never begins: the fit ends before, at {end}."
     looks = max(1.0, trainer.num_training_batches / (trainer.val_check_batch or 1))
     callbacks = callbacks_of(trainer)
     for number, phase in enumerate(phases, 1):
@@ -203,16 +199,6 @@ def _numbered(phases: Sequence[Phase], index: int) -> str:
 
 
 def _line(schedule: Sequence[Mapping[str, Any]]) -> str:
-    return listed(
-        (
-            " ".join(
-                [
-                    str(phase["train"]),
-                    *(f"{key}={phase[key]}" for key in ("epochs", "steps", "until", "lr_scale") if phase[key]),
-                ]
-            )
-            for phase in schedule
-        ),
-        " -> ",
-        most=20,
-    )
+    keys = ("epochs", "steps", "until", "lr_scale")
+    shown = (" ".join([str(one["train"]), *(f"{key}={one[key]}" for key in keys if one[key])]) for one in schedule)
+    return listed(shown, " -> ", most=20)

@@ -73,13 +73,7 @@ def is_scheduled(option: str) -> bool:
 
 
 def scheduled_options(optimizer: Optimizer) -> list[Options]:
-    """Return, for each group, a copy of the options that schedulers set.
-
-    Example:
-        >>> import torch
-        >>> scheduled_options(torch.optim.SGD([torch.zeros(1)], lr=0.1))
-        [{'lr': 0.1, 'momentum': 0, 'weight_decay': 0}]
-    """
+    """Return, for each group, a copy of the options that schedulers set."""
     return [
         {option: copy.deepcopy(value) for option, value in group.items() if is_scheduled(option)}
         for group in optimizer.param_groups
@@ -122,11 +116,8 @@ class _Rates:
 class PhaseSchedulers:
     """Puts a phase's own schedulers in the place of the user's, which rest until the phase is over.
 
-    Args:
-        trainer: The Trainer, with its optimizers and schedulers as ``configure_optimizers`` left them.
-
-    Attributes:
-        saved: What a checkpoint holds of the current phase's schedulers, for each optimizer, until they take it over.
+    The Trainer has its optimizers and schedulers as ``configure_optimizers`` left them. ``saved`` is what a checkpoint
+    holds of the current phase's schedulers, for each optimizer, until they take it over.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -139,11 +130,7 @@ class PhaseSchedulers:
         self._own: list[LRSchedulerConfig] = []
 
     def check(self, phases: Sequence[Phase], at: tuple[int, int]) -> None:
-        """Make the schedulers of all phases once, so that what one refuses is found at fit start.
-
-        Raises:
-            MisconfigurationException: If one cannot be made, or there is none that could begin anew.
-        """
+        """Make the schedulers of all phases once, so that what one refuses is found at fit start."""
         for phase in phases:
             if phase.lr_scheduler is None:
                 continue
@@ -166,10 +153,7 @@ class PhaseSchedulers:
     def begin(self, phase: Phase, at: tuple[int, int], *, anew: bool = False) -> None:
         """Have the schedulers of a phase's own go on, or else the user's.
 
-        Args:
-            phase: The phase.
-            at: Where it has begun: epoch and optimizer step.
-            anew: Whether that is here and now.
+        ``at`` is the epoch and the optimizer step at which it has begun, ``anew`` whether that is here and now.
         """
         self.end()
         saved, self.saved = self.saved, []

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau
-from lightning_freeze.schedule.best import refuse_sharded
+from lightning_freeze.schedule.weights import refuse_sharded
 from tests.nets import Net, Probe, loader, moved, same, sgd, snapshot, trainer
 
 Lines = pytest.LogCaptureFixture
@@ -374,6 +374,20 @@ def test_a_value_that_is_not_finite_is_said_once_a_phase(caplog: Lines) -> None:
     line = "phase {} waits for a plateau of 'score', which is {} at epoch {}, step {}: no improvement on any value."
     expected = [line.format("1/2 'head'", nan, 1, 12), line.format("2/2 '*'", "inf", 4, 30)]
     assert said(caplog, logging.WARNING) == expected
+
+
+def test_a_phase_after_one_of_a_metric_of_validation_may_wait_for_one_of_training() -> None:
+    until = [Plateau(name, patience=1, min_delta=9.0) for name in ("val_loss", "train_loss")]
+    schedule = FreezeSchedule([Phase("head", until=until[0]), Phase("neck", until=until[1]), Phase("*")])
+    trainer(callbacks=[schedule], max_epochs=5).fit(Net(log_train="train_loss"), loader(), loader())
+    assert schedule.history == [(0, 0, 0), (2, 12, 1), (4, 24, 2)]
+
+
+def test_without_validation_a_metric_that_nobody_logs_is_missed_after_an_epoch() -> None:
+    run = trainer(callbacks=[FreezeSchedule([Phase("head", until=Plateau("score")), Phase("*")])])
+    with pytest.raises(MisconfigurationException, match=r"no metric of that name was logged\. Logged are: none\.$"):
+        run.fit(Net(), loader())
+    assert run.global_step == 6
 
 
 # EarlyStopping
