@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 __all__ = [
     "LIGHTNING_FILES",
     "OLDEST",
+    "SHARDED",
     "BaseFinetuning",
     "Callback",
     "DDPStrategy",
@@ -45,7 +46,6 @@ __all__ = [
     "callbacks_of",
     "epoch_names",
     "evaluation_dataloaders",
-    "is_sharded",
     "logged_step",
     "loss_scale",
     "optimizers_of",
@@ -147,6 +147,9 @@ else:
     )
     _optimizer_handles_unscaling, *_ = _all("fabric.plugins.precision.amp", "_optimizer_handles_unscaling")
 
+#: The strategies under which a process holds a part of the parameters only.
+SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
+
 # Lightning lends every callback the model's log functions, and with them the model.
 _LENT = frozenset({"log", "log_dict"})
 
@@ -154,11 +157,6 @@ _LENT = frozenset({"log", "log_dict"})
 def averages_models(strategy: Strategy) -> bool:
     """Return whether DDP's processes train apart and average their models now and then, as in post-local SGD."""
     return getattr(strategy, "_model_averager", None) is not None  # nothing public tells of it
-
-
-def is_sharded(strategy: Strategy) -> bool:
-    """Return whether a process has a part of each parameter only, as under FSDP."""
-    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:

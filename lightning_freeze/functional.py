@@ -116,7 +116,8 @@ def topmost(module: nn.Module, chosen: Collection[int]) -> list[str]:
         >>> topmost(net, {id(net[0].bias), id(net[1].weight), id(net[1].bias)})
         ['0.bias', '1']
     """
-    is_chosen = {name: id(p) in chosen for name, p in named_unique_parameters(module).items() if can_train(p)}
+    parameters = module.named_parameters(remove_duplicate=False)
+    is_chosen = {clean_name(name): id(p) in chosen for name, p in parameters if can_train(p)}
     return [branch for branch, inside in branches(is_chosen) if is_chosen[inside[0]]]
 
 

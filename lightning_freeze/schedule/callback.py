@@ -214,7 +214,7 @@ class FreezeSchedule(Holder):
         is_fresh = self._loaded is not None or (trainer.current_epoch, trainer.global_step) == (0, 0)
         before = None if is_fresh else self._progress
         who, policy = self.state_key, self.optimizer_state
-        fit = begin_fit(self.phases, self.ledger, pl_module, mode=self.frozen_mode, policy=policy, who=who)
+        fit = begin_fit(self.phases, self.ledger, trainer, self.frozen_mode, policy, who)
         self.phases, self._optimizers = fit.phases, []
         self._course = Course(self.phases, fit, trainer, who, self.verbose, before)
         self._course.begin(self._loaded)

@@ -4,19 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import (
-    LightningModule,
-    MisconfigurationException,
-    Strategy,
-    Trainer,
-    is_sharded,
-    optimizers_of,
-)
+from lightning_freeze._lightning import SHARDED, MisconfigurationException, Trainer, optimizers_of
 from lightning_freeze.freezing.fsdp import CheckpointsByName
 from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, foreign, missing
@@ -110,7 +104,7 @@ class Fit:
             return False
         self._release_optimizers()
         self.schedulers = PhaseSchedulers(trainer)
-        adopt = self._to_adopt(trainer.strategy, optimizers)
+        adopt = self._to_adopt(optimizers)
         sparse = _sparse(self.ledger.module) if adopt else []
         with self.ledger.steps.paused():  # throw-away optimizers step, and some fail
             for optimizer in optimizers:
@@ -182,8 +176,8 @@ class Fit:
         if self.ledger.has(optimizer):
             self.stepped = (self.stepped[0] + 1, self.stepped[1])
 
-    def _to_adopt(self, strategy: Strategy, optimizers: Sequence[Optimizer]) -> dict[str, nn.Parameter]:
-        parameters = self.ledger.parameters
+    def _to_adopt(self, optimizers: Sequence[Optimizer]) -> dict[str, nn.Parameter]:
+        parameters, strategy = self.ledger.parameters, self.ledger.strategy
         if outside := foreign(optimizers, parameters.values()):
             raise MisconfigurationException(
                 f"The optimizer holds {len(outside)} parameter(s) that are not the LightningModule's, of shape "
@@ -199,7 +193,7 @@ class Fit:
                 f"The schedule trains parameters that none of the {len(optimizers)} optimizers holds: "
                 f"{listed(adopt)}. Which one should is for you to say: give them to one in configure_optimizers."
             )
-        if is_sharded(strategy):
+        if isinstance(strategy, SHARDED):
             raise MisconfigurationException(
                 f"The schedule trains parameters that the optimizer was not given: {listed(adopt)}. With "
                 f"{type(strategy).__name__}, which saves optimizers in parts, they cannot be added later: give them to "
@@ -215,22 +209,15 @@ class Fit:
 
 
 def begin_fit(
-    phases: Sequence[Phase],
-    ledger: Ledger,
-    pl_module: LightningModule,
-    *,
-    mode: FrozenMode,
-    policy: OptimizerState,
-    who: str,
+    phases: Sequence[Phase], ledger: Ledger, trainer: Trainer, mode: FrozenMode, policy: OptimizerState, who: str
 ) -> Fit:
-    """Return a schedule resolved against a module, before it has taken over optimizers."""
+    """Return a schedule resolved against the module of a fit, before it has taken over optimizers."""
     came_frozen, held, left_alone = ledger.came_frozen, ledger.held(without=who), ledger.left_alone()
-    phases = phases_for(phases, pl_module, {*came_frozen, *held})
-
-    def resolve(phases: Sequence[Phase]) -> Resolved:
-        return resolve_phases(pl_module, phases, came_frozen=came_frozen, held=held, mode=mode, left_alone=left_alone)
-
-    return Fit(phases, ledger, resolve(phases), policy, PhaseSchedulers(pl_module.trainer), resolve)
+    phases = phases_for(phases, ledger.module, {*came_frozen, *held})
+    resolve = partial(
+        resolve_phases, ledger.module, came_frozen=came_frozen, held=held, mode=mode, left_alone=left_alone
+    )
+    return Fit(phases, ledger, resolve(phases), policy, PhaseSchedulers(trainer), resolve)
 
 
 def _sparse(module: nn.Module) -> list[int]:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -45,7 +46,11 @@ def layers_of(module: nn.Module, select: Selector = "*") -> list[str]:
     blocks = _blocks(root)
     if not blocks:
         raise ValueError(f"layers_of(select={select!r}) finds no layer with a weight matrix. Name the layers yourself.")
-    units = list(_units(root, {block.name for block in blocks}))
+
+    def has_some(node: _Node) -> bool:
+        return any(child in blocks or has_some(child) for child in node.children)
+
+    units = list(_highest(root, lambda node: node in blocks or not has_some(node)))
     places = [place for place, unit in enumerate(units) if unit in blocks]
     between = units[places[0] : places[-1] + 1]
     return [unit.name for unit in between if unit in blocks or unit.children]
@@ -128,7 +133,7 @@ def _blocks(root: _Node) -> set[_Node]:
     found = [_of_their_class(root, list(_search(root, rule))) for rule in rules]
     sizes = [sum(_weights(block.shapes) for block in blocks) for blocks in found]
     best = next((blocks for blocks, size in zip(found, sizes, strict=True) if 4 * size >= max(sizes)), set())
-    return best or set(_around_matrices(root))
+    return best or set(_highest(root, lambda node: bool(node.name) and _matrices(node) == 1))
 
 
 def _search(node: _Node, rule: Callable[[_Node], list[_Node]]) -> Iterator[_Node]:
@@ -157,27 +162,18 @@ def _three(siblings: Sequence[_Node]) -> list[_Node]:
 def _of_their_class(node: _Node, found: Sequence[_Node]) -> set[_Node]:
     """Return blocks, and modules of the same class elsewhere: a stage can have a single block."""
     kinds = {type(block.module) for block in found if block.has_class}
-    blocks = set[_Node]()
-    for child in node.children:
-        blocks |= {child} if child in found or type(child.module) in kinds else _of_their_class(child, found)
-    return blocks
+    tops = (_highest(child, lambda one: one in found or type(one.module) in kinds) for child in node.children)
+    return set(chain.from_iterable(tops))
 
 
-def _around_matrices(node: _Node) -> Iterator[_Node]:
-    """Yield the highest modules with one weight matrix each."""
-    matrices = sum(count for shape, count in node.shapes.items() if len(shape) > 1)
-    if matrices == 1 and node.name:
+def _matrices(node: _Node) -> int:
+    return sum(count for shape, count in node.shapes.items() if len(shape) > 1)
+
+
+def _highest(node: _Node, is_wanted: Callable[[_Node], bool]) -> Iterator[_Node]:
+    """Yield the highest modules of a kind, in order."""
+    if is_wanted(node):
         yield node
     else:
         for child in node.children:
-            yield from _around_matrices(child)
-
-
-def _units(node: _Node, blocks: set[str]) -> Iterator[_Node]:
-    """Yield blocks, and the highest modules without any inside, in order."""
-    prefix = f"{node.name}." if node.name else ""
-    if node.name in blocks or not any(block.startswith(prefix) for block in blocks):
-        yield node
-    else:
-        for child in node.children:
-            yield from _units(child, blocks)
+            yield from _highest(child, is_wanted)

@@ -5,12 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lightning_freeze._lightning import (
-    GradientAccumulationScheduler,
-    MisconfigurationException,
-    Trainer,
-    callbacks_of,
-)
+from lightning_freeze._lightning import GradientAccumulationScheduler, MisconfigurationException, Trainer, callbacks_of
 from lightning_freeze.ranks import refuse_differences
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.progress import counted_ends
@@ -20,17 +15,9 @@ from lightning_freeze.schedule.rates import Length, Ramp
 def planned_length(
     phase: Phase, begin: Sequence[int], *, epoch: float | None = None, total: int | None = None
 ) -> Length:
-    """Return how long a phase lasts at most, if it begins at ``begin = (epoch, optimizer step)``.
+    """Return how long a phase without a fraction lasts at most, if it begins at ``begin = (epoch, optimizer step)``.
 
-    Args:
-        phase: The phase, without a fraction.
-        begin: Where it begins; an epoch in the middle of which that is counts as its first.
-        epoch: Optimizer steps of an epoch, None if unknown.
-        total: Optimizer steps of the fit, None if unknown.
-
-    Example:
-        >>> planned_length(Phase("*", epochs=2), (3, 32), epoch=10, total=90)
-        Length(phase=18, epoch=10)
+    ``epoch`` and ``total`` are the optimizer steps of an epoch and of the fit, None if unknown.
     """
     steps = [end - begin[1] for end, *_ in counted_ends(phase, begin, epoch) if end > begin[1]]
     if total is not None and (steps or phase.epochs is None):

@@ -12,14 +12,7 @@ from lightning_freeze.freezing.eval_mode import wholly_frozen
 from lightning_freeze.functional import can_train, scalars, topmost
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.rates import Ramp
-from lightning_freeze.selectors import (
-    Predicate,
-    as_patterns,
-    named_unique_parameters,
-    overlay,
-    resolve,
-    selector_text,
-)
+from lightning_freeze.selectors import Predicate, as_patterns, named_unique_parameters, overlay, resolve, selector_text
 from lightning_freeze.words import listed
 
 FrozenMode: TypeAlias = Literal["batchnorm", "eval", "train"]
@@ -57,10 +50,6 @@ def phase_trains(
 
     Raises:
         ValueError: If the phase's selector matches nothing, nothing that can train, or names what never trains.
-
-    Example:
-        >>> list(phase_trains(nn.Linear(2, 1), Phase("weight")))
-        ['weight']
     """
     held = held or {}
     awake = _awake(asleep)
@@ -85,13 +74,7 @@ def phase_trains(
 
 
 def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float | Ramp]:
-    """Return the learning rate scale of each parameter that has one in a phase, by identity.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> phase_scales(net, Phase("*", lr_scale={"*": 0.5, "bias": 2.0})) == {id(net.weight): 0.5, id(net.bias): 2.0}
-        True
-    """
+    """Return the learning rate scale of each parameter that has one in a phase, by identity."""
     if not phase.scales:
         return {}
     parameters = named_unique_parameters(module)

@@ -69,12 +69,7 @@ class Plateau:
             raise TypeError(f"Plateau(restore_best={self.restore_best!r}): restore_best is True or False.")
 
     def better(self, value: float, best: float | None) -> bool:
-        """Return whether a value improves on the best one so far.
-
-        Example:
-            >>> Plateau("acc", mode="max", min_delta=0.1).better(0.55, 0.5)
-            False
-        """
+        """Return whether a value improves on the best one so far."""
         if not math.isfinite(value):
             return False
         if best is None:
@@ -82,12 +77,7 @@ class Plateau:
         return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
 
     def reaches(self, value: float) -> bool:
-        """Return whether a value is as good as ``threshold``.
-
-        Example:
-            >>> Plateau("acc", mode="max", threshold=0.9).reaches(0.95)
-            True
-        """
+        """Return whether a value is as good as ``threshold``."""
         if self.threshold is None:
             return False
         return value <= self.threshold if self.mode == "min" else value >= self.threshold

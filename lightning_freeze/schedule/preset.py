@@ -42,12 +42,7 @@ class Preset(list[Phase]):
     """
 
     def __init__(
-        self,
-        build: Build | None,
-        layers: Layers,
-        called: str,
-        others: Sequence[str],
-        phases: Iterable[Phase] = (),
+        self, build: Build | None, layers: Layers, called: str, others: Sequence[str], phases: Iterable[Phase] = ()
     ) -> None:
         super().__init__(phases)
         self.build, self.layers, self.called, self.others = build, layers, called, others

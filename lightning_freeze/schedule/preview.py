@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch.optim import Optimizer
@@ -77,12 +78,10 @@ def scales_text(factors: Iterable[Factor]) -> str:
         >>> scales_text([Ramp(0.1)]), scales_text([0.125, 0.25, 0.5, 1.0])
         ('0.1→1', '0.12 … 1')
     """
-    different = sorted(set(factors), key=lambda one: (one.end, one.start) if isinstance(one, Ramp) else (one, one))
+    different = sorted({(one.end, one.start) if isinstance(one, Ramp) else (one, one) for one in factors})
     if len(different) <= 2:
-        return ", ".join(
-            f"{one.start:.3g}→{one.end:.3g}" if isinstance(one, Ramp) else f"{one:.3g}" for one in different
-        )
-    values = [value for one in different for value in ([one.start, one.end] if isinstance(one, Ramp) else [one])]
+        return ", ".join(f"{end:.3g}" if start == end else f"{start:.3g}→{end:.3g}" for end, start in different)
+    values = list(chain.from_iterable(different))
     return f"{min(values):.2g} … {max(values):.2g}"
 
 

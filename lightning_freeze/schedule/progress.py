@@ -19,13 +19,7 @@ End: TypeAlias = tuple[int, int, str]
 
 
 class Begin(tuple[int, int, int]):
-    """Where a phase began, ``(epoch, optimizer step, index)``; ``why`` says what ended the one before it.
-
-    Example:
-        >>> begin = Begin(2, 20, 1, "2 epochs")
-        >>> begin == (2, 20, 1), begin.why
-        (True, '2 epochs')
-    """
+    """Where a phase began, ``(epoch, optimizer step, index)``; ``why`` says what ended the one before it."""
 
     why: str
 
@@ -36,7 +30,6 @@ class Begin(tuple[int, int, int]):
         return begin
 
     def __getnewargs__(self) -> tuple[int, int, int, str]:
-        """Return what copies and pickles are made of."""
         return (*self, self.why)
 
 
@@ -56,13 +49,6 @@ class PlateauWatch:
         """Take one value of the metric; return whether it is the best so far.
 
         What is reached stays so, but while it is ``early``, before ``min_epochs``, a later value can take it back.
-
-        Example:
-            >>> watch = PlateauWatch()
-            >>> [watch.look(Plateau("loss", patience=2), loss) for loss in (1.0, 0.5, 0.6, 0.7)]
-            [True, True, False, False]
-            >>> watch.why
-            'loss had no better value than 0.5 for 2 looks'
         """
         better = until.better(value, self.best)
         if better:
@@ -83,16 +69,7 @@ class PlateauWatch:
 
 @dataclass
 class Progress:
-    """Where in its schedule a fit is.
-
-    Example:
-        >>> progress = Progress(phases=[Phase("head", steps=3), Phase("*")])
-        >>> progress.over(epoch=0, step=2), progress.over(epoch=0, step=3)
-        ('', '3 steps')
-        >>> progress.begin_next(0, 3, "3 steps")
-        >>> progress.history
-        [(0, 0, 0), (0, 3, 1)]
-    """
+    """Where in its schedule a fit is."""
 
     history: list[Begin] = field(default_factory=lambda: [Begin(0, 0, 0)])
     plateau: PlateauWatch = field(default_factory=PlateauWatch)  # of the current phase
@@ -258,8 +235,8 @@ def begin_or_go_on(
 
     Args:
         phases: The schedule.
-        before: The progress of the fit that this one goes on from, None if there is none.
-        saved: The state of a checkpoint, None without one.
+        before: The progress of the fit that this one goes on from.
+        saved: The state of a checkpoint.
         at: The epoch and the optimizer steps taken.
         per_epoch: Returns the optimizer steps of an epoch, None if unknown.
         total: The optimizer steps that the fit takes, None if unknown; what was saved of it comes first.

@@ -96,12 +96,6 @@ def planned_factor(scale: Scale, step: float, length: Length) -> float:
     """Return the factor on the learning rate in a step of a phase of a length, from 0.
 
     ``scale`` is a value of ``Phase.scales``; a ramp of unknown length stays at its beginning.
-
-    Example:
-        >>> [planned_factor(Ramp(0.5), step, Length(phase=4)) for step in (0, 2, 4, 6)]
-        [0.5, 0.75, 1.0, 1.0]
-        >>> planned_factor(Ramp(0.5, epochs=0.5), 2, Length(epoch=8))
-        0.75
     """
     if not isinstance(scale, Ramp):
         return factor_at(scale)

@@ -8,13 +8,7 @@ from typing import Any
 
 import torch
 
-from lightning_freeze._lightning import (
-    Callback,
-    MisconfigurationException,
-    Trainer,
-    callbacks_of,
-    logged_step,
-)
+from lightning_freeze._lightning import Callback, MisconfigurationException, Trainer, callbacks_of, logged_step
 from lightning_freeze.freezing.eval_mode import is_held
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger

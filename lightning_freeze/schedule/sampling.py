@@ -97,12 +97,7 @@ class Draws:
             )
 
     def layers(self, number: int, layers: int) -> list[int]:
-        """Return the indices of what is drawn the ``number``-th time, from 0, of so many layers.
-
-        Example:
-            >>> [Draws(2, 0, "ascending", None).layers(number, 3) for number in range(3)]
-            [[0, 1], [0, 2], [1, 2]]
-        """
+        """Return the indices of what is drawn the ``number``-th time, from 0, of so many layers."""
         if self.order == "random":
             generator = random.Random(f"{self.seed} {number}")
             weights = [1.0] * layers if self.weights is None else self.weights

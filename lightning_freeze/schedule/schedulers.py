@@ -103,14 +103,18 @@ class _Rates:
     """The schedulers of a Trainer, what they set in its optimizers, and the traces that they leave there."""
 
     configs: list[LRSchedulerConfig]
-    options: list[list[Options]]
-    traces: list[Options]
+    options: dict[Optimizer, list[Options]]
+    traces: dict[Optimizer, Options]
 
     @classmethod
     def of(cls, trainer: Trainer) -> _Rates:
         optimizers = optimizers_of(trainer)
-        traces = [{name: vars(one)[name] for name in _TRACES if name in vars(one)} for one in optimizers]
-        return cls(list(trainer.lr_scheduler_configs), list(map(scheduled_options, optimizers)), traces)
+        traces = {one: {name: vars(one)[name] for name in _TRACES if name in vars(one)} for one in optimizers}
+        return cls(list(trainer.lr_scheduler_configs), {one: scheduled_options(one) for one in optimizers}, traces)
+
+    def set(self) -> None:
+        for optimizer, options in self.options.items():
+            set_options(optimizer, options)
 
 
 class PhaseSchedulers:
@@ -164,7 +168,7 @@ class PhaseSchedulers:
                 self._restart()
             return
         self._rest = _Rates.of(self.trainer)
-        for optimizer, options in zip(self.optimizers, self._first.options, strict=True):
+        for optimizer, options in self._first.options.items():
             set_options(optimizer, map(_without_scheduler, options))
         steps = phase_length(self.trainer, phase, at).phase
         assert steps is not None  # else it was refused
@@ -184,8 +188,8 @@ class PhaseSchedulers:
             return
         if self.trainer.lr_scheduler_configs == self._own:  # else somebody has exchanged them too
             self.trainer.strategy.lr_scheduler_configs[:] = self._rest.configs
-        self._restore(self._rest)
-        for optimizer, traces in zip(self.optimizers, self._rest.traces, strict=True):
+        self._rest.set()
+        for optimizer, traces in self._rest.traces.items():
             for name in _TRACES:
                 vars(optimizer).pop(name, None)
             vars(optimizer).update(traces)
@@ -208,7 +212,7 @@ class PhaseSchedulers:
         if self._rest is None:
             return
         checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in self._rest.configs]
-        for state, options in zip(checkpoint["optimizer_states"], self._rest.options, strict=True):
+        for state, options in zip(checkpoint["optimizer_states"], self._rest.options.values(), strict=True):
             # FSDP gathers states on one process only.
             for number, (group, own) in enumerate(zip(state.get("param_groups", []), options, strict=False)):
                 others = {key: value for key, value in group.items() if not is_scheduled(key)}
@@ -233,8 +237,4 @@ class PhaseSchedulers:
         """Have the user's schedulers begin anew."""
         for config, state in zip(self._first.configs, self._states, strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
-        self._restore(self._first)
-
-    def _restore(self, rates: _Rates) -> None:
-        for optimizer, options in zip(self.optimizers, rates.options, strict=True):
-            set_options(optimizer, options)
+        self._first.set()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_freeze._lightning import LightningModule, MisconfigurationException, Strategy, is_sharded
+from lightning_freeze._lightning import SHARDED, LightningModule, MisconfigurationException, Strategy
 from lightning_freeze.freezing.eval_mode import is_held
 from lightning_freeze.freezing.ledger import Ledger
 from lightning_freeze.schedule.fit import Fit
@@ -19,7 +19,7 @@ from lightning_freeze.selectors import clean_name, named_unique_parameters
 def refuse_sharded(strategy: Strategy, phases: Sequence[Phase]) -> None:
     """Refuse ``restore_best`` where a process has a part of each parameter only."""
     asks = next((phase for phase in phases if phase.plateau is not None and phase.plateau.restore_best), None)
-    if asks is not None and is_sharded(strategy):
+    if asks is not None and isinstance(strategy, SHARDED):
         raise MisconfigurationException(
             f"Phase {asks.label!r} ends by a Plateau(restore_best=True). Under {type(strategy).__name__} each "
             "process has a part of every parameter, which a callback's state cannot hold. Leave restore_best out, and "
@@ -62,7 +62,7 @@ def weights_to_keep(pl_module: LightningModule, fit: Fit, history: Sequence[tupl
     People keep only what requires grad while the file is written; an earlier phase's weights would be missing. They
     share their memory with the model's, so a file that has both does not grow.
     """
-    if pl_module.strict_loading or is_sharded(fit.ledger.strategy):
+    if pl_module.strict_loading or isinstance(fit.ledger.strategy, SHARDED):
         return {}
     return {name: fit.ledger.parameters[name].detach() for name in trained_so_far(fit, history)}
 
