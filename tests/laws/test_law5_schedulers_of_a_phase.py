@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler as lrs
 
 from lightning_freeze import FreezeSchedule, Phase, Plateau, Ramp
 from tests.laws.test_law3_schedulers import SCHEDULERS
-from tests.laws.test_law5_resume_is_exact import SETUPS, Duel, check_every_stop
+from tests.laws.test_law5_resume_is_exact import SETUPS, Duel, check_every_stop, sampled
 from tests.nets import Net, Probe, loader, sgd, trainer
 from tests.phased import rates_in_steps
 
@@ -50,8 +50,7 @@ RESUMED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("setup", SETUPS)
-@pytest.mark.parametrize("phases", RESUMED)
+@pytest.mark.parametrize(("phases", "setup"), sampled(RESUMED, marks=pytest.mark.slow))
 def test_resume_in_mid_phase(tmp_path: Path, phases: str, setup: str) -> None:
     if phases == "restart" and "scheduler" not in SETUPS[setup]:
         pytest.skip("no scheduler that could begin anew")

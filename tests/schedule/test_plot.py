@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -102,6 +103,7 @@ PICTURES: dict[str, tuple[Any, list[Phase], dict[str, Any]]] = {
 }
 
 
+@cache
 def picture(name: str) -> Figure:
     make, phases, limits = PICTURES[name]
     with torch.device("meta"):
