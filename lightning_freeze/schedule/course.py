@@ -109,7 +109,8 @@ class Course:
         if steps.begun:  # user code may have caught the error of one
             steps.reset()
         if self.fit.stepped[0] and (uncounted := self.fit.uncounted(self.trainer.global_step)):
-            report.steps_uncounted(self.trainer, first=self.progress.uncounted == 0)
+            if self.progress.uncounted == 0:
+                report.steps_uncounted()
             self.progress.uncounted += uncounted
         if self.progress.may_end_in_epoch:
             self._end_if_over()
@@ -168,7 +169,7 @@ class Course:
     def _follow(self, optimizer: Optimizer) -> None:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
         if self.fit.follow(self.trainer):
-            report.optimizers_exchanged(self.trainer)
+            report.optimizers_exchanged()
             self.fit.apply(self.progress.index, self.factor)
             self.fit.schedulers.begin(self.progress.phase, self.progress.history[-1][:2])
 
@@ -217,7 +218,7 @@ class Course:
         return True
 
     def _tell_start(self) -> None:
-        if self.verbose and self.trainer.is_global_zero:
+        if self.verbose:
             report.phase_begins(self.phases, self.progress, self.fit)
         if not (self.progress.told or self.progress.ended):
             self.progress.told = True  # before the hooks: they may save, and restore
