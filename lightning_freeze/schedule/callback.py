@@ -13,10 +13,9 @@ from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.optimizers import OptimizerState
 from lightning_freeze.schedule import report
 from lightning_freeze.schedule.course import Course
-from lightning_freeze.schedule.fit import begin_fit
+from lightning_freeze.schedule.fit import begin_fit, refuse_rivals
 from lightning_freeze.schedule.length import refuse_uneven_ranks
 from lightning_freeze.schedule.meaning import FrozenMode
-from lightning_freeze.schedule.neighbours import refuse_rivals
 from lightning_freeze.schedule.phases import Phase, as_phases
 from lightning_freeze.schedule.plan import Plan
 from lightning_freeze.schedule.preset import Preset

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import LightningModule, Trainer, logged_step
+from lightning_freeze._lightning import LightningModule, Trainer, callbacks_of, logged_step
 from lightning_freeze.freezing.step_view import Scale
+from lightning_freeze.logs import get_logger
 from lightning_freeze.ranks import check_agreement, greatest
 from lightning_freeze.schedule import report
 from lightning_freeze.schedule.fit import Fit
@@ -21,12 +22,13 @@ from lightning_freeze.schedule.length import (
     steps_per_epoch,
     window_is_closed,
 )
-from lightning_freeze.schedule.looks import Looks
-from lightning_freeze.schedule.neighbours import call_hooks, count_anew
+from lightning_freeze.schedule.looks import Looks, count_anew
 from lightning_freeze.schedule.phases import Phase, describe, function_name
 from lightning_freeze.schedule.progress import Progress, begin_or_go_on
 from lightning_freeze.schedule.rates import Length, planned_factor
 from lightning_freeze.schedule.weights import bring_back, movable, refuse_sharded
+
+_log = get_logger(__name__)
 
 
 @dataclass
@@ -110,7 +112,11 @@ class Course:
             steps.reset()
         if self.fit.stepped[0] and (uncounted := self.fit.uncounted(self.trainer.global_step)):
             if self.progress.uncounted == 0:
-                report.steps_uncounted()
+                _log.warning(
+                    "the optimizer is stepped past Lightning, as SAM's first_step() and second_step() do: "
+                    "trainer.global_step does not count these steps. The schedule counts them itself; limits such as "
+                    "max_steps do not."
+                )
             self.progress.uncounted += uncounted
         if self.progress.may_end_in_epoch:
             self._end_if_over()
@@ -169,7 +175,7 @@ class Course:
     def _follow(self, optimizer: Optimizer) -> None:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
         if self.fit.follow(self.trainer):
-            report.optimizers_exchanged()
+            _log.info("the Trainer's optimizers have been exchanged; the schedule goes on with the new ones")
             self.fit.apply(self.progress.index, self.factor)
             self.fit.schedulers.begin(self.progress.phase, self.progress.history[-1][:2])
 
@@ -193,12 +199,7 @@ class Course:
         return ("", function_name(until), "next_phase()")[says]
 
     def _move(self, asked: str) -> bool:
-        """Begin the next phase if this one is over, and return whether it began; after the last one end the fit.
-
-        Raises:
-            StopIteration: To end the fit before the batch, or the epoch, that begins, as Lightning does where
-                ``on_train_batch_start`` returns -1.
-        """
+        """Begin the next phase if this one is over, and return whether it began; after the last one end the fit."""
         epoch, progress = self.trainer.current_epoch, self.progress
         why = progress.ended or progress.over(epoch, self.step, asked)
         if not why:
@@ -206,7 +207,7 @@ class Course:
         if progress.is_last:
             self._end_fit(why)
             if may_stop(self.trainer):
-                raise StopIteration
+                raise StopIteration  # before the batch or the epoch that begins, as for on_train_batch_start() == -1
             return False
         self._end_phase(why)
         progress.begin_next(epoch, self.step, why)
@@ -222,7 +223,7 @@ class Course:
             report.phase_begins(self.phases, self.progress, self.fit)
         if not (self.progress.told or self.progress.ended):
             self.progress.told = True  # before the hooks: they may save, and restore
-            call_hooks(self.trainer, "on_phase_start", self.phases[self.progress.index])
+            self._call("on_phase_start")
 
     def _end_phase(self, why: str) -> None:
         """End a phase that is over; ``why`` is empty if only the fit ends."""
@@ -231,7 +232,7 @@ class Course:
             if why == watch.why:
                 bring_back(watch.kept, movable(self.fit.ledger))
             watch.kept = {}
-        call_hooks(self.trainer, "on_phase_end", self.phases[self.progress.index])
+        self._call("on_phase_end")
 
     def _end_last(self) -> None:
         progress = self.progress
@@ -253,3 +254,10 @@ class Course:
             report.last_phase_is_over(self.trainer, self.phases, why, goes_on=not may_stop(self.trainer))
         self.progress.ended = why
         self.trainer.should_stop = True
+
+    def _call(self, hook: str) -> None:
+        """Call a hook of every callback that has it, and then of the module."""
+        pl_module, phase = self.trainer.lightning_module, self.phases[self.progress.index]
+        for owner in (*callbacks_of(self.trainer), pl_module):
+            if callable(function := getattr(owner, hook, None)):
+                function(self.trainer, pl_module, phase)

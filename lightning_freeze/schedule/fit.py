@@ -10,7 +10,15 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import SHARDED, MisconfigurationException, Trainer, optimizers_of
+from lightning_freeze._lightning import (
+    SHARDED,
+    BaseFinetuning,
+    Callback,
+    MisconfigurationException,
+    Trainer,
+    callbacks_of,
+    optimizers_of,
+)
 from lightning_freeze.freezing.fsdp import CheckpointsByName
 from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, foreign, missing
@@ -53,9 +61,6 @@ def resolve_phases(
     """Return what each phase means for a module, so that every error comes before the first batch.
 
     ``held`` tells who keeps a parameter frozen in every phase; the modes of ``left_alone`` are other holders'.
-
-    Raises:
-        ValueError: If a phase names or trains nothing.
     """
     sleeping = asleep(module, phases, came_frozen)
     trains = [phase_trains(module, phase, sleeping, held) for phase in phases]
@@ -205,6 +210,21 @@ class Fit:
             *(len(adopt), listed(adopt)),
         )
         return adopt
+
+
+def refuse_rivals(trainer: Trainer, kind: type[Callback]) -> None:
+    """Refuse two schedules, ``kind`` is their class, and Lightning's own callbacks that freeze."""
+    if sum(isinstance(callback, kind) for callback in callbacks_of(trainer)) > 1:
+        raise MisconfigurationException(
+            "The Trainer has two FreezeSchedule callbacks, and each would undo what the other does. "
+            "Put their phases into one."
+        )
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, BaseFinetuning):
+            raise MisconfigurationException(
+                f"The Trainer has FreezeSchedule and {type(callback).__name__}, and each would undo what the other "
+                "does. Leave one of them out."
+            )
 
 
 def begin_fit(

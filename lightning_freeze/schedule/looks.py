@@ -7,14 +7,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lightning_freeze._lightning import Trainer
+import torch
+
+from lightning_freeze._lightning import EarlyStopping, MisconfigurationException, Trainer, callbacks_of
 from lightning_freeze.freezing.ledger import Ledger
+from lightning_freeze.logs import get_logger
 from lightning_freeze.ranks import mean_over_ranks, only_true
-from lightning_freeze.schedule import report
-from lightning_freeze.schedule.neighbours import count_anew, stoppers
 from lightning_freeze.schedule.phases import Phase
-from lightning_freeze.schedule.progress import Progress
+from lightning_freeze.schedule.progress import Progress, numbered
 from lightning_freeze.schedule.weights import keep
+from lightning_freeze.words import suggestion
+
+_log = get_logger(__name__)
 
 
 @dataclass
@@ -77,8 +81,19 @@ class Looks:
         metrics = self.trainer.callback_metrics
         for number in numbers:
             until = phases[number].plateau
-            if until is not None and only_true(self.trainer.strategy, until.monitor not in metrics):
-                report.metric_is_missing(self.trainer, phases, number, is_current=number == current)
+            if until is None or not only_true(self.trainer.strategy, until.monitor not in metrics):
+                continue
+            logged = sorted(name for name in map(str, metrics) if not name.startswith("freeze/"))
+            missing = (
+                f"ends by Plateau(monitor={until.monitor!r}), but no metric of that name was logged."
+                f"{suggestion(until.monitor, logged)} Logged are: {', '.join(logged) or 'none'}."
+            )
+            if number == current:
+                raise MisconfigurationException(f"Phase {phases[number].label!r} {missing}")
+            _log.warning(
+                "%s %s If it is not logged in that phase either, the fit ends there with an error.",
+                *(numbered(phases, number), missing),
+            )
 
     def _logged(self, progress: Progress) -> Any:
         until = progress.phase.plateau
@@ -108,7 +123,11 @@ class Looks:
             return
         if not math.isfinite(value) and self.warned_in != progress.index:
             self.warned_in = progress.index
-            report.metric_is_not_finite(self.trainer, progress, value)
+            _log.warning(
+                "%s waits for a plateau of %r, which is %s at epoch %d, step %d: no improvement on any value.",
+                *(numbered(progress.phases, progress.index), until.monitor, value),
+                *(self.trainer.current_epoch, self.trainer.global_step),
+            )
         if progress.look(until, value, epoch) and until.restore_best:
             progress.plateau.kept = keep(self.ledger)
 
@@ -117,3 +136,16 @@ class Looks:
         until = progress.phase.plateau
         if until is not None and why and not progress.is_last:
             count_anew(self.trainer, until.monitor)
+
+
+def stoppers(trainer: Trainer, monitor: str | None = None) -> list[EarlyStopping]:
+    """Return the Trainer's EarlyStopping callbacks, those of one metric or all."""
+    found = [callback for callback in callbacks_of(trainer) if isinstance(callback, EarlyStopping)]
+    return [stopper for stopper in found if monitor in (None, stopper.monitor)]
+
+
+def count_anew(trainer: Trainer, monitor: str | None = None) -> None:
+    """Have EarlyStopping forget what earlier phases reached: a phase begins worse than the one before it ended."""
+    for stopper in stoppers(trainer, monitor):
+        stopper.wait_count = 0
+        stopper.best_score = torch.tensor(torch.inf if stopper.mode == "min" else -torch.inf)

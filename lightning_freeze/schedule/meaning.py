@@ -21,14 +21,7 @@ _TRAIN = "Phase(train={})"
 
 
 def asleep(module: nn.Module, phases: Sequence[Phase], came_frozen: Collection[int]) -> set[int]:
-    """Return the identities of what came frozen and no phase names: ``"*"`` leaves it frozen.
-
-    Example:
-        >>> net = nn.ModuleDict({"teacher": nn.Linear(2, 2), "student": nn.Linear(2, 2)})
-        >>> frozen = {id(parameter) for parameter in net["teacher"].parameters()}
-        >>> asleep(net, [Phase("*")], frozen) == frozen, asleep(net, [Phase(["*", "teacher"])], frozen)
-        (True, set())
-    """
+    """Return the identities of what came frozen and no phase names: ``"*"`` leaves it frozen."""
     if not came_frozen:
         return set()
     named = {
@@ -47,9 +40,6 @@ def phase_trains(
 
     ``asleep`` has the identities of what ``"*"`` leaves frozen; ``held`` tells who keeps a parameter frozen in every
     phase. That ``"*"`` selects such parameters too is fine; to name only such ones is not.
-
-    Raises:
-        ValueError: If the phase's selector matches nothing, nothing that can train, or names what never trains.
     """
     held = held or {}
     awake = _awake(asleep)

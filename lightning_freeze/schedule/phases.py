@@ -185,17 +185,7 @@ class Phase:
 
 
 def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
-    """Return phases from phases, or from dicts of their arguments, as YAML has them.
-
-    Raises:
-        TypeError: If an element is neither.
-        ValueError: If the schedule is empty, a key is unknown, a phase before the last has no end, or fractions are
-            more than the fit.
-
-    Example:
-        >>> as_phases([{"train": "head", "epochs": 2}, {"train": "*"}])[0]
-        Phase(train='head', epochs=2)
-    """
+    """Return phases from phases, or from dicts of their arguments, as YAML has them."""
     if isinstance(phases, Phase | Mapping | str) or not isinstance(phases, Sequence):
         raise TypeError(
             f"A schedule is a list of phases, not {phases!r}: FreezeSchedule([Phase('head', epochs=2), …])."

@@ -53,16 +53,7 @@ class FitLength:
         per_epoch: int | None = None,
         trainer: Trainer | None = None,
     ) -> FitLength:
-        """Return the length of a fit that ends at the first of its limits; those of the Trainer if none is given.
-
-        Raises:
-            TypeError: If a number is no whole one, or no limit is known.
-            ValueError: If a number is below 1, or two limits are given that cannot be compared.
-
-        Example:
-            >>> FitLength.of(3, max_steps=25, per_epoch=10)
-            FitLength(total=25, unit='epoch', per_epoch=10)
-        """
+        """Return the length of a fit that ends at the first of its limits; those of the Trainer if none is given."""
         if max_epochs is None and max_steps is None and trainer is not None:
             max_epochs, max_steps = (n if n and n > 0 else None for n in (trainer.max_epochs, trainer.max_steps))
         if max_epochs is not None or max_steps is None:

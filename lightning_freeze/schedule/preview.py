@@ -47,10 +47,7 @@ def schedule_text(schedule: FreezeSchedule) -> str:
 def preview_table(plan: Plan, policy: OptimizerState = "keep", optimizer: OptimizerLike | None = None) -> Table:
     """Return a row for each phase: what trains, when, how much that is, at which rates, and the memory it takes.
 
-    Args:
-        plan: The schedule over a fit.
-        policy: What becomes of a parameter's optimizer state when it freezes.
-        optimizer: The optimizer; that of the module if not given, and none if the module does not say.
+    Without ``optimizer`` it is that of the module, and none if the module does not say.
     """
     layers, total = set(running_statistics(plan.model)), sum(map(scalars, plan.parameters.values()))
     counts = [sum(scalars(plan.parameters[name]) for name in factors) for factors in plan.factors]

@@ -147,14 +147,15 @@ class Progress:
         return cls(**{"told": old, **fields, "history": history, "plateau": PlateauWatch(**watch)})
 
 
+def numbered(phases: Sequence[Phase], index: int) -> str:
+    """Return how logs name a phase."""
+    return f"phase {index + 1}/{len(phases)} {phases[index].label!r}"
+
+
 def planned(phases: Sequence[Phase], total: int | None = None, *, dry_run: bool = False) -> tuple[Phase, ...]:
     """Return a schedule as one fit goes through it: fractions as steps; in a dry run each phase lasts a step.
 
     Fractions of a fit of which nobody knows how many steps it takes, ``total=None``, stay fractions.
-
-    Example:
-        >>> planned([Phase("a", fraction=0.25), Phase("b", fraction=0.5), Phase("c")], 10)[:2]
-        (Phase(train='a', steps=2), Phase(train='b', steps=6))
     """
     if dry_run:
         ends = [1] * (len(phases) - 1) + [None]
@@ -198,14 +199,10 @@ def walk(
     per_epoch: float | None,
     guess: Callable[[Begin], End | None] = lambda begin: None,
 ) -> list[Begin]:
-    """Return where each phase began in a fit that is at an epoch and a step.
+    """Return where each phase began in a fit that is at an epoch, from 0, and an optimizer step.
 
-    Args:
-        phases: The schedule, as :func:`planned` returns it.
-        epoch: The epoch that is about to begin or has begun, from 0.
-        step: Optimizer steps taken.
-        per_epoch: Optimizer steps an epoch takes; None if unknown, then ends in the unknown unit are not reached.
-        guess: Returns where a phase ends that only ends by what nobody can foresee, None if it has not ended.
+    Without ``per_epoch``, the steps of an epoch, ends in the unknown unit are not reached. ``guess`` returns where a
+    phase ends that only ends by what nobody can foresee, None if it has not ended.
 
     Example:
         >>> walk([Phase("a", epochs=2), Phase("b", steps=15), Phase("c")], 9, 90, per_epoch=10)
@@ -239,7 +236,7 @@ def begin_or_go_on(
         saved: The state of a checkpoint.
         at: The epoch and the optimizer steps taken.
         per_epoch: Returns the optimizer steps of an epoch, None if unknown.
-        total: The optimizer steps that the fit takes, None if unknown; what was saved of it comes first.
+        total: The optimizer steps that the fit takes, if known; what was saved of it comes first.
         dry_run: Whether each phase shall only be tried.
     """
     if saved is not None and saved["schedule"] == describe(phases):

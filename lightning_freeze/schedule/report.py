@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from lightning_freeze._lightning import Callback, MisconfigurationException, Trainer, callbacks_of, logged_step
+from lightning_freeze._lightning import Callback, Trainer, callbacks_of, logged_step
 from lightning_freeze.freezing.eval_mode import is_held
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.fit import Fit
 from lightning_freeze.schedule.length import steps_per_epoch
+from lightning_freeze.schedule.looks import stoppers
 from lightning_freeze.schedule.meaning import what_came_frozen
-from lightning_freeze.schedule.neighbours import stoppers
 from lightning_freeze.schedule.phases import Phase, Plateau, describe
 from lightning_freeze.schedule.preset import Preset
-from lightning_freeze.schedule.progress import Progress, walk
-from lightning_freeze.words import listed, percent, suggestion
+from lightning_freeze.schedule.progress import Progress, numbered, walk
+from lightning_freeze.words import listed, percent
 
 _log = get_logger(__name__)
 
@@ -33,7 +33,7 @@ def fit_begins(trainer: Trainer, schedule: Callback, progress: Progress, fit: Fi
         _log.warning("%s", said)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         for number, why in _ends_too_early(trainer, schedule, phases):
-            _log.warning("%s %s", _numbered(phases, number - 1), why)
+            _log.warning("%s %s", numbered(phases, number - 1), why)
 
 
 def phase_begins(phases: Sequence[Phase], progress: Progress, fit: Fit) -> None:
@@ -41,7 +41,7 @@ def phase_begins(phases: Sequence[Phase], progress: Progress, fit: Fit) -> None:
     begin = progress.history[-1]
     total, trainable = sum(map(scalars, fit.ledger.parameters.values())), fit.trainable()
     line = (
-        f"{_numbered(phases, progress.index)} from epoch {begin[0]}, step {begin[1]}"
+        f"{numbered(phases, progress.index)} from epoch {begin[0]}, step {begin[1]}"
         f"{f', after {begin.why}' if begin.why else ''}: "
         f"trains {trainable:,} of {total:,} parameters ({percent(trainable, total)})"
     )
@@ -56,7 +56,7 @@ def last_phase_is_over(trainer: Trainer, phases: Sequence[Phase], why: str, *, g
     least = f"min_steps={trainer.min_steps}" if late else f"min_epochs={trainer.min_epochs}"
     _log.info(
         "%s is over at epoch %d, step %d, after %s: the fit %s",
-        *(_numbered(phases, len(phases) - 1), trainer.current_epoch, trainer.global_step, why),
+        *(numbered(phases, len(phases) - 1), trainer.current_epoch, trainer.global_step, why),
         f"goes on to {least}" if goes_on else "ends",
     )
 
@@ -71,7 +71,7 @@ def fit_ends(trainer: Trainer, phases: Sequence[Phase], progress: Progress) -> N
         return
     _log.warning(
         "the fit ended at epoch %d, step %d in %s; never began: %s.",
-        *(trainer.current_epoch, trainer.global_step, _numbered(phases, progress.index), never),
+        *(trainer.current_epoch, trainer.global_step, numbered(phases, progress.index), never),
     )
 
 
@@ -89,34 +89,6 @@ def another_schedule(trainer: Trainer, phases: Sequence[Phase], saved: Mapping[s
     )
 
 
-def metric_is_missing(trainer: Trainer, phases: Sequence[Phase], index: int, *, is_current: bool) -> None:
-    """Raise for the current phase, warn for a later one, that a plateau's metric is not logged."""
-    phase = phases[index]
-    assert phase.plateau is not None
-    monitor, logged = phase.plateau.monitor, sorted(map(str, trainer.callback_metrics))
-    logged = [name for name in logged if not name.startswith("freeze/")]
-    missing = (
-        f"ends by Plateau(monitor={monitor!r}), but no metric of that name was logged.{suggestion(monitor, logged)} "
-        f"Logged are: {', '.join(logged) or 'none'}."
-    )
-    if is_current:
-        raise MisconfigurationException(f"Phase {phase.label!r} {missing}")
-    _log.warning(
-        "%s %s If it is not logged in that phase either, the fit ends there with an error.",
-        *(_numbered(phases, index), missing),
-    )
-
-
-def metric_is_not_finite(trainer: Trainer, progress: Progress, value: float) -> None:
-    """Warn that a plateau's metric has a value that is no improvement on any other."""
-    until = progress.phase.plateau
-    _log.warning(
-        "%s waits for a plateau of %r, which is %s at epoch %d, step %d: no improvement on any value.",
-        *(_numbered(progress.phases, progress.index), until.monitor if until else "", value),
-        *(trainer.current_epoch, trainer.global_step),
-    )
-
-
 def log_phase(trainer: Trainer, index: int, trainable: int) -> None:
     """Log the current phase, and how much trains, also where checkpoints are named by it."""
     values = {"freeze/phase": float(index), "freeze/trainable_parameters": float(trainable)}
@@ -128,19 +100,6 @@ def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Log values at the step at which Lightning logs the model's."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=logged_step(trainer))
-
-
-def optimizers_exchanged() -> None:
-    """Log that optimizers have been exchanged."""
-    _log.info("the Trainer's optimizers have been exchanged; the schedule goes on with the new ones")
-
-
-def steps_uncounted() -> None:
-    """Warn of steps that ``trainer.global_step`` misses."""
-    _log.warning(
-        "the optimizer is stepped past Lightning, as SAM's first_step() and second_step() do: trainer.global_step does "
-        "not count these steps. The schedule counts them itself; limits such as max_steps do not."
-    )
 
 
 def _ends_too_early(trainer: Trainer, schedule: Callback, phases: Sequence[Phase]) -> Iterator[tuple[int, str]]:
@@ -179,10 +138,6 @@ def _stopped_before(until: Plateau, patience: int) -> str:
         "list it after FreezeSchedule, which then has it count anew in each phase, or leave it out and end the last "
         "phase by a Plateau."
     )
-
-
-def _numbered(phases: Sequence[Phase], index: int) -> str:
-    return f"phase {index + 1}/{len(phases)} {phases[index].label!r}"
 
 
 def _line(schedule: Sequence[Mapping[str, Any]]) -> str:

@@ -35,15 +35,7 @@ _STEPS = ("steps", "total_steps", "T_max", "total_iters", "num_training_steps")
 
 
 def make_scheduler(phase: Phase, optimizer: Optimizer, steps: int) -> dict[str, Any]:
-    """Return the scheduler of a phase's own for an optimizer, as ``configure_optimizers`` may return one.
-
-    Example:
-        >>> import torch
-        >>> cosine = {"class_path": "torch.optim.lr_scheduler.CosineAnnealingLR", "interval": "epoch"}
-        >>> made = make_scheduler(Phase("*", lr_scheduler=cosine), torch.optim.SGD([torch.zeros(1)]), steps=9)
-        >>> made["scheduler"].T_max, made["interval"]
-        (9, 'epoch')
-    """
+    """Return the scheduler of a phase's own for an optimizer, as ``configure_optimizers`` may return one."""
     own = phase.lr_scheduler
     if isinstance(own, Mapping):
         factory = pkgutil.resolve_name(own["class_path"])
