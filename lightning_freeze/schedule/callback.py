@@ -13,7 +13,7 @@ from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.optimizers import OptimizerState
 from lightning_freeze.schedule import report
 from lightning_freeze.schedule.course import Course
-from lightning_freeze.schedule.fit import begin_fit, refuse_rivals
+from lightning_freeze.schedule.fit import begin_fit
 from lightning_freeze.schedule.length import refuse_uneven_ranks
 from lightning_freeze.schedule.meaning import FrozenMode
 from lightning_freeze.schedule.phases import Phase, as_phases
@@ -203,7 +203,7 @@ class FreezeSchedule(Holder):
         """Refuse what cannot work."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            refuse_rivals(trainer, FreezeSchedule)
+            report.refuse_rivals(trainer, FreezeSchedule)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedule against the module and apply the phase, before anything is trained or restored."""

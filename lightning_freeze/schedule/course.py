@@ -14,14 +14,7 @@ from lightning_freeze.logs import get_logger
 from lightning_freeze.ranks import check_agreement, greatest
 from lightning_freeze.schedule import report
 from lightning_freeze.schedule.fit import Fit
-from lightning_freeze.schedule.length import (
-    may_stop,
-    phase_length,
-    refuse_unknown,
-    steps_in_all,
-    steps_per_epoch,
-    window_is_closed,
-)
+from lightning_freeze.schedule.length import phase_length, refuse_unknown, steps_in_all, steps_per_epoch
 from lightning_freeze.schedule.looks import Looks, count_anew
 from lightning_freeze.schedule.phases import Phase, describe, function_name
 from lightning_freeze.schedule.progress import Progress, begin_or_go_on
@@ -131,7 +124,7 @@ class Course:
         """End the fit if the last phase is over; what comes back is then in the checkpoint of the epoch's end."""
         self.looks.end_epoch(self.progress)
         self._end_if_over(epochs=1)
-        if self.progress.ended and may_stop(self.trainer):
+        if self.progress.ended and _may_stop(self.trainer):
             self._end_last()
 
     def end(self) -> None:
@@ -206,7 +199,7 @@ class Course:
             return False
         if progress.is_last:
             self._end_fit(why)
-            if may_stop(self.trainer):
+            if _may_stop(self.trainer):
                 raise StopIteration  # before the batch or the epoch that begins, as for on_train_batch_start() == -1
             return False
         self._end_phase(why)
@@ -246,12 +239,12 @@ class Course:
         if not progress.is_last or progress.ended:
             return
         why = progress.over(self.trainer.current_epoch + epochs, self.step)
-        if why and (epochs or window_is_closed(self.trainer, stepped=self.step != progress.seen)):
+        if why and (epochs or _window_is_closed(self.trainer, stepped=self.step != progress.seen)):
             self._end_fit(why)
 
     def _end_fit(self, why: str) -> None:
         if not self.trainer.should_stop or not self.progress.ended:
-            report.last_phase_is_over(self.trainer, self.phases, why, goes_on=not may_stop(self.trainer))
+            report.last_phase_is_over(self.trainer, self.phases, why, goes_on=not _may_stop(self.trainer))
         self.progress.ended = why
         self.trainer.should_stop = True
 
@@ -261,3 +254,16 @@ class Course:
         for owner in (*callbacks_of(self.trainer), pl_module):
             if callable(function := getattr(owner, hook, None)):
                 function(self.trainer, pl_module, phase)
+
+
+def _window_is_closed(trainer: Trainer, *, stepped: bool) -> bool:
+    """Return whether the batch that has run ended an accumulation window; where the user steps, ``stepped`` tells."""
+    if not trainer.lightning_module.automatic_optimization:
+        return stepped
+    return (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def _may_stop(trainer: Trainer) -> bool:
+    """Return whether ``trainer.should_stop`` ends the fit, or the Trainer goes on to its min_epochs or min_steps."""
+    epochs: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
+    return epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)

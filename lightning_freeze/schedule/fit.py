@@ -10,15 +10,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import (
-    SHARDED,
-    BaseFinetuning,
-    Callback,
-    MisconfigurationException,
-    Trainer,
-    callbacks_of,
-    optimizers_of,
-)
+from lightning_freeze._lightning import SHARDED, MisconfigurationException, Trainer, optimizers_of
 from lightning_freeze.freezing.fsdp import CheckpointsByName
 from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, foreign, missing
@@ -148,11 +140,8 @@ class Fit:
 
     def rates(self, index: int) -> dict[str, float]:
         """Return the learning rates of what the phase scales and trains, by selector."""
-        found = (
-            (select, phased.view.rate(parameter))
-            for select, parameter in self.resolved.scaled[index].items()
-            for phased in self.optimizers
-        )
+        scaled = self.resolved.scaled[index].items()
+        found = ((select, phased.view.rate(one)) for select, one in scaled for phased in self.optimizers)
         return {select: rate for select, rate in found if rate is not None}
 
     def trainable(self) -> int:
@@ -210,21 +199,6 @@ class Fit:
             *(len(adopt), listed(adopt)),
         )
         return adopt
-
-
-def refuse_rivals(trainer: Trainer, kind: type[Callback]) -> None:
-    """Refuse two schedules, ``kind`` is their class, and Lightning's own callbacks that freeze."""
-    if sum(isinstance(callback, kind) for callback in callbacks_of(trainer)) > 1:
-        raise MisconfigurationException(
-            "The Trainer has two FreezeSchedule callbacks, and each would undo what the other does. "
-            "Put their phases into one."
-        )
-    for callback in callbacks_of(trainer):
-        if isinstance(callback, BaseFinetuning):
-            raise MisconfigurationException(
-                f"The Trainer has FreezeSchedule and {type(callback).__name__}, and each would undo what the other "
-                "does. Leave one of them out."
-            )
 
 
 def begin_fit(

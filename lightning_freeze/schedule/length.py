@@ -67,19 +67,6 @@ def steps_at_most(trainer: Trainer) -> float:
     return batches * len(trainer.optimizers) if batches >= 0 else math.inf
 
 
-def window_is_closed(trainer: Trainer, *, stepped: bool) -> bool:
-    """Return whether the batch that has run ended an accumulation window; where the user steps, ``stepped`` tells."""
-    if not trainer.lightning_module.automatic_optimization:
-        return stepped
-    return (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
-
-
-def may_stop(trainer: Trainer) -> bool:
-    """Return whether ``trainer.should_stop`` ends the fit, or the Trainer goes on to its min_epochs or min_steps."""
-    epochs: int = trainer.fit_loop.epoch_progress.current.processed  # type: ignore[attr-defined]
-    return epochs >= (trainer.min_epochs or 0) and trainer.global_step >= (trainer.min_steps or 0)
-
-
 def refuse_unknown(trainer: Trainer, phases: Sequence[Phase]) -> None:
     """Raise a MisconfigurationException for what lasts a share of a fit, or of a phase, of unknown length."""
     for phase in phases:

@@ -243,12 +243,7 @@ def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:
     if isinstance(scale := options.get("lr_scale"), Mapping):
         if "start" in scale and scale.keys() <= {field.name for field in dataclasses.fields(Ramp)}:
             scale = {"*": scale}
-        options["lr_scale"] = {select: _as_ramp(factor, where) for select, factor in scale.items()}
+        ramps = {select: one for select, one in scale.items() if isinstance(one, Mapping)}
+        where_ramp, needs = f"{where}: lr_scale", ("start", "where the ramp begins")
+        options["lr_scale"] = {**scale, **{one: built(Ramp, ramp, where_ramp, needs) for one, ramp in ramps.items()}}
     return built(Phase, options, where, ("train", "what trains"))
-
-
-def _as_ramp(factor: Any, where: str) -> Any:
-    """Return the ramp that a mapping says, anything else unchanged."""
-    if not isinstance(factor, Mapping):
-        return factor
-    return built(Ramp, factor, f"{where}: lr_scale", ("start", "where the ramp begins"))

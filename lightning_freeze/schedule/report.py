@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from lightning_freeze._lightning import Callback, Trainer, callbacks_of, logged_step
+from lightning_freeze._lightning import (
+    BaseFinetuning,
+    Callback,
+    MisconfigurationException,
+    Trainer,
+    callbacks_of,
+    logged_step,
+)
 from lightning_freeze.freezing.eval_mode import is_held
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
@@ -22,6 +29,21 @@ from lightning_freeze.schedule.progress import Progress, numbered, walk
 from lightning_freeze.words import listed, percent
 
 _log = get_logger(__name__)
+
+
+def refuse_rivals(trainer: Trainer, kind: type[Callback]) -> None:
+    """Refuse two schedules, ``kind`` is their class, and Lightning's own callbacks that freeze."""
+    if sum(isinstance(callback, kind) for callback in callbacks_of(trainer)) > 1:
+        raise MisconfigurationException(
+            "The Trainer has two FreezeSchedule callbacks, and each would undo what the other does. "
+            "Put their phases into one."
+        )
+    for callback in callbacks_of(trainer):
+        if isinstance(callback, BaseFinetuning):
+            raise MisconfigurationException(
+                f"The Trainer has FreezeSchedule and {type(callback).__name__}, and each would undo what the other "
+                "does. Leave one of them out."
+            )
 
 
 def fit_begins(trainer: Trainer, schedule: Callback, progress: Progress, fit: Fit) -> None:

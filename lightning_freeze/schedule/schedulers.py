@@ -157,7 +157,9 @@ class PhaseSchedulers:
             self._first = _Rates.of(self.trainer)
         if phase.lr_scheduler in (None, "restart"):
             if anew and phase.lr_scheduler == "restart":
-                self._restart()
+                for config, state in zip(self._first.configs, self._states, strict=True):
+                    config.scheduler.load_state_dict(copy.deepcopy(state))
+                self._first.set()
             return
         self._rest = _Rates.of(self.trainer)
         for optimizer, options in self._first.options.items():
@@ -224,9 +226,3 @@ class PhaseSchedulers:
 
     def _own_of(self, optimizer: Optimizer) -> list[LRSchedulerConfig]:
         return [config for config in self._own if config.scheduler.optimizer is optimizer]
-
-    def _restart(self) -> None:
-        """Have the user's schedulers begin anew."""
-        for config, state in zip(self._first.configs, self._states, strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(state))
-        self._first.set()
