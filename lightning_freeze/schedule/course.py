@@ -167,7 +167,8 @@ class Course:
 
     def _follow(self, optimizer: Optimizer) -> None:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
-        if self.fit.follow(self.trainer):
+        followed = any(phased.optimizer is optimizer for phased in self.fit.optimizers)
+        if not followed and self.fit.follow(self.trainer):
             _log.info("the Trainer's optimizers have been exchanged; the schedule goes on with the new ones")
             self.fit.apply(self.progress.index, self.factor)
             self.fit.schedulers.begin(self.progress.phase, self.progress.history[-1][:2])

@@ -14,7 +14,7 @@ from torch.serialization import add_safe_globals
 from lightning_freeze.schedule.phases import Phase, Plateau, describe
 from lightning_freeze.words import counted
 
-#: The optimizer step and the epoch at which a phase ends, and why.
+#: The optimizer step and the epoch at which a phase ends, and the unit that ends it, empty if none does.
 End: TypeAlias = tuple[int, int, str]
 
 
@@ -112,8 +112,10 @@ class Progress:
         phase, why, begin = self.phase, self.plateau.why, self.history[-1]
         if why and (phase.plateau is None or epoch - begin[0] >= phase.plateau.min_epochs):
             return why
-        ends = counted_ends(phase, begin)
-        return asked or next((why for at, in_epoch, why in ends if at <= step and in_epoch <= epoch), "")
+        if asked:
+            return asked
+        ends = (unit for at, in_epoch, unit in counted_ends(phase, begin) if at <= step and in_epoch <= epoch)
+        return _counted(phase, next(ends, ""))
 
     def look(self, until: Plateau, value: float, epoch: int) -> bool:
         """Take a value of the current phase's metric, logged in an epoch; return whether it is the best so far."""
@@ -182,14 +184,14 @@ def counted_ends(phase: Phase, begin: Sequence[int], per_epoch: float | None = N
 
     Example:
         >>> list(counted_ends(Phase("*", epochs=2, steps=25), (3, 32), per_epoch=10))
-        [(50, 5, '2 epochs'), (57, 5, '25 steps')]
+        [(50, 5, 'epoch'), (57, 5, 'step')]
     """
     if phase.epochs is not None:
         epoch = begin[0] + phase.epochs
-        yield round(epoch * per_epoch) if per_epoch else begin[1], epoch, counted(phase.epochs, "epoch")
+        yield round(epoch * per_epoch) if per_epoch else begin[1], epoch, "epoch"
     if phase.steps is not None:
         step = begin[1] + phase.steps
-        yield step, int(step / per_epoch) if per_epoch else begin[0], counted(phase.steps, "step")
+        yield step, int(step / per_epoch) if per_epoch else begin[0], "step"
 
 
 def walk(
@@ -214,8 +216,8 @@ def walk(
         reached = [end for end in ends if end is not None and end[0] <= step and end[1] <= epoch]
         if not reached:
             break
-        end_step, end_epoch, why = min(reached, key=lambda end: end[:2])
-        begins.append(Begin(end_epoch, end_step, index + 1, why))
+        end_step, end_epoch, unit = min(reached, key=lambda end: end[:2])
+        begins.append(Begin(end_epoch, end_step, index + 1, _counted(phase, unit)))
     return begins
 
 
@@ -252,3 +254,7 @@ def begin_or_go_on(
         progress.total = total
     progress.phases = planned(phases, progress.total, dry_run=dry_run)
     return progress
+
+
+def _counted(phase: Phase, unit: str) -> str:
+    return counted(getattr(phase, f"{unit}s"), unit) if unit else ""
