@@ -1,8 +1,10 @@
-"""Loggers whose lines are printed once: by the root logger's handlers if it has any, else by the package itself."""
+"""Loggers whose lines are printed once: on rank zero, by the root logger's handlers if it has any, else by ours."""
 
 from __future__ import annotations
 
 import logging
+
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 
 class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
@@ -21,4 +23,10 @@ def get_logger(name: str) -> logging.Logger:
         package.addHandler(_UnlessConfigured())
         if package.level == logging.NOTSET:
             package.setLevel(logging.INFO)
-    return logging.getLogger(name)
+    logger = logging.getLogger(name)
+    logger.addFilter(_is_rank_zero)
+    return logger
+
+
+def _is_rank_zero(record: logging.LogRecord) -> bool:
+    return getattr(rank_zero_only, "rank", 0) == 0  # every launcher of both Lightnings sets it

@@ -150,8 +150,7 @@ class GradientAudit(Callback):
         """Check what is left, and log how it was."""
         if self._current().audited:
             self._check("train end")
-        if trainer.is_global_zero:
-            _log.info(self.report.summary)
+        _log.info(self.report.summary)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Report gradients that were missing, which may have led to an error; leave nothing behind."""
@@ -193,7 +192,7 @@ class GradientAudit(Callback):
         self.report.checks += at not in ("epoch skipped", "train end", "exception")
         if new and self.on_violation == "raise" and error is None:
             raise AuditError(self.report)
-        for group in alike(new.values()) if now.trainer.is_global_zero else ():
+        for group in alike(new.values()):
             _log.warning("audit, step %d: %s", group[0].step, described(group))
 
 

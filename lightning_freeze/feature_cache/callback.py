@@ -205,7 +205,7 @@ class FeatureCache(Callback):
         if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
             why = f"under {type(trainer.strategy).__name__} a process has only a part of the weights"
             self._stats = FeatureStats(why=why)
-            self._say(trainer, f"{self.module}: off, because {why}.")
+            _say(f"{self.module}: off, because {why}.")
             return
         found = modules_by_name(pl_module, self.module)
         whole = next(iter(found.items())) if isinstance(self.module, str) and len(found) == 1 else None
@@ -234,7 +234,7 @@ class FeatureCache(Callback):
             hashing=_ON_DEVICE if is_on_device else Hash(),
             dtype=self.dtype,
             stages=self._stages,
-            say=lambda sentence: self._say(trainer, sentence),
+            say=_say,
         )
         self._chain.__enter__()
 
@@ -246,12 +246,12 @@ class FeatureCache(Callback):
                 "its other methods, of modules in it, nor any in code that is compiled around it. Name the modules "
                 "that are called."
             )
-            self._say(trainer, sentence)
-
-    def _say(self, trainer: Trainer, sentence: str) -> None:
-        if trainer.is_global_zero:
-            _log.info("FeatureCache: %s", sentence)
+            _say(sentence)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
         return without_fit(self.__dict__, _chain=None, _rows=None, _stages=Stages())
+
+
+def _say(sentence: str) -> None:
+    _log.info("FeatureCache: %s", sentence)

@@ -186,12 +186,11 @@ class Ledger:
             return
         self._warned = True
         names = [name for name, parameter in self.parameters.items() if id(parameter) in switched]
-        if self.strategy.is_global_zero:
-            _log.warning(
-                "other code has switched on requires_grad of %d frozen parameter(s): %s. They stay frozen: their "
-                "gradients are dropped before each step.",
-                *(len(names), listed(names)),
-            )
+        _log.warning(
+            "other code has switched on requires_grad of %d frozen parameter(s): %s. They stay frozen: their gradients "
+            "are dropped before each step.",
+            *(len(names), listed(names)),
+        )
 
 
 _LEDGERS: WeakKeyDictionary[Trainer, Ledger] = WeakKeyDictionary()

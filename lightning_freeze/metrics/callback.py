@@ -178,7 +178,7 @@ class MetricLogger(Callback):
 
     def _warn_of_missing(self, trainer: Trainer) -> None:
         """Say that the epoch was resumed in its middle without what the metrics have seen before."""
-        if self._missing and "train" in self.stages and trainer.is_global_zero:
+        if self._missing and "train" in self.stages:
             rest = f"its metrics of epoch {trainer.current_epoch} cover only the rest of it"
             _log.warning("the checkpoint %s: %s", self._missing, rest)
         self._missing = ""
@@ -199,7 +199,7 @@ class MetricLogger(Callback):
         prefix, taken = self.prefix.format(stage=stage), epoch_names(trainer)
         for index, clone in clones.updated(stage):
             values, left_out = scalars(clone)
-            if not self._left_out.issuperset(left_out) and trainer.is_global_zero:
+            if not self._left_out.issuperset(left_out):
                 _log.info(
                     "MetricLogger logs scalars only, and leaves out what else metrics compute: %s", listed(left_out)
                 )

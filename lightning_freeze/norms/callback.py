@@ -185,7 +185,7 @@ class NormLogger(Callback):
         if norms:  # two optimizers may hold one parameter
             bad = dict.fromkeys(name for one in norms.values() for name in nonfinite(one.get("grad", {})))
             self.nonfinite = tuple(bad)
-            if bad and trainer.is_global_zero:
+            if bad:
                 noun = "gradient is" if len(bad) == 1 else "gradients are"
                 _log.warning("step %d: %d %s not finite: %s", logged_step(trainer), len(bad), noun, listed(bad))
         return norms

@@ -125,7 +125,8 @@ class Course:
         if steps.begun:  # user code may have caught the error of one
             steps.reset()
         if self.fit.stepped[0] and (uncounted := self.fit.uncounted(self.trainer.global_step)):
-            report.steps_uncounted(self.trainer, first=self.progress.uncounted == 0)
+            if self.progress.uncounted == 0:
+                report.steps_uncounted()
             self.progress.uncounted += uncounted
         if self.progress.may_end_in_epoch:
             self._end_if_over()
@@ -184,7 +185,7 @@ class Course:
     def _follow(self, optimizer: Optimizer) -> None:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
         if optimizer not in self.fit.followed and self.fit.follow(self.trainer):
-            report.optimizers_exchanged(self.trainer)
+            report.optimizers_exchanged()
             self.fit.apply(self.progress.index, self.factor)
             self.fit.schedulers.begin(self.progress.phase, self.progress.history[-1][:2])
 
@@ -269,7 +270,7 @@ class Course:
         self.trainer.should_stop = True
 
     def _announce(self) -> None:
-        if self.verbose and self.trainer.is_global_zero:
+        if self.verbose:
             report.phase_begins(self.phases, self.progress, self.fit)
 
     def _log_phase(self) -> None:

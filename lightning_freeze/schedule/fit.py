@@ -236,12 +236,11 @@ class Fit:
                 f"{type(strategy).__name__}, which saves optimizers in parts, they cannot be added later: give them to "
                 "the optimizer in configure_optimizers; a phase says from when on they train."
             )
-        if strategy.is_global_zero:
-            _log.info(
-                "the schedule trains %d parameters that the optimizer was not given; it takes them into its first "
-                "group: %s",
-                *(len(adopt), listed(adopt)),
-            )
+        _log.info(
+            "the schedule trains %d parameters that the optimizer was not given; it takes them into its first group: "
+            "%s",
+            *(len(adopt), listed(adopt)),
+        )
         return adopt
 
 

@@ -35,8 +35,6 @@ def fit_begins(
     trainer: Trainer, schedule: Callback, progress: Progress, fit: Fit, steps_per_epoch: float | None
 ) -> None:
     """Warn, before the first batch, of what the user may not expect."""
-    if not trainer.is_global_zero:
-        return
     phases, pl_module = progress.phases, trainer.lightning_module
     if isinstance(fit.phases, Preset) and fit.phases.said:
         _log.info("%s", fit.phases.said)
@@ -63,20 +61,19 @@ def phase_begins(phases: Sequence[Phase], progress: Progress, fit: Fit) -> None:
 
 def last_phase_is_over(trainer: Trainer, phases: Sequence[Phase], why: str, *, goes_on: bool) -> None:
     """Log that the last phase is over, and that the fit ends or why it goes on."""
-    if trainer.is_global_zero:
-        late = trainer.min_steps is not None and trainer.global_step < trainer.min_steps
-        least = f"min_steps={trainer.min_steps}" if late else f"min_epochs={trainer.min_epochs}"
-        _log.info(
-            "%s is over at epoch %d, step %d, after %s: the fit %s",
-            *(_numbered(phases, len(phases) - 1), trainer.current_epoch, trainer.global_step, why),
-            f"goes on to {least}" if goes_on else "ends",
-        )
+    late = trainer.min_steps is not None and trainer.global_step < trainer.min_steps
+    least = f"min_steps={trainer.min_steps}" if late else f"min_epochs={trainer.min_epochs}"
+    _log.info(
+        "%s is over at epoch %d, step %d, after %s: the fit %s",
+        *(_numbered(phases, len(phases) - 1), trainer.current_epoch, trainer.global_step, why),
+        f"goes on to {least}" if goes_on else "ends",
+    )
 
 
 def fit_ends(trainer: Trainer, phases: Sequence[Phase], progress: Progress) -> None:
     """Say so if the fit ends before its last phase."""
     never = listed(repr(phase.label) for phase in phases[progress.index + 1 :])
-    if not never or not trainer.is_global_zero:
+    if not never:
         return
     if trainer.fast_dev_run:  # type: ignore[attr-defined]
         _log.info("fast_dev_run has not tried: %s. fast_dev_run=%d tries every phase.", never, len(phases))
@@ -90,7 +87,7 @@ def fit_ends(trainer: Trainer, phases: Sequence[Phase], progress: Progress) -> N
 def another_schedule(trainer: Trainer, phases: Sequence[Phase], saved: Mapping[str, Any], index: int) -> None:
     """Warn if a checkpoint was written under another schedule."""
     then, now = saved["schedule"], describe(phases)
-    if then == now or not trainer.is_global_zero:
+    if then == now:
         return
     was = saved["history"][-1][2]
     _log.warning(
@@ -108,22 +105,20 @@ def metric_is_missing(trainer: Trainer, phases: Sequence[Phase], index: int, *, 
     missing = missing_metric(phase.plateau, trainer.callback_metrics)
     if is_current:
         raise MisconfigurationException(f"Phase {phase.label!r} {missing}")
-    if trainer.is_global_zero:
-        _log.warning(
-            "%s %s If it is not logged in that phase either, the fit ends there with an error.",
-            *(_numbered(phases, index), missing),
-        )
+    _log.warning(
+        "%s %s If it is not logged in that phase either, the fit ends there with an error.",
+        *(_numbered(phases, index), missing),
+    )
 
 
 def metric_is_not_finite(trainer: Trainer, progress: Progress, value: float) -> None:
     """Warn that a plateau's metric has a value that is no improvement on any other."""
-    if trainer.is_global_zero:
-        until = progress.phase.plateau
-        _log.warning(
-            "%s waits for a plateau of %r, which is %s at epoch %d, step %d: no improvement on any value.",
-            *(_numbered(progress.phases, progress.index), until.monitor if until else "", value),
-            *(trainer.current_epoch, trainer.global_step),
-        )
+    until = progress.phase.plateau
+    _log.warning(
+        "%s waits for a plateau of %r, which is %s at epoch %d, step %d: no improvement on any value.",
+        *(_numbered(progress.phases, progress.index), until.monitor if until else "", value),
+        *(trainer.current_epoch, trainer.global_step),
+    )
 
 
 def log_phase(trainer: Trainer, index: int, trainable: int) -> None:
@@ -139,19 +134,17 @@ def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
         logger.log_metrics(dict(values), step=logged_step(trainer))
 
 
-def optimizers_exchanged(trainer: Trainer) -> None:
+def optimizers_exchanged() -> None:
     """Log that optimizers have been exchanged."""
-    if trainer.is_global_zero:
-        _log.info("the Trainer's optimizers have been exchanged; the schedule goes on with the new ones")
+    _log.info("the Trainer's optimizers have been exchanged; the schedule goes on with the new ones")
 
 
-def steps_uncounted(trainer: Trainer, *, first: bool) -> None:
-    """Warn once of steps that ``trainer.global_step`` misses."""
-    if first and trainer.is_global_zero:
-        _log.warning(
-            "the optimizer is stepped past Lightning, as SAM's first_step() and second_step() do: trainer.global_step "
-            "does not count these steps. The schedule counts them itself; limits such as max_steps do not."
-        )
+def steps_uncounted() -> None:
+    """Warn of steps that ``trainer.global_step`` misses."""
+    _log.warning(
+        "the optimizer is stepped past Lightning, as SAM's first_step() and second_step() do: trainer.global_step does "
+        "not count these steps. The schedule counts them itself; limits such as max_steps do not."
+    )
 
 
 def _ends_too_early(

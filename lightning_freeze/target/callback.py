@@ -124,7 +124,7 @@ class TargetNetwork(Holder):
         """Warn of a source that no optimizer steps."""
         super().on_train_start(trainer, pl_module)
         sources = self._fit[1] if self._fit is not None else set()
-        if not any(id(p) in sources for p in members(optimizers_of(trainer))) and trainer.is_global_zero:
+        if not any(id(p) in sources for p in members(optimizers_of(trainer))):
             _log.warning(
                 "TargetNetwork: no optimizer holds a parameter of %r, so %r rests until one does.",
                 *(self.source, self.target),
