@@ -19,40 +19,6 @@ from packaging.version import Version
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = [
-    "LIGHTNING_FILES",
-    "OLDEST",
-    "BaseFinetuning",
-    "Callback",
-    "DDPStrategy",
-    "DeepSpeedStrategy",
-    "EarlyStopping",
-    "FSDPStrategy",
-    "GradientAccumulationScheduler",
-    "LRSchedulerConfig",
-    "LightningModule",
-    "MisconfigurationException",
-    "ModelParallelStrategy",
-    "ParallelStrategy",
-    "SingleDeviceStrategy",
-    "SingleDeviceXLAStrategy",
-    "StochasticWeightAveraging",
-    "Strategy",
-    "Trainer",
-    "WeightAveraging",
-    "XLAStrategy",
-    "averages_models",
-    "callbacks_of",
-    "epoch_names",
-    "evaluation_dataloaders",
-    "logged_step",
-    "loss_scale",
-    "optimizers_of",
-    "scheduler_configs",
-    "unscales_gradients",
-    "without_fit",
-]
-
 #: The oldest Lightning that is supported; each of the two packages counts for itself.
 OLDEST = "2.5.3"
 
@@ -123,28 +89,29 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import LRSchedulerConfig
 else:
     for _module, _names in {
-        "pytorch": ("LightningModule", "Trainer"),
-        "pytorch.callbacks": (
-            *("BaseFinetuning", "EarlyStopping", "GradientAccumulationScheduler"),
-            *("StochasticWeightAveraging", "WeightAveraging"),
-        ),
+        "pytorch": "LightningModule Trainer",
+        "pytorch.callbacks": "BaseFinetuning EarlyStopping GradientAccumulationScheduler StochasticWeightAveraging "
+        "WeightAveraging",
         # What Lightning puts in the place of an optimizer where ``configure_optimizers`` returns none.
-        "pytorch.core.optimizer": ("_MockOptimizer",),
-        "pytorch.strategies": (
-            *("DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"),
-            *("ParallelStrategy", "SingleDeviceStrategy", "Strategy"),
-        ),
-        "pytorch.strategies.single_xla": ("SingleDeviceXLAStrategy",),
-        "pytorch.strategies.xla": ("XLAStrategy",),
-        "pytorch.utilities.types": ("LRSchedulerConfig",),
+        "pytorch.core.optimizer": "_MockOptimizer",
+        "pytorch.strategies": "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy "
+        "SingleDeviceStrategy Strategy",
+        "pytorch.strategies.single_xla": "SingleDeviceXLAStrategy",
+        "pytorch.strategies.xla": "XLAStrategy",
+        "pytorch.utilities.types": "LRSchedulerConfig",
     }.items():
-        globals().update({name: _all(_module, name) for name in _names})
+        globals().update({name: _all(_module, name) for name in _names.split()})
     _here = {"__module__": __name__}
-    Callback = type("Callback", _all("pytorch", "Callback"), _here)
+    Callback = type(
+        "Callback", _all("pytorch", "Callback"), {**_here, "__getstate__": lambda callback: without_fit(callback)}
+    )
     MisconfigurationException = type(
         "MisconfigurationException", _all("fabric.utilities.exceptions", "MisconfigurationException"), _here
     )
     _optimizer_handles_unscaling, *_ = _all("fabric.plugins.precision.amp", "_optimizer_handles_unscaling")
+
+#: The strategies under which a process holds a part of the parameters only.
+SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
 # Lightning lends every callback the model's log functions, and with them the model.
 _LENT = frozenset({"log", "log_dict"})
@@ -188,18 +155,20 @@ def logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def without_fit(attributes: Mapping[str, Any], **instead: Any) -> dict[str, Any]:
-    """Return a callback's attributes without what belongs to one fit, for copies and pickles.
+def log_values(trainer: Trainer, values: Mapping[str, float], *, monitored: bool = True) -> None:
+    """Log values under the step at which Lightning logs the model's; ``monitored``, callbacks find them too."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=logged_step(trainer))
+    tensors = {name: torch.tensor(value) for name, value in values.items() if monitored}
+    trainer.callback_metrics.update(tensors)
+    trainer.logged_metrics.update(tensors)
 
-    Args:
-        attributes: The callback's ``__dict__``.
-        instead: Attributes to replace, as a callback that is in no fit has them.
 
-    Example:
-        >>> without_fit({"tau": 0.1, "log": print, "_fit": "a fit"}, _fit=None)
-        {'tau': 0.1, '_fit': None}
-    """
-    return {name: value for name, value in attributes.items() if name not in _LENT} | instead
+def without_fit(callback: Callback, **instead: Any) -> dict[str, Any]:
+    """Return a callback's attributes for copies and pickles; what its class has as None belongs to one fit."""
+    ours = [vars(cls) for cls in type(callback).__mro__ if cls.__module__.startswith("lightning_freeze.")]
+    left_out = _LENT.union(name for own in ours for name, value in own.items() if value is None)
+    return {name: value for name, value in vars(callback).items() if name not in left_out} | instead
 
 
 def epoch_names(trainer: Trainer) -> dict[str, str]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_freeze.names import branches
 from lightning_freeze.selectors import Selector, clean_name, named_unique_parameters, select_parameters, unwrapped
 from lightning_freeze.tables import Table
 from lightning_freeze.tensors import as_array
@@ -107,23 +108,17 @@ def scalars(parameter: nn.Parameter) -> int:
     return 0 if is_lazy(parameter) else parameter.numel()
 
 
-def topmost(module: nn.Module, chosen: Collection[int], prefix: str = "") -> Iterator[str]:
-    """Yield the names of the highest modules of which everything that can train is chosen, else of parameters.
+def topmost(module: nn.Module, chosen: Collection[int]) -> list[str]:
+    """Return the names of the highest modules of which everything that can train is chosen, else of parameters.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
-        >>> list(topmost(net, {id(net[0].bias), id(net[1].weight), id(net[1].bias)}))
+        >>> topmost(net, {id(net[0].bias), id(net[1].weight), id(net[1].bias)})
         ['0.bias', '1']
     """
-    for name, parameter in module.named_parameters(recurse=False):
-        if id(parameter) in chosen and can_train(parameter):
-            yield clean_name(prefix + name)
-    for name, child in module.named_children():
-        inside = [id(parameter) in chosen for parameter in child.parameters() if can_train(parameter)]
-        if inside and all(inside):
-            yield clean_name(prefix + name)
-        elif any(inside):
-            yield from topmost(child, chosen, f"{prefix}{name}.")
+    parameters = module.named_parameters(remove_duplicate=False)
+    is_chosen = {clean_name(name): id(p) in chosen for name, p in parameters if can_train(p)}
+    return [branch for branch, inside in branches(is_chosen) if is_chosen[inside[0]]]
 
 
 def set_trainable(parameter: nn.Parameter, trainable: bool) -> None:

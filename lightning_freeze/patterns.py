@@ -14,12 +14,8 @@ _SLICE = re.compile(r"\[(-?\d+|-?\d*:-?\d*)\]")
 def expressions(pattern: str, shown: str) -> list[re.Pattern[str]]:
     r"""Return what names have to match in full; a later expression counts where no name matches an earlier one.
 
-    Args:
-        pattern: A name, which stands for what is below it too, a glob, or ``"re:…"``.
-        shown: How an error shows the pattern.
-
-    Raises:
-        ValueError: If it is no regular expression.
+    A name stands for what is below it too. A ``"re:…"`` that is no regular expression is an error, which shows it as
+    ``shown``.
 
     Example:
         >>> exact, glob = expressions("head.*", "")
@@ -41,14 +37,8 @@ def sliced(pattern: str, lists: Mapping[str, Sequence[str]], shown: str) -> list
     """Return what a pattern with indices or slices of lists stands for; nothing if it has none.
 
     Brackets behind what is no list are a glob's: without a list ``layer``, ``layer[12]`` is ``layer1`` and ``layer2``.
-
-    Args:
-        pattern: A name or a glob.
-        lists: The names of lists of modules, each with the names of its members.
-        shown: How an error shows the pattern.
-
-    Raises:
-        ValueError: If a list has no such members.
+    ``lists`` has the names of lists of modules, each with those of its members. What a list has not is an error, which
+    shows the pattern as ``shown``.
 
     Example:
         >>> sliced("net.blocks[-1:].*.bias", {"net.blocks": ["net.blocks.0", "net.blocks.1"]}, "")

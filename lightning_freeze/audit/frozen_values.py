@@ -14,7 +14,7 @@ from lightning_freeze.audit.checks import At, Check, Moment
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.freezing.batchnorm import has_running_statistics
 from lightning_freeze.freezing.eval_mode import is_held, wholly_frozen
-from lightning_freeze.freezing.ledger import ledger_of
+from lightning_freeze.freezing.holder import ledger_of
 from lightning_freeze.selectors import clean_name
 from lightning_freeze.tensors import digest, has_values
 

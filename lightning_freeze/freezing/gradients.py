@@ -12,20 +12,7 @@ from lightning_freeze.freezing.optimizers import members
 
 
 class FrozenGradients:
-    """Keeps frozen parameters without a gradient, by one look after each backward.
-
-    Args:
-        on_stray: Called with the parameters that had a gradient.
-
-    Example:
-        >>> layer, stray = nn.Linear(1, 1), []
-        >>> gradients = FrozenGradients(stray.extend)
-        >>> gradients.watch([layer.bias])
-        >>> layer(torch.ones(1, 1)).sum().backward()
-        >>> gradients.drop()
-        >>> stray == [layer.bias], layer.bias.grad, layer.weight.grad
-        (True, None, tensor([[1.]]))
-    """
+    """Keeps frozen parameters without a gradient by one look after each backward; ``on_stray`` gets those with one."""
 
     def __init__(self, on_stray: Callable[[list[nn.Parameter]], object]) -> None:
         self._on_stray = on_stray

@@ -15,7 +15,6 @@ from lightning_freeze._lightning import (
     callbacks_of,
     epoch_names,
     evaluation_dataloaders,
-    without_fit,
 )
 from lightning_freeze.logs import get_logger
 from lightning_freeze.metrics.arguments import Inputs, Stage, as_collection, as_prefix
@@ -171,10 +170,6 @@ class MetricLogger(Callback):
         elif not same:
             self._missing = f"is from {len(ranks)} processes, and there are {trainer.world_size} now"
         self._clones.load(ranks[trainer.global_rank if same else 0], pl_module.device, states=same)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the model's log functions that Lightning lends; what metrics have seen stays."""
-        return without_fit(self.__dict__)
 
     def _warn_of_missing(self, trainer: Trainer) -> None:
         """Say that the epoch was resumed in its middle without what the metrics have seen before."""

@@ -47,10 +47,10 @@ class Clones:
     def saved(self) -> dict[str, list[Any]]:
         """Return what metrics of training have gathered, and what all keep longer, as ``weights_only`` can load it."""
         fresh = _metrics_in(self._metrics)
-        held: dict[str, list[Any]] = {"train": [], "val": []}
-        for stage, clones in held.items():
-            for clone in self[stage]:
-                clones.append({path: _held(one, fresh[path], stage) for path, one in _metrics_in(clone).items()})
+        held = {
+            stage: [{path: _held(one, fresh[path], stage) for path, one in _metrics_in(clone).items()} for clone in own]
+            for stage, own in (("train", self["train"]), ("val", self["val"]))
+        }
         return dict(_copied(held, "cpu"))
 
     def load(self, saved: Mapping[str, list[Any]], device: torch.device, *, states: bool) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, without_fit
 from lightning_freeze.freezing.callback import refuse_new_statistics
 from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.optimizers import OptimizerState
@@ -279,4 +279,4 @@ class FreezeSchedule(Holder):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
         progress = self._course.progress if self._course is not None else self._progress
-        return super().__getstate__() | {"_course": None, "_optimizers": [], "_progress": progress}
+        return without_fit(self, _course=None, _optimizers=[], _progress=progress)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import LightningModule, Trainer, logged_step
+from lightning_freeze._lightning import LightningModule, Trainer, log_values, logged_step
 from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.ranks import check_agreement, greatest
 from lightning_freeze.schedule import report
@@ -117,7 +117,7 @@ class Course:
         logs = self.phases[self.progress.index].lr_scale is not None and self.trainer.loggers
         if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             rates = self.fit.rates(self.progress.index)
-            report.log_values(self.trainer, {f"freeze/lr/{select}": rate for select, rate in rates.items()})
+            log_values(self.trainer, {f"freeze/lr/{select}": rate for select, rate in rates.items()}, monitored=False)
 
     def end_batch(self) -> None:
         """Count the optimizer steps that Lightning has not counted; end the fit if the last phase is over."""
@@ -274,4 +274,5 @@ class Course:
             report.phase_begins(self.phases, self.progress, self.fit)
 
     def _log_phase(self) -> None:
-        report.log_phase(self.trainer, self.progress.index, self.fit.trainable())
+        values = {"freeze/phase": self.progress.index, "freeze/trainable_parameters": self.fit.trainable()}
+        log_values(self.trainer, {name: float(value) for name, value in values.items()})

@@ -11,17 +11,16 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import (
-    FSDPStrategy,
+    SHARDED,
     LightningModule,
     MisconfigurationException,
-    ModelParallelStrategy,
     Strategy,
     Trainer,
     optimizers_of,
 )
 from lightning_freeze.freezing.fsdp import CheckpointsByName
 from lightning_freeze.freezing.ledger import Hold, Ledger
-from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, foreign, missing
+from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, members
 from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
@@ -214,15 +213,16 @@ class Fit:
             self.stepped = (self.stepped[0] + 1, self.stepped[1])
 
     def _to_adopt(self, strategy: Strategy, optimizers: Sequence[Optimizer]) -> dict[str, nn.Parameter]:
-        parameters = self.ledger.parameters
-        if outside := foreign(optimizers, parameters.values()):
+        parameters, held = self.ledger.parameters, {id(p): p for p in members(optimizers)}
+        ours = set(map(id, parameters.values()))
+        if outside := [p for key, p in held.items() if key not in ours]:
             raise MisconfigurationException(
                 f"The optimizer holds {len(outside)} parameter(s) that are not the LightningModule's, of shape "
                 f"{', '.join(str(tuple(p.shape)) for p in outside[:5])}: they have no name, so no phase can say "
                 "whether they train, and no checkpoint would hold them. Make them part of the LightningModule."
             )
         wanted = {name for trains in self.resolved.trains for name in trains}
-        adopt = missing(optimizers, {name: p for name, p in parameters.items() if name in wanted})
+        adopt = {n: p for n, p in parameters.items() if n in wanted and id(p) not in held}
         if not adopt or not optimizers:
             return {}
         if len(optimizers) > 1:
@@ -230,7 +230,7 @@ class Fit:
                 f"The schedule trains parameters that none of the {len(optimizers)} optimizers holds: "
                 f"{listed(adopt)}. Which one should is for you to say: give them to one in configure_optimizers."
             )
-        if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)):
+        if isinstance(strategy, SHARDED):
             raise MisconfigurationException(
                 f"The schedule trains parameters that the optimizer was not given: {listed(adopt)}. With "
                 f"{type(strategy).__name__}, which saves optimizers in parts, they cannot be added later: give them to "

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from lightning_freeze._lightning import Trainer
 from lightning_freeze.freezing.ledger import Ledger
-from lightning_freeze.ranks import mean_over_ranks, only_true
+from lightning_freeze.ranks import mean_over_ranks
 from lightning_freeze.schedule import report
 from lightning_freeze.schedule.best import keep
 from lightning_freeze.schedule.monitor import Monitor
@@ -76,7 +76,7 @@ class Looks:
         metrics = self.trainer.callback_metrics
         for number in numbers:
             until = phases[number].plateau
-            if until is not None and only_true(self.trainer.strategy, until.monitor not in metrics):
+            if until is not None and self.trainer.strategy.reduce_boolean_decision(until.monitor not in metrics):
                 report.metric_is_missing(self.trainer, phases, number, is_current=number == current)
 
     def _look(self, progress: Progress, value: float | None, epoch: int) -> None:

@@ -14,8 +14,7 @@ from torch import nn
 from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of
 from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
 from lightning_freeze.freezing.eval_mode import BY_HAND, interceptor
-from lightning_freeze.freezing.holder import Holder
-from lightning_freeze.freezing.ledger import ledger_of
+from lightning_freeze.freezing.holder import Holder, ledger_of
 from lightning_freeze.functional import can_train
 from lightning_freeze.schedule.fit import resolve_phases
 from lightning_freeze.schedule.phases import Phase
@@ -91,7 +90,7 @@ class Plan:
         came_frozen = found if ledger is None else ledger.came_frozen
         holds = {one.state_key: one.holds(model) for one in callbacks if isinstance(one, Holder)}
         held = {key: who for who, hold in holds.items() for key in hold.frozen}
-        held |= dict.fromkeys(affine_frozen_by_hand(layers), BY_HAND)
+        held |= dict.fromkeys(affine_frozen_by_hand(model), BY_HAND)
         steps = length.total_steps or math.inf
         phases = schedule.phases if past else phases_for(schedule.phases, model, {*came_frozen, *held}, steps)
         phases = planned(phases, length.total_steps)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import LightningModule
-from lightning_freeze.freezing.ledger import ledger_of
+from lightning_freeze.freezing.holder import ledger_of
 from lightning_freeze.freezing.optimizers import OptimizerState
 from lightning_freeze.freezing.trial import state_bytes
 from lightning_freeze.functional import scalars

@@ -6,15 +6,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from lightning_freeze._lightning import (
-    Callback,
-    MisconfigurationException,
-    Trainer,
-    callbacks_of,
-    logged_step,
-)
+from lightning_freeze._lightning import Callback, MisconfigurationException, Trainer, callbacks_of
+from lightning_freeze.freezing.batchnorm import has_running_statistics
 from lightning_freeze.freezing.eval_mode import is_held
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
@@ -54,7 +47,7 @@ def phase_begins(phases: Sequence[Phase], progress: Progress, fit: Fit) -> None:
         f"{f', after {begin.why}' if begin.why else ''}: "
         f"trains {trainable:,} of {total:,} parameters ({percent(trainable, total)})"
     )
-    if layers := fit.ledger.batchnorm:
+    if layers := [layer for layer in fit.ledger.module.modules() if has_running_statistics(layer)]:
         line += f", {sum(map(is_held, layers))} of {len(layers)} BatchNorm frozen"
     _log.info("%s", line)
 
@@ -119,19 +112,6 @@ def metric_is_not_finite(trainer: Trainer, progress: Progress, value: float) -> 
         *(_numbered(progress.phases, progress.index), until.monitor if until else "", value),
         *(trainer.current_epoch, trainer.global_step),
     )
-
-
-def log_phase(trainer: Trainer, index: int, trainable: int) -> None:
-    """Log the current phase, and how much trains, also where checkpoints are named by it."""
-    values = {"freeze/phase": float(index), "freeze/trainable_parameters": float(trainable)}
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-    log_values(trainer, values)
-
-
-def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Log values at the step at which Lightning logs the model's."""
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=logged_step(trainer))
 
 
 def optimizers_exchanged() -> None:
