@@ -113,9 +113,6 @@ else:
 #: The strategies under which a process holds a part of the parameters only.
 SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
 
-# Lightning lends every callback the model's log functions, and with them the model.
-_LENT = frozenset({"log", "log_dict"})
-
 
 def averages_models(strategy: Strategy) -> bool:
     """Return whether DDP's processes train apart and average their models now and then, as in post-local SGD."""
@@ -167,7 +164,8 @@ def log_values(trainer: Trainer, values: Mapping[str, float], *, monitored: bool
 def without_fit(callback: Callback, **instead: Any) -> dict[str, Any]:
     """Return a callback's attributes for copies and pickles; what its class has as None belongs to one fit."""
     ours = [vars(cls) for cls in type(callback).__mro__ if cls.__module__.startswith("lightning_freeze.")]
-    left_out = _LENT.union(name for own in ours for name, value in own.items() if value is None)
+    # Lightning lends every callback the model's log functions, and with them the model.
+    left_out = {"log", "log_dict"}.union(name for own in ours for name, value in own.items() if value is None)
     return {name: value for name, value in vars(callback).items() if name not in left_out} | instead
 
 
