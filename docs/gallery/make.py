@@ -235,8 +235,8 @@ PAGES = [
     ),
     Page(
         "own_scheduler", "A scheduler of a phase's own",
-        "`cosine` returns a `CosineAnnealingLR`. The first phase has another one in its place; in the second it goes on, "
-        "in the third it begins anew.",
+        "`cosine` returns a `CosineAnnealingLR`. The first phase has another one in its place; in the second it goes "
+        "on, in the third it begins anew.",
         "from torch.optim.lr_scheduler import OneCycleLR\n\n"
         "schedule = FreezeSchedule([\n"
         '    Phase("head", epochs=3, lr_scheduler=lambda optimizer, steps: OneCycleLR(optimizer, 0.02, steps)),\n'
