@@ -17,5 +17,5 @@ def test_log_level_set_before_the_import_is_kept() -> None:
         ]
         command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
         runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    printed = [run.communicate(timeout=120) for run in runs]
+    printed = [run.communicate(timeout=500) for run in runs]
     assert [out.split() for out, _ in printed] == [[str(logging.INFO)], [str(logging.WARNING)]], printed
