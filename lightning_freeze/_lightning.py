@@ -16,7 +16,7 @@ import torch
 import torchmetrics
 from lightning_utilities.core import rank_zero
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 #: The oldest Lightning that is supported; each of the two packages counts for itself.
@@ -130,15 +130,27 @@ def optimizers_of(trainer: Trainer) -> list[Optimizer]:
     return [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
 
 
-def scheduler_configs(module: LightningModule, schedulers: list[dict[str, Any]]) -> list[LRSchedulerConfig]:
-    """Return what Lightning makes of the schedulers that ``configure_optimizers`` returns, which it checks."""
-    # Public is only the way through `configure_optimizers`.
-    home = next(
-        home["pytorch"] for home in _HOMES if isinstance(module, import_module(home["pytorch"]).LightningModule)
+def _core_of(module: nn.Module) -> Any:
+    """Return what reads ``configure_optimizers`` in the Lightning of a module: public is only the way through a fit."""
+    homes = (home["pytorch"] for home in _HOMES)
+    return import_module(
+        next(f"{home}.core.optimizer" for home in homes if isinstance(module, import_module(home).LightningModule))
     )
-    core = import_module(f"{home}.core.optimizer")
+
+
+def configured(module: LightningModule) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
+    """Return the optimizers and schedulers that ``configure_optimizers`` makes, without a fit."""
+    optimizers, schedulers, monitor = _core_of(module)._configure_optimizers(module.configure_optimizers())
+    return optimizers, scheduler_configs(module, schedulers, monitor)
+
+
+def scheduler_configs(
+    module: nn.Module, schedulers: list[dict[str, Any]], monitor: str | None = None
+) -> list[LRSchedulerConfig]:
+    """Return what Lightning makes of the schedulers that ``configure_optimizers`` returns, which it checks."""
+    core = _core_of(module)
     configs: list[LRSchedulerConfig] = (
-        core._configure_schedulers_automatic_opt(schedulers, None)
+        core._configure_schedulers_automatic_opt(schedulers, monitor)
         if module.automatic_optimization
         else core._configure_schedulers_manual_opt(schedulers)
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_freeze.freezing.optimizers import members
+
+_grad = attrgetter("grad")
 
 
 class FrozenGradients:
@@ -29,6 +32,8 @@ class FrozenGradients:
         if lent and self._lent:
             self._lent = {}
         self._clean, kept = True, self._lent
+        if list(map(_grad, self.parameters)).count(None) == len(self.parameters):  # in C: it is done in each step
+            return
         stray = [p for p in self.parameters if p.grad is not None and not (kept and p.grad is kept.get(id(p)))]
         if stray:
             for parameter in stray:

@@ -149,7 +149,7 @@ class FreezeSchedule(Holder):
         return preview_table(plan, self.optimizer_state, optimizer)
 
     def plot(self, model: nn.Module, max_epochs: int | None = None, **fit: Unpack[FitOptions]) -> Figure:
-        """Return a figure of what trains when, and how fast; arguments as for :meth:`preview`, but for ``optimizer``.
+        """Return a figure of what trains when, and the learning rates below; arguments as for :meth:`preview`.
 
         During a fit and after it, for a model that is attached to its Trainer, the picture is what has happened. It
         needs matplotlib: ``pip install 'lightning-freeze[plot]'``.

@@ -98,7 +98,7 @@ def set_options(optimizer: Optimizer, options: Iterable[Options]) -> None:
                 group[option] = copy.deepcopy(value)
 
 
-def _without_scheduler(options: Options) -> Options:
+def without_scheduler(options: Options) -> Options:
     """Return options with the learning rate that a group had before a scheduler was made for it."""
     others = {option: value for option, value in options.items() if option != "initial_lr"}
     return others if len(others) == len(options) else {**others, "lr": options["initial_lr"]}
@@ -181,7 +181,7 @@ class PhaseSchedulers:
             return
         self._rest = _Rates.of(self.trainer)
         for optimizer, options in zip(self.optimizers, self._first.options, strict=True):
-            set_options(optimizer, map(_without_scheduler, options))
+            set_options(optimizer, map(without_scheduler, options))
         steps = phase_length(self.trainer, phase, at).phase
         assert steps is not None  # else it was refused
         made = [make_scheduler(phase, optimizer, steps) for optimizer in self._driven()]
