@@ -242,9 +242,9 @@ class FreezeSchedule(Holder):
         self.course.end_batch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the monitored metric, to tell whether validation logs it."""
+        """Note what is logged, to tell what validation logs."""
         if self._course is not None:
-            self._course.looks.begin_validation(self.progress)
+            self._course.looks.begin_validation()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the monitored metric if validation has logged it."""

@@ -225,7 +225,6 @@ class Course:
             return False
         self._end_phase(why)
         progress.begin_next(epoch, self.step, why)
-        self.looks.monitor.by_validation = False  # the next phase may have another metric
         self.apply()
         self.fit.schedulers.begin(progress.phase, progress.history[-1][:2], anew=True)
         self._announce()

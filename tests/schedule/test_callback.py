@@ -338,6 +338,15 @@ def test_plateau_counts_each_validation_once(options: dict[str, Any]) -> None:
     assert schedule.history == [(0, 0, 0), expected]
 
 
+@pytest.mark.parametrize("first", [{"until": Plateau("val_loss", patience=1, min_delta=100.0)}, {"steps": 14}], ids=str)
+def test_validation_before_a_phase_is_no_look_of_it(first: dict[str, Any]) -> None:
+    """It begins in mid-epoch, after a validation; the epoch's end then finds the old value among the metrics."""
+    phases = [Phase("*", **first), Phase("head", until=Plateau("val_loss", patience=1, min_delta=100.0)), Phase("*")]
+    schedule = FreezeSchedule(phases, verbose=False)
+    trainer(callbacks=[schedule], max_epochs=5, val_check_interval=5).fit(Net(), loader(30), loader())
+    assert schedule.history[-1] == (3, 29, 2)  # the second validation that runs in it
+
+
 @pytest.mark.parametrize("where", ["step", "epoch end", "on_train_epoch_end", "callback"])
 def test_plateau_counts_a_training_metric_once_an_epoch(where: str) -> None:
     class Logging(Net):
