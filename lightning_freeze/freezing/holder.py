@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of, optimizers_of, without_fit
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of, without_fit
 from lightning_freeze.freezing.ledger import Hold, Ledger, close_ledger, ledger_of, open_ledger
 from lightning_freeze.freezing.strategies import check_strategy
 
@@ -20,7 +20,6 @@ class Holder(Callback):
 
     _ledger: Ledger | None = None
     _leads = False
-    _has_scaler = False
 
     def holds(self, module: nn.Module) -> Hold:
         """Return what the callback keeps frozen in a module, also outside of a fit."""
@@ -40,7 +39,6 @@ class Holder(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze before anything is trained or restored."""
         self._ledger, self._leads = ledger_of(trainer), False
-        self._has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
         if self._ledger is None:
             holders = [callback for callback in callbacks_of(trainer) if isinstance(callback, Holder)]
             holds = {holder.state_key: holder.holds(pl_module) for holder in holders}
@@ -62,8 +60,8 @@ class Holder(Callback):
         if self._leads:
             gradients = self.ledger.gradients
             gradients.drop()
-            if self._has_scaler:
-                gradients.lend(optimizers_of(trainer))
+            if len(trainer.optimizers) > 1:  # one that is alone has something to train
+                gradients.lend(trainer.optimizers)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save modules among the hyperparameters as they are after the fit."""

@@ -114,8 +114,9 @@ class Course:
         if not automatic:
             self.fit.stepped = (0, self.trainer.global_step)
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
-        logs = self.phases[self.progress.index].lr_scale is not None and self.trainer.loggers
-        if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logs = self.phases[self.progress.index].lr_scale is not None and self.trainer.loggers and every
+        if logs and (logged_step(self.trainer) + 1) % every == 0:
             rates = self.fit.rates(self.progress.index)
             report.log_values(self.trainer, {f"freeze/lr/{select}": rate for select, rate in rates.items()})
 

@@ -418,6 +418,13 @@ def test_phase_and_scaled_rates_are_logged_at_the_step_of_a_change(tmp_path: Pat
     assert logged == [(0, 0.0), (6, 1.0), (9, 2.0), (12, 2.0)]
 
 
+def test_scaled_rates_are_not_logged_where_no_step_is(tmp_path: Path) -> None:
+    phases = [Phase("*", lr_scale={"backbone": 0.1})]
+    run = trainer(callbacks=[FreezeSchedule(phases)], max_epochs=1, logger=CSVLogger(tmp_path), log_every_n_steps=0)
+    run.fit(Net(), loader())
+    assert "freeze/lr" not in (Path(str(run.log_dir)) / "metrics.csv").read_text()
+
+
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "WeightAveraging"])
 def test_frozen_weights_stay_to_the_bit_in_an_average(name: str) -> None:
     """What is frozen from the start is to the bit what it was in the average too."""
