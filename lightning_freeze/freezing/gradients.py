@@ -1,4 +1,4 @@
-"""Gradients of frozen parameters: they are dropped, but for one that a GradScaler needs."""
+"""Gradients of frozen parameters: they are dropped, but for one that an optimizer at rest needs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class FrozenGradients:
         self._clean = False
 
     def lend(self, optimizers: Iterable[Optimizer]) -> None:
-        """Set one zero gradient in each wholly frozen optimizer, until its step: a GradScaler refuses it without."""
+        """Set one zero gradient in each wholly frozen optimizer, until its step: some clips and scalers need it."""
         frozen = set(map(id, self.parameters))
         for optimizer in optimizers:
             own = members([optimizer])

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of, optimizers_of
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of
 from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.freezing.strategies import check_strategy
 
@@ -58,8 +58,8 @@ class Holder(Callback):
         """Drop gradients of what is frozen before they are clipped."""
         if self._leads:
             self.ledger.gradients.drop()
-            if getattr(trainer.precision_plugin, "scaler", None) is not None:
-                self.ledger.gradients.lend(optimizers_of(trainer))
+            if len(trainer.optimizers) > 1:  # one that is alone has something to train
+                self.ledger.gradients.lend(trainer.optimizers)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save modules among the hyperparameters as they are after the fit."""

@@ -83,6 +83,7 @@ class FreezeSchedule(Holder):
         self._progress: Progress | None = None
         # What the last fit left for a checkpoint that is written after it, and what a checkpoint has brought.
         self._optimizers: list[dict[str, Any]] = []
+        self._trained: list[str] = []
         self._loaded: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
@@ -92,9 +93,7 @@ class FreezeSchedule(Holder):
     @property
     def progress(self) -> Progress:
         """Where in the schedule the fit is, or the last one was."""
-        if self._course is not None:
-            return self._course.progress
-        return self._progress or Progress([])
+        return self._course.progress if self._course is not None else self._progress or Progress([])
 
     @property
     def history(self) -> list[Begin]:
@@ -113,8 +112,8 @@ class FreezeSchedule(Holder):
 
     @property
     def trained(self) -> list[str]:
-        """The names of what phases so far have trained, during a fit: what a trainable-only checkpoint has to keep."""
-        return trained_so_far(self.course.fit, self.history)
+        """The names of what phases so far have trained, after the fit too: what a trainable-only file has to keep."""
+        return self._trained if self._course is None else trained_so_far(self._course.fit, self.history)
 
     @property
     def course(self) -> Course:
@@ -182,10 +181,11 @@ class FreezeSchedule(Holder):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save also a metric's value that no look has taken in yet, and weights that the module may leave out."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        state = checkpoint["callbacks"][self.state_key]
         if self._course is not None:
             self._course.fit.schedulers.as_the_users(checkpoint)
-            kept = weights_to_keep(pl_module, self._course.fit, self.history)
-            checkpoint["callbacks"][self.state_key].update(self._course.agreed(), trained=kept)
+            state.update(self._course.agreed())
+        state["trained"] = weights_to_keep(pl_module, trainer.strategy, self.trained)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore weights that a trainable-only checkpoint lacks; refuse what version 0.1.0 adopted."""
@@ -242,9 +242,9 @@ class FreezeSchedule(Holder):
         self.course.end_batch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the monitored metric, to tell whether validation logs it."""
+        """Note what is logged, to tell what validation logs."""
         if self._course is not None:
-            self._course.looks.begin_validation(self.progress)
+            self._course.looks.begin_validation()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the monitored metric if validation has logged it."""
@@ -269,7 +269,7 @@ class FreezeSchedule(Holder):
         self.course.restore(loaded)
 
     def _close(self, trainer: Trainer) -> None:
-        course, self._course = self._course, None
+        course, self._trained, self._course = self._course, self.trained, None
         if course is not None:
             if self._loaded is not None:  # a checkpoint of a fit that had nothing left to do
                 course.fit.load_state(self._loaded.get("optimizers", []))

@@ -114,8 +114,9 @@ class Course:
         if not automatic:
             self.fit.stepped = (0, self.trainer.global_step)
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
-        logs = self.phases[self.progress.index].lr_scale is not None and self.trainer.loggers
-        if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logs = self.phases[self.progress.index].lr_scale is not None and self.trainer.loggers and every
+        if logs and (logged_step(self.trainer) + 1) % every == 0:
             rates = self.fit.rates(self.progress.index)
             log_values(self.trainer, {f"freeze/lr/{select}": rate for select, rate in rates.items()}, monitored=False)
 
@@ -226,7 +227,6 @@ class Course:
             return False
         self._end_phase(why)
         progress.begin_next(epoch, self.step, why)
-        self.looks.monitor.by_validation = False  # the next phase may have another metric
         self.apply()
         self.fit.schedulers.begin(progress.phase, progress.history[-1][:2], anew=True)
         self._announce()

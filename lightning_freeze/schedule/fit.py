@@ -22,10 +22,18 @@ from lightning_freeze.freezing.fsdp import CheckpointsByName
 from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, members
 from lightning_freeze.freezing.step_view import Scale
-from lightning_freeze.functional import scalars
+from lightning_freeze.functional import scalars, topmost
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.length import steps_at_most
-from lightning_freeze.schedule.meaning import FrozenMode, asleep, eval_modules, phase_scales, phase_trains, scale_owners
+from lightning_freeze.schedule.meaning import (
+    FrozenMode,
+    asleep,
+    eval_modules,
+    phase_scales,
+    phase_trains,
+    quoted,
+    scale_owners,
+)
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.preset import Preset, phases_for
 from lightning_freeze.schedule.rates import Ramp
@@ -225,10 +233,13 @@ class Fit:
         adopt = {n: p for n, p in parameters.items() if n in wanted and id(p) not in held}
         if not adopt or not optimizers:
             return {}
+        keys = set(map(id, adopt.values()))
+        left_out = quoted([f"!{name}" for name in topmost(self.ledger.module, keys)])
         if len(optimizers) > 1:
             raise MisconfigurationException(
                 f"The schedule trains parameters that none of the {len(optimizers)} optimizers holds: "
-                f"{listed(adopt)}. Which one should is for you to say: give them to one in configure_optimizers."
+                f"{listed(adopt)}. Which one should is for you to say: give them to one in configure_optimizers, or "
+                f'leave them out, Phase(["*", {left_out}]).'
             )
         if isinstance(strategy, SHARDED):
             raise MisconfigurationException(
@@ -236,10 +247,12 @@ class Fit:
                 f"{type(strategy).__name__}, which saves optimizers in parts, they cannot be added later: give them to "
                 "the optimizer in configure_optimizers; a phase says from when on they train."
             )
-        _log.info(
+        # What came trainable was left out by the user, not by a filter.
+        say = _log.info if keys <= self.resolved.came_frozen else _log.warning
+        say(
             "the schedule trains %d parameters that the optimizer was not given; it takes them into its first group: "
-            "%s",
-            *(len(adopt), listed(adopt)),
+            '%s. To leave them out, take them away: Phase(["*", %s]).',
+            *(len(adopt), listed(adopt), left_out),
         )
         return adopt
 

@@ -33,9 +33,9 @@ class Looks:
     monitor: Monitor = field(default_factory=Monitor)
     warned_in: int | None = None
 
-    def begin_validation(self, progress: Progress) -> None:
+    def begin_validation(self) -> None:
         """Note what is logged before validation logs."""
-        self.monitor.begin_validation(progress.phase.plateau, self.trainer.callback_metrics)
+        self.monitor.begin_validation(self.trainer.callback_metrics)
 
     def end_validation(self, progress: Progress) -> None:
         """Look at the metric if validation has logged it."""

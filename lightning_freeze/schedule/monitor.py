@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from lightning_freeze.schedule.plateau import Plateau
 from lightning_freeze.words import suggestion
@@ -25,35 +23,33 @@ class Monitor:
         validated_in: The phase in which validation last ran, None before.
         epochs: How many epochs have begun.
         epoch_over: Whether the hooks of an epoch's end have been called since it began.
-        by_validation: Whether validation has logged the current phase's metric.
-        stale: The metric as it was when the validation that runs began.
+        by_validation: The names that validation has logged.
+        stale: What was logged when the validation that runs began.
         looked_ahead: Whether the metrics of later phases have been looked for.
     """
 
     validated_in: int | None = None
     epochs: int = 0
     epoch_over: bool = False
-    by_validation: bool = False
-    stale: Tensor | None = None
+    by_validation: set[str] = field(default_factory=set)
+    stale: Metrics = field(default_factory=dict)
     looked_ahead: bool = False
 
-    def begin_validation(self, until: Plateau | None, metrics: Metrics) -> None:
+    def begin_validation(self, metrics: Metrics) -> None:
         """Note what is there before validation logs."""
-        self.stale = metrics.get(until.monitor) if until is not None else None
+        self.stale = dict(metrics)
 
     def end_validation(self, until: Plateau | None, metrics: Metrics, phase: int) -> float | None:
         """Return the metric's value if this validation run has logged it."""
         self.validated_in = phase
-        value = metrics.get(until.monitor) if until is not None else None
         # Validation's results replace what was there by new objects; a name that it did not log keeps the old one.
-        if value is None or value is self.stale:
-            return None
-        self.by_validation = True
-        return float(value)
+        new = {name: value for name, value in metrics.items() if value is not self.stale.get(name)}
+        self.by_validation |= new.keys()
+        return float(new[until.monitor]) if until is not None and until.monitor in new else None
 
     def epoch_value(self, until: Plateau | None, metrics: Metrics) -> float | None:
         """Return the metric's value of an epoch that is over, if training logs it."""
-        if until is None or not self.epoch_over or self.by_validation:
+        if until is None or not self.epoch_over or until.monitor in self.by_validation:
             return None
         value = metrics.get(until.monitor)
         return None if value is None else float(value)

@@ -20,7 +20,7 @@ class Loops:
         self.monitor, self.metrics, self.looks = Monitor(), dict[str, Any](), list[float]()
 
     def validate(self, value: float | None) -> None:
-        self.monitor.begin_validation(UNTIL, self.metrics)
+        self.monitor.begin_validation(self.metrics)
         if value is not None:
             self.metrics["loss"] = tensor(value)
         self.look(self.monitor.end_validation(UNTIL, self.metrics, 0))
@@ -76,8 +76,8 @@ def test_a_metric_of_validation_is_not_looked_at_twice_in_an_epoch() -> None:
     loops.validate(0.5)
     loops.end_epoch()
     assert loops.monitor.epoch_value(UNTIL, loops.metrics) is None
-    loops.monitor.by_validation = False  # the next phase may take its own from training
-    assert loops.monitor.epoch_value(UNTIL, loops.metrics) == 0.5
+    loops.metrics["late"] = tensor(0.25)  # the next phase may take its own from training
+    assert loops.monitor.epoch_value(Plateau("late"), loops.metrics) == 0.25
     assert loops.monitor.epoch_value(None, loops.metrics) is None
 
 
