@@ -46,7 +46,7 @@ class Phase:
         lr_scheduler: A scheduler of the phase's own, made by a function of the optimizer and of the optimizer steps
             that the phase lasts at most. The function returns a scheduler, or a dict as ``configure_optimizers`` may:
             ``{"scheduler": …, "interval": "epoch"}``; without that it goes on each step. A class works too, and in YAML
-            a mapping with ``class_path``, ``init_args`` and such options: steps are filled in where the class takes them.
+            a mapping with ``class_path``, ``init_args`` and such options; the steps are filled in where it takes them.
             It begins from the rates that the optimizer was given. The scheduler of ``configure_optimizers`` rests
             meanwhile, and goes on, from the rates that it had set, in the next phase without a scheduler of its own.
             ``"restart"``: that scheduler begins anew with the phase.
