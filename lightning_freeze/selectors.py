@@ -182,11 +182,12 @@ def as_patterns(select: Selector) -> list[str | Predicate]:
             raise TypeError(
                 f'{_KINDS}, not the class {pattern.__name__}. Give "type:{pattern.__name__}" for its layers.'
             )
-        if isinstance(pattern, nn.Module):
+        if isinstance(pattern, nn.Module | Tensor):
             kind = type(pattern).__name__
+            others = f', or "type:{kind}" for all of its class' if isinstance(pattern, nn.Module) else ""
+            what = "module" if others else "tensor"
             raise TypeError(
-                f'{_KINDS}, not a module ({kind}). Give its dotted name, for example "backbone.layer4", or '
-                f'"type:{kind}" for all of its class.'
+                f'{_KINDS}, not a {what} ({kind}). Give its dotted name, for example "backbone.layer4"{others}.'
             )
         if not isinstance(pattern, str) and not callable(pattern):
             raise TypeError(f"{_KINDS}, not {pattern!r} in {select!r}.")

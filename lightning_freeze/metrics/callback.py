@@ -19,7 +19,7 @@ from lightning_freeze._lightning import (
 from lightning_freeze.logs import get_logger
 from lightning_freeze.metrics.arguments import Inputs, Stage, as_collection, as_prefix
 from lightning_freeze.metrics.clones import Clones
-from lightning_freeze.metrics.values import preds_and_target, scalars, update
+from lightning_freeze.metrics.values import preds_and_target
 from lightning_freeze.ranks import from_all
 from lightning_freeze.words import listed, some_of
 
@@ -187,13 +187,13 @@ class MetricLogger(Callback):
         clones, stage = self._running(trainer)
         if stage in self.stages:
             given = self.inputs(outputs, batch) if self.inputs else preds_and_target(outputs, stage)
-            update(clones[stage][dataloader_idx], given)
+            clones.update(stage, dataloader_idx, given)
 
     def _log_values(self, trainer: Trainer, pl_module: LightningModule) -> None:
         clones, stage = self._running(trainer)
         prefix, taken = self.prefix.format(stage=stage), epoch_names(trainer)
         for index, clone in clones.updated(stage):
-            values, left_out = scalars(clone)
+            values, left_out = clones.values(clone)
             if not self._left_out.issuperset(left_out):
                 _log.info(
                     "MetricLogger logs scalars only, and leaves out what else metrics compute: %s", listed(left_out)

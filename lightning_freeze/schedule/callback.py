@@ -18,9 +18,9 @@ from lightning_freeze.schedule.fit import begin_fit
 from lightning_freeze.schedule.length import refuse_uneven_ranks, steps_per_epoch
 from lightning_freeze.schedule.meaning import FrozenMode
 from lightning_freeze.schedule.neighbours import refuse_rivals
-from lightning_freeze.schedule.phases import Phase, as_phases
+from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.plan import FitOptions, Plan
-from lightning_freeze.schedule.preset import Preset
+from lightning_freeze.schedule.preset import Preset, as_schedule
 from lightning_freeze.schedule.preview import OptimizerLike, preview_table, schedule_text
 from lightning_freeze.schedule.progress import Begin, Progress
 from lightning_freeze.tables import Table
@@ -70,12 +70,12 @@ class FreezeSchedule(Holder):
     def __init__(
         self,
         phases: Sequence[Phase | Mapping[str, Any]] | Preset,
-        *,
+        *others: Any,  # refused
         frozen_mode: FrozenMode = "batchnorm",
         optimizer_state: OptimizerState = "keep",
         verbose: bool = True,
     ) -> None:
-        self.phases: Sequence[Phase] = phases if isinstance(phases, Preset) else list(as_phases(phases))
+        self.phases: Sequence[Phase] = as_schedule(phases, *others)
         self.frozen_mode = one_of("FreezeSchedule", "frozen_mode", frozen_mode, get_args(FrozenMode))
         self.optimizer_state = one_of("FreezeSchedule", "optimizer_state", optimizer_state, get_args(OptimizerState))
         self.verbose = verbose

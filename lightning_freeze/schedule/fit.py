@@ -91,6 +91,9 @@ def resolve_phases(
         stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
         holds.append(Hold(frozen, tuple(stay), active))
         owners = [(name, select) for name, select in scale_owners(module, phase).items() if name in selected]
+        if phase.scales and not owners:
+            named = listed(map(selector_text, phase.scales))
+            raise ValueError(f"Phase {phase.label!r} trains nothing that its lr_scale names ({named}): train it, too.")
         scaled.append({selector_text(select): selected[name] for name, select in reversed(owners)})
     scales = [phase_scales(module, phase) for phase in phases]
     return Resolved(came_frozen, set(held), trains, scales, scaled, holds)

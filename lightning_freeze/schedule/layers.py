@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_freeze.schedule.arguments import as_layers, number
 from lightning_freeze.selectors import Selector, clean_name, select_parameters, unwrapped
 
 _LISTS = (nn.Sequential, nn.ModuleList)
@@ -51,17 +52,17 @@ def layers_of(module: nn.Module, select: Selector = "*") -> list[str]:
     return [unit.name for unit in between if unit in blocks or unit.is_composite]
 
 
-def layerwise_lr_decay(layers: Sequence[str], decay: float, *, head: float = 1.0) -> dict[str, float]:
+def layerwise_lr_decay(layers: Sequence[str | Sequence[str]], decay: float, *, head: float = 1.0) -> dict[str, float]:
     """Return a learning rate scale for each layer, ``decay`` times that of the layer after it.
 
     For ``Phase(lr_scale=…)``. The last layer gets ``head * decay``, as in BEiT (Bao et al., ICLR 2022), after ELECTRA
     (Clark et al., ICLR 2020). ULMFiT's ratio is ``decay=1 / 2.6``.
 
     What no layer names gets ``head``: the head and the norm before it, but also embeddings or a stem. Name these first:
-    ``layerwise_lr_decay(["embed", *layers_of(model)], 0.75)``.
+    ``layerwise_lr_decay([["cls_token", "pos_embed", "patch_embed"], *layers_of(model)], 0.75)``.
 
     Args:
-        layers: The layers from the first, next to the input, to the last before the head.
+        layers: The layers from the first, next to the input, to the last before the head; a list of names is one layer.
         decay: From one layer to the one before it, above 0 and usually below 1.
         head: The scale of what no layer names.
 
@@ -75,11 +76,15 @@ def layerwise_lr_decay(layers: Sequence[str], decay: float, *, head: float = 1.0
         {'*': 10.0, 'embed': 2.5, 'block': 5.0}
     """
     for name, value in (("decay", decay), ("head", head)):
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"layerwise_lr_decay({name}={value!r}): a factor is above 0 and finite.")
+        shown = f"layerwise_lr_decay({name}={value!r}): a factor"
+        if not 0 < number(shown, value) < math.inf:
+            raise ValueError(f"{shown} is above 0 and finite.")
+    groups = as_layers("layers", layers)
     # A "*" that later names leave nothing is an error, and 1.0 is what holds without it.
-    others = {} if head == 1.0 else {"*": head}
-    return others | {layer: head * decay ** (len(layers) - place) for place, layer in enumerate(layers)}
+    rates = {} if head == 1.0 else {"*": head}
+    for place, names in enumerate(groups):
+        rates |= dict.fromkeys(names, head * decay ** (len(groups) - place))
+    return rates
 
 
 @dataclass(eq=False)
@@ -185,8 +190,8 @@ def _of_their_class(node: _Node, found: Sequence[_Node]) -> set[_Node]:
 
 
 def _around_matrices(node: _Node) -> Iterator[_Node]:
-    """Yield the highest modules with one weight matrix each."""
-    if node.matrices == 1 and node.name:
+    """Yield the highest modules with one weight matrix each, and those that have several themselves, as an LSTM."""
+    if node.name and (node.matrices == 1 or (node.matrices and not node.children)):
         yield node
     else:
         for child in node.children:

@@ -11,7 +11,7 @@ from typing import Literal
 from lightning_freeze._lightning import Trainer
 from lightning_freeze.schedule.length import steps_per_epoch
 from lightning_freeze.schedule.phases import Phase
-from lightning_freeze.words import whole_number
+from lightning_freeze.words import counted, whole_number
 
 Span = tuple[float, float]
 
@@ -76,7 +76,7 @@ class FitLength:
 
     def steps(self, count: int, who: str) -> Fraction:
         """Return optimizer steps in the fit's unit."""
-        return Fraction(count) / (1 if self.unit == "step" else self._steps(f"{who} {count} steps"))
+        return Fraction(count) / (1 if self.unit == "step" else self._steps(f"{who} {counted(count, 'step')}"))
 
     def end(self, phase: Phase, begin: Fraction) -> Fraction | None:
         """Return where a phase is over at the latest, None if it goes by no count."""
