@@ -23,19 +23,3 @@ else:
     PowerSGDState = PeriodicModelAverager = average_parameters = FileSystemReader = StateDictOptions = _Absent
     set_optimizer_state_dict = FSDPModule = FullyShardedDataParallel = OptimStateKeyType = _Absent
     ZeroRedundancyOptimizer = DTensor = Partial = Replicate = _Absent
-
-__all__ = [
-    "DTensor",
-    "FSDPModule",
-    "FileSystemReader",
-    "FullyShardedDataParallel",
-    "OptimStateKeyType",
-    "Partial",
-    "PeriodicModelAverager",
-    "PowerSGDState",
-    "Replicate",
-    "StateDictOptions",
-    "ZeroRedundancyOptimizer",
-    "average_parameters",
-    "set_optimizer_state_dict",
-]

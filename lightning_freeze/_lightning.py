@@ -16,43 +16,8 @@ import torch
 import torchmetrics
 from lightning_utilities.core import rank_zero
 from packaging.version import Version
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
-
-__all__ = [
-    "LIGHTNING_FILES",
-    "OLDEST",
-    "SHARDED",
-    "BaseFinetuning",
-    "Callback",
-    "DDPStrategy",
-    "DeepSpeedStrategy",
-    "EarlyStopping",
-    "FSDPStrategy",
-    "GradientAccumulationScheduler",
-    "LRSchedulerConfig",
-    "LightningModule",
-    "MisconfigurationException",
-    "ModelParallelStrategy",
-    "ParallelStrategy",
-    "SingleDeviceStrategy",
-    "SingleDeviceXLAStrategy",
-    "StochasticWeightAveraging",
-    "Strategy",
-    "Trainer",
-    "WeightAveraging",
-    "XLAStrategy",
-    "averages_models",
-    "callbacks_of",
-    "epoch_names",
-    "evaluation_dataloaders",
-    "logged_step",
-    "loss_scale",
-    "optimizers_of",
-    "scheduler_configs",
-    "unscales_gradients",
-    "without_fit",
-]
 
 #: The oldest Lightning that is supported; each of the two packages counts for itself.
 OLDEST = "2.5.3"
@@ -124,24 +89,22 @@ if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import LRSchedulerConfig
 else:
     for _module, _names in {
-        "pytorch": ("LightningModule", "Trainer"),
-        "pytorch.callbacks": (
-            *("BaseFinetuning", "EarlyStopping", "GradientAccumulationScheduler"),
-            *("StochasticWeightAveraging", "WeightAveraging"),
-        ),
+        "pytorch": "LightningModule Trainer",
+        "pytorch.callbacks": "BaseFinetuning EarlyStopping GradientAccumulationScheduler StochasticWeightAveraging "
+        "WeightAveraging",
         # What Lightning puts in the place of an optimizer where ``configure_optimizers`` returns none.
-        "pytorch.core.optimizer": ("_MockOptimizer",),
-        "pytorch.strategies": (
-            *("DDPStrategy", "DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"),
-            *("ParallelStrategy", "SingleDeviceStrategy", "Strategy"),
-        ),
-        "pytorch.strategies.single_xla": ("SingleDeviceXLAStrategy",),
-        "pytorch.strategies.xla": ("XLAStrategy",),
-        "pytorch.utilities.types": ("LRSchedulerConfig",),
+        "pytorch.core.optimizer": "_MockOptimizer",
+        "pytorch.strategies": "DDPStrategy DeepSpeedStrategy FSDPStrategy ModelParallelStrategy ParallelStrategy "
+        "SingleDeviceStrategy Strategy",
+        "pytorch.strategies.single_xla": "SingleDeviceXLAStrategy",
+        "pytorch.strategies.xla": "XLAStrategy",
+        "pytorch.utilities.types": "LRSchedulerConfig",
     }.items():
-        globals().update({name: _all(_module, name) for name in _names})
+        globals().update({name: _all(_module, name) for name in _names.split()})
     _here = {"__module__": __name__}
-    Callback = type("Callback", _all("pytorch", "Callback"), _here)
+    Callback = type(
+        "Callback", _all("pytorch", "Callback"), {**_here, "__getstate__": lambda callback: without_fit(callback)}
+    )
     MisconfigurationException = type(
         "MisconfigurationException", _all("fabric.utilities.exceptions", "MisconfigurationException"), _here
     )
@@ -149,9 +112,6 @@ else:
 
 #: The strategies under which a process holds a part of the parameters only.
 SHARDED = (DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy)
-
-# Lightning lends every callback the model's log functions, and with them the model.
-_LENT = frozenset({"log", "log_dict"})
 
 
 def averages_models(strategy: Strategy) -> bool:
@@ -170,15 +130,27 @@ def optimizers_of(trainer: Trainer) -> list[Optimizer]:
     return [optimizer for optimizer in trainer.optimizers if not isinstance(optimizer, _MockOptimizer)]
 
 
-def scheduler_configs(module: LightningModule, schedulers: list[dict[str, Any]]) -> list[LRSchedulerConfig]:
-    """Return what Lightning makes of the schedulers that ``configure_optimizers`` returns, which it checks."""
-    # Public is only the way through `configure_optimizers`.
-    home = next(
-        home["pytorch"] for home in _HOMES if isinstance(module, import_module(home["pytorch"]).LightningModule)
+def _core_of(module: nn.Module) -> Any:
+    """Return what reads ``configure_optimizers`` in the Lightning of a module: public is only the way through a fit."""
+    homes = (home["pytorch"] for home in _HOMES)
+    return import_module(
+        next(f"{home}.core.optimizer" for home in homes if isinstance(module, import_module(home).LightningModule))
     )
-    core = import_module(f"{home}.core.optimizer")
+
+
+def configured(module: LightningModule) -> tuple[list[Optimizer], list[LRSchedulerConfig]]:
+    """Return the optimizers and schedulers that ``configure_optimizers`` makes, without a fit."""
+    optimizers, schedulers, monitor = _core_of(module)._configure_optimizers(module.configure_optimizers())
+    return optimizers, scheduler_configs(module, schedulers, monitor)
+
+
+def scheduler_configs(
+    module: nn.Module, schedulers: list[dict[str, Any]], monitor: str | None = None
+) -> list[LRSchedulerConfig]:
+    """Return what Lightning makes of the schedulers that ``configure_optimizers`` returns, which it checks."""
+    core = _core_of(module)
     configs: list[LRSchedulerConfig] = (
-        core._configure_schedulers_automatic_opt(schedulers, None)
+        core._configure_schedulers_automatic_opt(schedulers, monitor)
         if module.automatic_optimization
         else core._configure_schedulers_manual_opt(schedulers)
     )
@@ -192,18 +164,21 @@ def logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
-def without_fit(attributes: Mapping[str, Any], **instead: Any) -> dict[str, Any]:
-    """Return a callback's attributes without what belongs to one fit, for copies and pickles.
+def log_values(trainer: Trainer, values: Mapping[str, float], *, monitored: bool = True) -> None:
+    """Log values under the step at which Lightning logs the model's; ``monitored``, callbacks find them too."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=logged_step(trainer))
+    tensors = {name: torch.tensor(value) for name, value in values.items() if monitored}
+    trainer.callback_metrics.update(tensors)
+    trainer.logged_metrics.update(tensors)
 
-    Args:
-        attributes: The callback's ``__dict__``.
-        instead: Attributes to replace, as a callback that is in no fit has them.
 
-    Example:
-        >>> without_fit({"tau": 0.1, "log": print, "_fit": "a fit"}, _fit=None)
-        {'tau': 0.1, '_fit': None}
-    """
-    return {name: value for name, value in attributes.items() if name not in _LENT} | instead
+def without_fit(callback: Callback, **instead: Any) -> dict[str, Any]:
+    """Return a callback's attributes for copies and pickles; what its class has as None belongs to one fit."""
+    ours = [vars(cls) for cls in type(callback).__mro__ if cls.__module__.startswith("lightning_freeze.")]
+    # Lightning lends every callback the model's log functions, and with them the model.
+    left_out = {"log", "log_dict"}.union(name for own in ours for name, value in own.items() if value is None)
+    return {name: value for name, value in vars(callback).items() if name not in left_out} | instead
 
 
 def epoch_names(trainer: Trainer) -> dict[str, str]:

@@ -6,23 +6,16 @@ import logging
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-
-class _UnlessConfigured(logging.StreamHandler):  # type: ignore[type-arg]
-    """Prints unless the user has configured logging."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Print, unless the root logger has handlers that will."""
-        if not logging.getLogger().handlers:
-            super().emit(record)
+_package = logging.getLogger("lightning_freeze")
+_printer = logging.StreamHandler()
+_printer.addFilter(lambda record: not logging.getLogger().handlers)
+_package.addHandler(_printer)
+if _package.level == logging.NOTSET:  # a level that the user has set is kept
+    _package.setLevel(logging.INFO)
 
 
 def get_logger(name: str) -> logging.Logger:
-    """Return the logger of a module of this package; a level that the user has set on the package's is kept."""
-    package = logging.getLogger("lightning_freeze")
-    if not any(isinstance(handler, _UnlessConfigured) for handler in package.handlers):
-        package.addHandler(_UnlessConfigured())
-        if package.level == logging.NOTSET:
-            package.setLevel(logging.INFO)
+    """Return the logger of a module of this package."""
     logger = logging.getLogger(name)
     logger.addFilter(_is_rank_zero)
     return logger

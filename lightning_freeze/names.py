@@ -1,10 +1,15 @@
-"""Dotted names: those that count up as one, and branches of the tree that they make."""
+"""Dotted names: those that count up as one, branches of the tree that they make, and the module of one."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from typing import TypeVar
+
+from torch import nn
+
+from lightning_freeze.selectors import clean_name
+from lightning_freeze.words import suggestion
 
 T = TypeVar("T")
 
@@ -68,3 +73,18 @@ def branches(
             else:
                 below = {name: values[name] for name in inside}
                 yield from branches(below, depth=depth, alike=alike, leaves=leaves, prefix=here)
+
+
+def module_named(model: nn.Module, name: str, given: str) -> nn.Module:
+    """Return the module of a dotted name, the outermost one where ``torch.compile`` put one around another.
+
+    Raises:
+        ValueError: If there is none; it shows the name as ``given``, the closest one and the top-level modules.
+    """
+    modules: dict[str, nn.Module] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        modules.setdefault(clean_name(path), module)
+    if name and name in modules:
+        return modules[name]
+    hint, tops = suggestion(name, filter(None, modules)), ", ".join(top for top, _ in model.named_children()) or "none"
+    raise ValueError(f"{given} names no module of {type(model).__name__}.{hint}\nTop-level modules: {tops}.")

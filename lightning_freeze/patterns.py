@@ -5,21 +5,19 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 from lightning_freeze.words import closest
 
-_SLICE = re.compile(r"\[(-?\d+|-?\d*:-?\d*)\]")
+_SPECIAL = re.compile(r"[\\()|^$+]")  # what a glob has no use for
+_SLICE = re.compile(r"\[(-?\d+|-?\d*:-?\d*(?::-?[1-9]\d*)?)\]")
 
 
 def expressions(pattern: str, shown: str) -> list[re.Pattern[str]]:
     r"""Return what names have to match in full; a later expression counts where no name matches an earlier one.
 
-    Args:
-        pattern: A name, which stands for what is below it too, a glob, or ``"re:…"``.
-        shown: How an error shows the pattern.
-
-    Raises:
-        ValueError: If it is no regular expression.
+    A name stands for what is below it too. A ``"re:…"`` that is no regular expression is an error, which shows it as
+    ``shown``.
 
     Example:
         >>> exact, glob = expressions("head.*", "")
@@ -41,18 +39,12 @@ def sliced(pattern: str, lists: Mapping[str, Sequence[str]], shown: str) -> list
     """Return what a pattern with indices or slices of lists stands for; nothing if it has none.
 
     Brackets behind what is no list are a glob's: without a list ``layer``, ``layer[12]`` is ``layer1`` and ``layer2``.
-
-    Args:
-        pattern: A name or a glob.
-        lists: The names of lists of modules, each with the names of its members.
-        shown: How an error shows the pattern.
-
-    Raises:
-        ValueError: If a list has no such members.
+    ``lists`` has the names of lists of modules, each with those of its members. What a list has not is an error, which
+    shows the pattern as ``shown``.
 
     Example:
-        >>> sliced("net.blocks[-1:].*.bias", {"net.blocks": ["net.blocks.0", "net.blocks.1"]}, "")
-        ['net.blocks.1.*.bias']
+        >>> sliced("net.blocks[::-1].*.bias", {"net.blocks": ["net.blocks.0", "net.blocks.1"]}, "")
+        ['net.blocks.1.*.bias', 'net.blocks.0.*.bias']
     """
     for match in _SLICE.finditer(pattern):
         before, after = pattern[: match.start()], pattern[match.end() :]
@@ -104,13 +96,19 @@ def nearest(pattern: str, known: Collection[str]) -> list[str]:
     wrapped = re.compile(rf"(.+?)\.(?:{fnmatch.translate(pattern)})")
     if below := dict.fromkeys(f"{match[1]}.{pattern}" for name in known if (match := wrapped.fullmatch(name))):
         return list(below)[:2]
+    if (inside := pattern.partition(".")[2]) in known:
+        return [inside]
+    with suppress(re.error):  # a regular expression, as in the schedules of finetuning-scheduler
+        ends = set(known) - {name.rpartition(".")[0] for name in known}
+        if _SPECIAL.search(pattern) and any(map(re.compile(pattern).fullmatch, ends)):
+            return [f"re:{pattern}"]
     fixed = _fixed(pattern, known)
     if fixed != pattern and any(one.fullmatch(name) for one in expressions(fixed, fixed) for name in known):
         return [fixed]
     if _is_glob(pattern):
         return []
-    inside = {name.partition(".")[2]: name for name in known}  # of a LightningModule that wraps a model
-    return closest(pattern, known, most=2) or [inside[name] for name in closest(pattern, inside, most=2)]
+    below_top = {name.partition(".")[2]: name for name in known}  # of a LightningModule that wraps a model
+    return closest(pattern, known, most=2) or [below_top[name] for name in closest(pattern, below_top, most=2)]
 
 
 def _is_glob(pattern: str) -> bool:

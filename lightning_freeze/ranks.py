@@ -26,10 +26,8 @@ def from_all(value: T) -> list[T]:
 def check_agreement(strategy: Strategy, tell: Callable[[], Mapping[str, Any]]) -> None:
     """Refuse ranks that are about to do different things.
 
-    ``tell`` returns what must be the same everywhere, by name; what is compared is its ``repr``.
-
-    Raises:
-        RuntimeError: On every rank, if one differs in a fact; it names the fact and what this rank has.
+    ``tell`` returns what must be the same everywhere, by name; what is compared is its ``repr``. Every rank raises
+    if one differs.
     """
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return
@@ -56,19 +54,8 @@ def mean_over_ranks(strategy: Strategy, value: float | None) -> float | None:
     return total / count if count else None
 
 
-def only_true(strategy: Strategy, fact: bool) -> bool:
-    """Return whether a fact is true on every rank, the same on every rank."""
-    return strategy.reduce_boolean_decision(fact, all=True)
-
-
 def greatest(strategy: Strategy, value: int) -> int:
-    """Return the greatest of the ranks' values, the same on every rank.
-
-    Example:
-        >>> from lightning.pytorch.strategies import SingleDeviceStrategy
-        >>> greatest(SingleDeviceStrategy(device="cpu"), 2)
-        2
-    """
+    """Return the greatest of the ranks' values, the same on every rank."""
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return value
     return int(strategy.reduce(torch.tensor(value, device=strategy.root_device), reduce_op="max").item())

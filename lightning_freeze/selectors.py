@@ -98,13 +98,9 @@ def select_parameters(module: nn.Module, select: Selector) -> dict[str, nn.Param
 def resolve(
     module: nn.Module, select: Selector, *, given: str = "select={}", partial: bool = False
 ) -> dict[str, nn.Parameter]:
-    """Return what :func:`select_parameters` does.
+    """Return what :func:`select_parameters` does; an error shows the selector as ``given``, ``{}`` being the pattern.
 
-    Args:
-        module: Any module.
-        select: One selector or a list of them.
-        given: How an error shows the selector, with ``{}`` for the pattern.
-        partial: Whether patterns may match nothing, and nothing may be left.
+    If ``partial``, patterns may match nothing, and nothing may be left.
     """
     module = unwrapped(module)
     names = _Names(module, module.named_parameters(remove_duplicate=False))
@@ -171,10 +167,7 @@ def selector_text(select: Selector) -> str:
 
 
 def as_patterns(select: Selector) -> list[str | Predicate]:
-    """Return a selector as a list of its patterns.
-
-    Raises:
-        TypeError: If it is neither a string, a callable nor a list of them; a module and a class are neither.
+    """Return a selector as a list of its patterns; raise if it is none, as a module and a class are not.
 
     Example:
         >>> as_patterns("head"), as_patterns(("*", "!head"))
@@ -189,11 +182,12 @@ def as_patterns(select: Selector) -> list[str | Predicate]:
             raise TypeError(
                 f'{_KINDS}, not the class {pattern.__name__}. Give "type:{pattern.__name__}" for its layers.'
             )
-        if isinstance(pattern, nn.Module):
+        if isinstance(pattern, nn.Module | Tensor):
             kind = type(pattern).__name__
+            others = f', or "type:{kind}" for all of its class' if isinstance(pattern, nn.Module) else ""
+            what = "module" if others else "tensor"
             raise TypeError(
-                f'{_KINDS}, not a module ({kind}). Give its dotted name, for example "backbone.layer4", or '
-                f'"type:{kind}" for all of its class.'
+                f'{_KINDS}, not a {what} ({kind}). Give its dotted name, for example "backbone.layer4"{others}.'
             )
         if not isinstance(pattern, str) and not callable(pattern):
             raise TypeError(f"{_KINDS}, not {pattern!r} in {select!r}.")

@@ -63,6 +63,11 @@ def stored_values(tensor: Tensor) -> Tensor:
     return (tensor.coalesce() if tensor.layout is torch.sparse_coo else tensor).values()
 
 
+def base_of(tensor: Tensor) -> Tensor | None:
+    """Return what a tensor is a view of: one made under ``no_grad`` keeps its graph, and nothing public leads there."""
+    return tensor._base
+
+
 # One kernel for a list of tensors, many times faster than one for each. torch has these under private names; its public
 # functions take one tensor, or return one norm of all (`torch.nn.utils.get_total_norm`).
 

@@ -51,13 +51,7 @@ def percent(part: int, whole: int) -> str:
 
 
 def whole_number(where: str, name: str, value: object) -> int:
-    """Return a count as an int, also if it is NumPy's, which a checkpoint could not hold.
-
-    Example:
-        >>> whole_number("Phase", "epochs", 0)
-        Traceback (most recent call last):
-        ValueError: Phase(epochs=0): epochs is at least 1.
-    """
+    """Return a count as an int, also if it is NumPy's, which a checkpoint could not hold; raise if it is none."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{where}({name}={value!r}): {name} is a whole number.")
     if value < 1:
@@ -66,10 +60,7 @@ def whole_number(where: str, name: str, value: object) -> int:
 
 
 def one_of(where: str, name: str, value: object, allowed: Sequence[str]) -> Any:
-    """Return a value unchanged if it is allowed.
-
-    Raises:
-        ValueError: If it is not.
+    """Return a value unchanged if it is allowed; raise if it is not.
 
     Example:
         >>> one_of("Plateau", "mode", "mim", ["min", "max"])

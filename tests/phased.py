@@ -19,7 +19,7 @@ class Phased(PhasedOptimizer):
 
     def __init__(self, optimizer: Optimizer, **options: Any) -> None:
         super().__init__(optimizer, **options)
-        self.steps = Steps()
+        self.steps = Steps(optimizer)
         self.steps.before.append(self.view.show)
         self.steps.after.append(self.view.hide)
 

@@ -19,7 +19,7 @@ def test_audit_example_finds_four_mistakes_and_none_after_the_fixes(tmp_path: Pa
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / "audit.py"), "--epochs", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     before, after = done.stdout.split("After the fixes:")
     assert "audit: 10 findings" in before

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def run(name: str, out: Path, *options: str) -> str:
     command = [sys.executable, "-W", "ignore", str(EXAMPLES / f"{name}.py"), "--out", str(out), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=out, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, cwd=out, check=False)
     assert done.returncode == 0, done.stderr[-2_000:]
     picture = out / f"{name}.png"
     assert picture.read_bytes().startswith(b"\x89PNG")

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import io
 import logging
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
-from lightning_freeze import FreezeSchedule, GradientAudit, Phase
+import pytest
+
+from lightning_freeze import FreezeSchedule, GradientAudit, Phase, logs
 from tests.nets import Net, loader, trainer
 from tests.replicas import WORLD, on_two_processes
 
@@ -26,17 +29,21 @@ def test_lines_of_two_processes_come_once(tmp_path: Path) -> None:
     assert one == []
 
 
-def test_log_level_set_before_the_import_is_kept() -> None:
-    runs = []
-    for before in ("", "WARNING"):
-        lines = [
-            "import logging",
-            f"logging.getLogger('lightning_freeze').setLevel({before!r} or 0)",
-            "import lightning_freeze.logs",
-            "lightning_freeze.logs.get_logger('lightning_freeze.some')",
-            "print(logging.getLogger('lightning_freeze').level)",
-        ]
-        command = [sys.executable, "-W", "ignore", "-c", "\n".join(lines)]
-        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    printed = [run.communicate(timeout=120) for run in runs]
-    assert [out.split() for out, _ in printed] == [[str(logging.INFO)], [str(logging.WARNING)]], printed
+@pytest.mark.parametrize("level", [logging.NOTSET, logging.WARNING])
+def test_log_level_set_before_the_import_is_kept(level: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = logging.getLogger("lightning_freeze")
+    monkeypatch.setattr(package, "level", level)
+    monkeypatch.setattr(package, "handlers", [])
+    runpy.run_path(logs.__file__)
+    assert package.level == (level or logging.INFO)
+
+
+def test_lines_are_printed_unless_the_user_has_configured_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, stream = logging.getLogger("lightning_freeze"), io.StringIO()
+    monkeypatch.setattr(package, "handlers", [])
+    monkeypatch.setattr(sys, "stderr", stream)
+    log = runpy.run_path(logs.__file__)["get_logger"]("lightning_freeze.some")
+    for handlers in ([], [logging.NullHandler()]):
+        monkeypatch.setattr(logging.getLogger(), "handlers", handlers)
+        log.warning("%d of the user's", len(handlers))
+    assert stream.getvalue() == "0 of the user's\n"

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from typing import Any
 
@@ -186,6 +187,7 @@ def test_error_suggests_the_closest_pattern_and_lists_modules(select: Any, messa
         ),
         ([nn.ReLU()], "not a module (ReLU)."),
         (nn.BatchNorm2d, 'not the class BatchNorm2d. Give "type:BatchNorm2d" for its layers.'),
+        ([nn.Linear(1, 1).bias], 'not a tensor (Parameter). Give its dotted name, for example "backbone.layer4".'),
     ],
     ids=str,
 )
@@ -220,12 +222,16 @@ def test_name_with_brackets_comes_before_a_glob() -> None:
         ("layre4", "model.layer4"),
         ("layer4[-1]", "model.layer4[-1]"),
         ("model.layre4[0].bias", "model.layer4[0].bias"),
+        ("net.model.layer4", "model.layer4"),
+        ("lit_module.model", "model"),
+        (r"model\.layer4\.(0|1)\..*", r"re:model\.layer4\.(0|1)\..*"),
     ],
 )
-def test_error_names_what_is_below_a_wrapper(select: str, meant: str) -> None:
+def test_error_names_what_is_below_or_above_a_wrapper(select: str, meant: str) -> None:
     layers = {"layer4": nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), "fc": nn.Linear(1, 1)}
     net = nn.ModuleDict({"model": nn.ModuleDict(layers)})
-    with pytest.raises(ValueError, match=re.escape(f'"{select}" matches no parameter. Did you mean "{meant}"')):
+    given, right = json.dumps(select), json.dumps(meant)
+    with pytest.raises(ValueError, match=re.escape(f"{given} matches no parameter. Did you mean {right}")):
         select_parameters(net, select)
     assert select_parameters(net, meant)
 
@@ -245,6 +251,8 @@ def stacked() -> nn.Module:
         ("body.blocks[-2:]", ["body.blocks.1", "body.blocks.2"]),
         ("body.blocks[0]", ["body.blocks.0"]),
         ("body.blocks[-1]", ["body.blocks.2"]),
+        ("body.blocks[::2]", ["body.blocks.0", "body.blocks.2"]),
+        ("body.blocks[1::-1].mlp", ["body.blocks.0.mlp", "body.blocks.1.mlp"]),
         ("body.blocks[:-1].attn", ["body.blocks.0.attn", "body.blocks.1.attn"]),
         ("body.blocks[1:2].mlp.*", ["body.blocks.1.mlp"]),
         ("*.layer?[0]", ["body.layer1.0", "body.layer2.0"]),

@@ -76,6 +76,14 @@ class Small(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.01)
 
 
+class Cosine(Small):
+    """The same with a scheduler."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)]
+
+
 def fit(schedule: Any, model: LightningModule, max_epochs: int) -> None:
     """Train on noise, quietly."""
     torch.manual_seed(0)
@@ -101,7 +109,7 @@ def models() -> dict[str, Any]:
             "gan": Gan(),
             "byol": Byol(),
         }
-    return {**made, "small": Small(), "fit": fit}
+    return {**made, "small": Small(), "cosine": Cosine(), "fit": fit}
 
 
 @dataclass(frozen=True)
@@ -224,6 +232,18 @@ PAGES = [
         '    Phase("*", lr_scale={"*": Ramp(0.01, 0.1, epochs=3, shape="cosine"), "fc": 1.0}),\n'
         "])",
         "resnet, max_epochs=10",
+    ),
+    Page(
+        "own_scheduler", "A scheduler of a phase's own",
+        "`cosine` returns a `CosineAnnealingLR`. The first phase has another one in its place; in the second it goes "
+        "on, in the third it begins anew.",
+        "from torch.optim.lr_scheduler import OneCycleLR\n\n"
+        "schedule = FreezeSchedule([\n"
+        '    Phase("head", epochs=3, lr_scheduler=lambda optimizer, steps: OneCycleLR(optimizer, 0.02, steps)),\n'
+        '    Phase(["head", "backbone.2"], epochs=3, lr_scale={"backbone": Ramp(0.1, epochs=2)}),\n'
+        '    Phase("*", lr_scheduler="restart", lr_scale={"backbone": 0.5}),\n'
+        "])",
+        "cosine, max_epochs=10, steps_per_epoch=20",
     ),
     Page(
         "again", "Layers can freeze again",

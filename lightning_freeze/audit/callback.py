@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer, optimizers_of, without_fit
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, optimizers_of
 from lightning_freeze.audit.checks import At, Check, Moment
 from lightning_freeze.audit.findings import AuditError, Finding, Report, alike, described
 from lightning_freeze.audit.frozen_values import FrozenValues
@@ -75,6 +75,8 @@ class GradientAudit(Callback):
         [('in_no_optimizer', 'layer.bias')]
     """
 
+    _fit: _Fit | None = None
+
     def __init__(
         self,
         *,
@@ -88,7 +90,6 @@ class GradientAudit(Callback):
         self.first_n_steps = whole_number("GradientAudit", "first_n_steps", first_n_steps)
         self.ignore = ignore
         self.report = Report()
-        self._fit: _Fit | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot be audited."""
@@ -132,9 +133,7 @@ class GradientAudit(Callback):
         if self._fit is not None:
             self._fit.note()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Check after an audited batch."""
         fit = self._current()
         if fit.step is not None:
@@ -164,10 +163,6 @@ class GradientAudit(Callback):
         if self._fit is not None:
             self._fit.end_step()
         self._fit = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one fit in one process."""
-        return without_fit(self.__dict__, _fit=None)
 
     def _is_due(self, trainer: Trainer) -> bool:
         return trainer.current_epoch % self.every_n_epochs == 0

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
@@ -62,18 +62,16 @@ class Moment:
         return int(progress.processed)
 
 
-class Check(Protocol):
+class Check:
     """One thing that can be wrong: at its moments it observes facts in each process, and decides from those of all."""
 
     moments: tuple[At, ...]
 
     def begin(self, now: Moment, undo: ExitStack) -> None:
         """Prepare for an audited batch; ``undo`` ends with it."""
-        return
 
     def note(self, now: Moment, optimizer: Optimizer | None) -> None:
         """Note what shows during an audited batch: before a backward, or after an optimizer has stepped."""
-        return
 
     def observe(self, now: Moment) -> Any:
         """Return what this process knows, as data that pickles: findings, unless the check decides otherwise."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from lightning_freeze._lightning import MisconfigurationException
-from lightning_freeze.words import listed
+from lightning_freeze.words import counted, listed
 
 Kind = (
     Literal["frozen_value_moved", "frozen_statistics_moved", "frozen_in_step", "no_gradient"]
@@ -86,8 +86,8 @@ class Report(list[Finding]):
         """One line: how much was found in how many checks."""
         if not self and not self.checks:
             return "audit: nothing was audited in this process"
-        found = _counted(len(self), "finding") if self else "no finding"
-        return f"audit: {found} in {_counted(self.checks, 'check')} over {_counted(self.parameters, 'parameter')}"
+        found = counted(len(self), "finding") if self else "no finding"
+        return f"audit: {found} in {counted(self.checks, 'check')} over {counted(self.parameters, 'parameter')}"
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *map(described, alike(self))])
@@ -127,7 +127,3 @@ def merged(by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
         only = f" (On rank {', '.join(ranks)} only.)" if len(ranks) < len(by_rank) else ""
         found.append(replace(first, cause=first.cause + only))
     return found
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -14,7 +14,7 @@ from lightning_freeze.audit.checks import At, Check, Moment
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.freezing.batchnorm import has_running_statistics
 from lightning_freeze.freezing.eval_mode import is_held, wholly_frozen
-from lightning_freeze.freezing.ledger import ledger_of
+from lightning_freeze.freezing.holder import ledger_of
 from lightning_freeze.selectors import clean_name
 from lightning_freeze.tensors import digest, has_values
 
@@ -112,12 +112,10 @@ def frozen_tensors(
     found: dict[str, tuple[nn.Module, Tensor]] = {}
     seen = set(trains)
     for path, layer in module.named_modules():
-        own: list[tuple[str, Tensor]] = [*layer.named_parameters(recurse=False)]
-        own += layer.named_buffers(recurse=False) if layer in frozen or is_held(layer) else []
-        for name, tensor in own:
-            if id(tensor) not in seen:  # a tied one is found once
-                seen.add(id(tensor))
-                found[clean_name(f"{path}.{name}" if path else name)] = (layer, tensor)
+        own: list[tuple[str, Tensor]] = [*layer.named_parameters(path, recurse=False)]
+        own += layer.named_buffers(path, recurse=False) if layer in frozen or is_held(layer) else []
+        found |= {clean_name(name): (layer, tensor) for name, tensor in own if id(tensor) not in seen}
+        seen.update(id(tensor) for _, tensor in own)  # a tied one is found once
     return found
 
 

@@ -20,6 +20,7 @@ from lightning_freeze._lightning import Trainer, callbacks_of
 from lightning_freeze.audit.checks import At, Check, Moment
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.libraries import is_users
+from lightning_freeze.tensors import base_of
 
 _THINGS = 300_000
 _SKIPPED = (str, bytes, int, float, complex, bool, type(None), type, range, torch.dtype, torch.device, Trainer)
@@ -118,8 +119,7 @@ def tensors_with_graph(roots: Iterable[tuple[str, object]]) -> dict[str, Tensor]
                 ahead.append((way + step, child, in_library))
             elif child.grad_fn is not None:
                 found[way + step] = child
-            # A view that was made under no_grad has no graph but keeps that of its base, which nothing public leads to.
-            elif (base := child._base) is not None and base.grad_fn is not None:
+            elif (base := base_of(child)) is not None and base.grad_fn is not None:
                 found[f"{way}{step}._base ({way}{step} is a view of it)"] = base
     return found
 

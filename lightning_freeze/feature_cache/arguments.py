@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from lightning_freeze.feature_cache.interceptor import hooks_of, is_compiled
-from lightning_freeze.selectors import clean_name
-from lightning_freeze.words import one_of, suggestion, whole_number
+from lightning_freeze.names import module_named
+from lightning_freeze.words import one_of, whole_number
 
 _DTYPES = ("float16", "bfloat16", "float32")
 
@@ -22,19 +22,10 @@ def modules_by_name(model: nn.Module, names: str | list[str]) -> dict[str, nn.Mo
     Raises:
         ValueError: If a name is that of no module, of one that is never called, or of the same module as another.
     """
-    modules: dict[str, nn.Module] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        modules.setdefault(clean_name(path), module)
     wanted = [names] if isinstance(names, str) else names
     found: dict[str, nn.Module] = {}
     for name in wanted:
-        if not name or name not in modules:
-            tops = ", ".join(top for top, _ in model.named_children()) or "none"
-            raise ValueError(
-                f'FeatureCache(module="{name}") names no module of {type(model).__name__}.'
-                f"{suggestion(name, [path for path in modules if path])}\nTop-level modules: {tops}."
-            )
-        found |= _called(name, modules[name])
+        found |= _called(name, module_named(model, name, f'FeatureCache(module="{name}")'))
     if len(set(found.values())) < len(found):
         raise ValueError(f"FeatureCache(module={wanted!r}): two of these names are the same module. Name each once.")
     return found

@@ -11,14 +11,12 @@ import torch
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import (
+    SHARDED,
     Callback,
-    DeepSpeedStrategy,
-    FSDPStrategy,
     LightningModule,
-    ModelParallelStrategy,
     Trainer,
     callbacks_of,
-    logged_step,
+    log_values,
     without_fit,
 )
 from lightning_freeze.feature_cache.arguments import (
@@ -178,12 +176,7 @@ class FeatureCache(Callback):
         self._logged = counts.hits, counts.misses
         done = {"hits": counts.hits - hits, "misses": counts.misses - misses}
         so_far = {"bytes": stats.bytes, "seconds_saved": stats.seconds_saved}
-        values = {f"cache/{name}": float(value) for name, value in (done | so_far).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=logged_step(trainer))
-        tensors = {name: torch.tensor(value) for name, value in values.items()}
-        trainer.callback_metrics.update(tensors)
-        trainer.logged_metrics.update(tensors)
+        log_values(trainer, {f"cache/{name}": float(value) for name, value in (done | so_far).items()})
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Let the module run by itself."""
@@ -202,7 +195,7 @@ class FeatureCache(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._chain is not None:
             return
-        if isinstance(trainer.strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        if isinstance(trainer.strategy, SHARDED):
             why = f"under {type(trainer.strategy).__name__} a process has only a part of the weights"
             self._stats = FeatureStats(why=why)
             _say(f"{self.module}: off, because {why}.")
@@ -250,7 +243,7 @@ class FeatureCache(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return without_fit(self.__dict__, _chain=None, _rows=None, _stages=Stages())
+        return without_fit(self, _chain=None, _rows=None, _stages=Stages())
 
 
 def _say(sentence: str) -> None:

@@ -124,9 +124,8 @@ class FeatureChain:
 
     def end_epoch(self, stage: str) -> None:
         """Judge whether the samples of a stage come back."""
-        refused = next((link.memory.refused for link in self._all() if link.memory.refused), None)
         each = self._rows.bytes_taken / max(1, self._rows.count)
-        if off := self._stages[stage].end_epoch(stage, refused, each):
+        if off := self._stages[stage].end_epoch(stage, self._refused, each):
             self._say(f"{self.name}: off for {stage}, because {off}.")
             self.close()
         if stage == "train":
@@ -135,7 +134,7 @@ class FeatureChain:
     def stats(self) -> FeatureStats:
         """Return what has been done, and whether outputs are remembered now; after the end, what was so at last."""
         self._last = self._look() if self._interceptors else self._last
-        off, (covers, why) = self._stages.off(), self._last
+        off, (covers, why) = self._stages.off(self._refused), self._last
         covers = covers if off is None else ()
         count, taken = self._rows.count, self._rows.bytes_taken
         return self._stages.stats(active=bool(covers), why=off or why, covers=covers, samples=count, bytes=taken)
@@ -149,6 +148,10 @@ class FeatureChain:
             return (), why
         depth = next((i for i, reason in enumerate(reasons) if reason is not None), len(reasons))
         return tuple(link.name for link in self._links[:depth]), [*reasons, None if self._whole is None else why][depth]
+
+    @property
+    def _refused(self) -> str | None:
+        return next((link.memory.refused for link in self._all() if link.memory.refused), None)
 
     @property
     def name(self) -> str:
@@ -177,6 +180,7 @@ class FeatureChain:
         try:
             output = self._answer(link, place, run, *tree_flatten((args, kwargs)))
         except NotPerSample as reason:
+            link.memory.refused = str(reason)
             self._say(f"{link.name}: such calls are not cached: {reason}.")
             return self._run(run, real(args, read=True), real(kwargs, read=True))
         self._stages.now().all_seconds += time.perf_counter() - begin

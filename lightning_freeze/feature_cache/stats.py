@@ -113,12 +113,12 @@ class Stages:
             counts.off = None
             counts.restart()
 
-    def off(self) -> str | None:
-        """Return why nothing is remembered in training any more; without training, in any stage."""
+    def off(self, refused: str | None = None) -> str | None:
+        """Return why nothing is remembered in training any more; without training, in any stage, all calls refused."""
         used = {stage: counts for stage, counts in self._counts.items() if counts.misses and "sanity" not in stage}
         training = [counts.off for stage, counts in used.items() if stage.startswith("train")]
         reasons = training or [counts.off for counts in used.values()]
-        return reasons[0] if reasons and all(reasons) else None
+        return refused if not used else reasons[0] if all(reasons) else None
 
     def stats(self, **now: Any) -> FeatureStats:
         """Return the sums over all stages, with what holds ``now``."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -30,58 +29,56 @@ class Adoption:
         parameters: Mapping[str, nn.Parameter],
         made: Mapping[nn.Parameter, Any] | None = None,
     ) -> None:
-        self.optimizer = optimizer
-        self.parameters = dict(parameters)
+        self.optimizer, self.parameters = optimizer, dict(parameters)
         self._stash: dict[nn.Parameter, Any] | None = dict(made or {})  # their state while they are out
-        self._stay = False
-        self._handles = self._hook() if self.parameters else []
+        self._handles: list[Any] = []
+        if not self.parameters:
+            return
+        if not saves_with_hooks(optimizer):
+            raise ValueError(
+                f"The schedule trains what {type(optimizer).__name__} was not given: {listed(parameters)}. It saves in "
+                "a way of its own, so nothing can be added to it later. Give it all parameters in "
+                "configure_optimizers; a phase says from when on they train."
+            )
+        self._hook()
         self._take_in()
 
     def state(self) -> dict[str, Any]:
         """Return the state of each adopted parameter that has one, by name."""
-        if not self.parameters:
-            return {}
-        with self._staying():
-            states = self.optimizer.state_dict()["state"]
-        return {name: states[number] for name, number in self._numbers().items() if number in states}
+        states = self.optimizer.state
+        return {name: states[parameter] for name, parameter in self.parameters.items() if parameter in states}
 
     def load_state(self, states: Mapping[str, Any]) -> None:
         """Take over what :meth:`state` returned; a parameter that is not in it begins anew."""
         if not self.parameters:
             return
-        with self._staying():
-            whole = self.optimizer.state_dict()
-            kept = {**whole["state"]}
-            for name, number in self._numbers().items():
-                kept.pop(number, None)
-                if name in states:
-                    kept[number] = states[name]
-            self.optimizer.load_state_dict({**whole, "state": kept})
+        places = {id(p): place for place, p in enumerate(self.optimizer.param_groups[0]["params"])}
+        numbers = {name: places[id(p)] for name, p in self.parameters.items()}
+        self._unhook()  # it converts states as it does its own, if it has all of them
+        whole = self.optimizer.state_dict()
+        kept = {number: state for number, state in whole["state"].items() if number not in numbers.values()}
+        kept |= {number: states[name] for name, number in numbers.items() if name in states}
+        self.optimizer.load_state_dict({**whole, "state": kept})
+        self._hook()
 
     def release(self) -> None:
         """Take the parameters out for good."""
-        for handle in self._handles:
-            handle.remove()
-        self._take_out()
-
-    def _numbers(self) -> dict[str, int]:
-        """Return the numbers that ``state_dict()`` has for the adopted parameters: their places in the first group."""
-        places = {id(p): place for place, p in enumerate(self.optimizer.param_groups[0]["params"])}
-        return {name: places[id(p)] for name, p in self.parameters.items()}
+        self._unhook()
+        if self.parameters:
+            self._take_out()
 
     def _take_in(self, *_: Any) -> None:
-        if self._stash is None or not self.parameters:
+        if self._stash is None:
             return
         group = self.optimizer.param_groups[0]
         group["params"].extend(self.parameters.values())
         if "param_names" in group:
             group["param_names"] = [*group["param_names"], *self.parameters]
-        stash, self._stash = self._stash, None
-        for parameter, state in stash.items():
-            self.optimizer.state[parameter] = state
+        self.optimizer.state.update(self._stash.items())
+        self._stash = None
 
     def _take_out(self, *_: Any) -> None:
-        if self._stash is not None or self._stay or not self.parameters:
+        if self._stash is not None:
             return
         group, gone = self.optimizer.param_groups[0], {id(p) for p in self.parameters.values()}
         kept = [place for place, p in enumerate(group["params"]) if id(p) not in gone]
@@ -90,26 +87,16 @@ class Adoption:
         group["params"][:] = [group["params"][place] for place in kept]
         self._stash = {p: self.optimizer.state.pop(p) for p in self.parameters.values() if p in self.optimizer.state}
 
-    @contextmanager
-    def _staying(self) -> Iterator[None]:
-        self._stay = True
-        try:
-            yield
-        finally:
-            self._stay = False
-
-    def _hook(self) -> list[Any]:
+    def _hook(self) -> None:
         """Have the parameters out while states are saved or loaded."""
         optimizer = self.optimizer
-        if not saves_with_hooks(optimizer):
-            raise ValueError(
-                f"The schedule trains what {type(optimizer).__name__} was not given: {listed(self.parameters)}. It "
-                "saves in a way of its own, so nothing can be added to it later. Give it all parameters in "
-                "configure_optimizers; a phase says from when on they train."
-            )
-        return [
+        self._handles = [
             optimizer.register_state_dict_pre_hook(self._take_out),
             optimizer.register_state_dict_post_hook(self._take_in),
             optimizer.register_load_state_dict_pre_hook(self._take_out),
             optimizer.register_load_state_dict_post_hook(self._take_in),
         ]
+
+    def _unhook(self) -> None:
+        for handle in self._handles:
+            handle.remove()

@@ -6,12 +6,13 @@ and ``track_running_stats`` are left alone: they show in checkpoints, and changi
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
 from torch import nn
 from torch.nn.utils import parametrize
 
 from lightning_freeze.freezing.eval_mode import BY_HAND, StaysInEval, hold, interceptor, release, wholly_frozen
+from lightning_freeze.functional import set_trainable
 from lightning_freeze.selectors import Selector, select_layers
 
 
@@ -26,9 +27,9 @@ def learns_in_buffers(module: nn.Module) -> bool:
     return "running_mean" in names or (bool(names) and next(module.parameters(), None) is None)
 
 
-def affine_frozen_by_hand(layers: Iterable[nn.Module]) -> dict[int, nn.Parameter]:
+def affine_frozen_by_hand(module: nn.Module) -> dict[int, nn.Parameter]:
     """Return the affine parameters that :func:`freeze_batchnorm` froze, by identity."""
-    held = [layer for layer in layers if (stay := interceptor(layer)) is not None and stay.affine is not None]
+    held = [layer for layer in module.modules() if (stay := interceptor(layer)) is not None and stay.affine is not None]
     return {id(parameter): parameter for layer in held for parameter in affine_parameters(layer).values()}
 
 
@@ -92,12 +93,13 @@ def unfreeze_batchnorm(module: nn.Module, select: Selector = "*") -> dict[str, n
         >>> list(unfreeze_batchnorm(net)), list(unfreeze_batchnorm(net))
         (['0'], [])
     """
-    layers = batchnorm_layers(module, select)
-    return {
-        name: layer
-        for name, layer in layers.items()
-        if _release_by_hand(layer, training=layer is module or module.training)
-    }
+    released = {}
+    for name, layer in batchnorm_layers(module, select).items():
+        if (stay := interceptor(layer)) is not None and BY_HAND in stay.holders:
+            _unfreeze_affine(layer, stay)
+            release(layer, BY_HAND, training=layer is module or module.training)
+            released[name] = layer
+    return released
 
 
 def batchnorm_layers(module: nn.Module, select: Selector, given: str = "select={}") -> dict[str, nn.Module]:
@@ -129,8 +131,7 @@ def _freeze_affine(layer: nn.Module, stay: StaysInEval) -> bool:
     found = [name for name, parameter in own.items() if parameter.requires_grad]
     stay.affine = tuple(dict.fromkeys([*(before or ()), *found]))
     for parameter in own.values():
-        parameter.requires_grad = False
-        parameter.grad = None
+        set_trainable(parameter, False)
     return bool(found) or (before is None and bool(own))
 
 
@@ -144,13 +145,6 @@ def _unfreeze_affine(layer: nn.Module, stay: StaysInEval) -> bool:
         for found in same:
             affine[found].requires_grad = True
     return names is not None and bool(affine)
-
-
-def _release_by_hand(layer: nn.Module, *, training: bool) -> bool:
-    stay = interceptor(layer)
-    if stay is not None and BY_HAND in stay.holders:
-        _unfreeze_affine(layer, stay)
-    return release(layer, BY_HAND, training=training)
 
 
 def _attribute(name: str) -> str:

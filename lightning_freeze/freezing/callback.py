@@ -69,12 +69,9 @@ class FreezeBatchNorm(Holder):
 
 
 def refuse_new_statistics(trainer: Trainer, module: nn.Module, who: str) -> None:
-    """Refuse a callback that computes the running statistics of every BatchNorm anew, the frozen ones too.
+    """Refuse a callback that computes the running statistics of every BatchNorm anew, also where ``who`` freezes it.
 
-    In eval mode they would stay at what it resets them to, zero and one. ``who`` is the callback that freezes.
-
-    Raises:
-        MisconfigurationException: If there is a StochasticWeightAveraging and a layer with running statistics.
+    In eval mode they would stay at what it resets them to, zero and one.
     """
     averages = any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer))
     if averages and any(map(has_running_statistics, module.modules())):

@@ -18,20 +18,13 @@ class StaysInEval:
     """Intercepts ``module.train`` and keeps that one module in eval mode, whoever asks for training mode.
 
     The module still pickles and deep-copies; a copy is held if :func:`freeze_batchnorm` holds the module, not by a fit.
-
-    Args:
-        module: The module that is held.
-        wants_training: Whether the module would be in training mode were it not held.
-        own: The ``train`` that somebody else had set on the module, if any.
-        holders: :data:`BY_HAND`, :data:`BY_FIT` or both.
-        affine: The affine parameters that :func:`freeze_batchnorm` found trainable and froze, None if it froze none.
     """
 
     module: nn.Module
-    wants_training: bool
-    own: Callable[..., object] | None = None
-    holders: set[str] = field(default_factory=set)
-    affine: tuple[str, ...] | None = None
+    wants_training: bool  # were it not held
+    own: Callable[..., object] | None = None  # the ``train`` that somebody else had set on the module
+    holders: set[str] = field(default_factory=set)  # BY_HAND, BY_FIT or both
+    affine: tuple[str, ...] | None = None  # what freeze_batchnorm found trainable and froze, None if it froze none
 
     def __call__(self, mode: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """Pass the mode on to the children and stay in eval mode."""
@@ -70,25 +63,21 @@ def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
 
     A module without parameters counts when every module that contains it is wholly frozen.
     """
-    states: dict[nn.Module, bool | None] = {}
-
-    def trains_below(child: nn.Module) -> bool | None:
-        """Return whether a parameter at or below trains, None if there are no parameters."""
-        if child not in states:
-            own = [id(parameter) in trains for parameter in child.parameters(recurse=False)]
-            below = [state for inside in child.children() if (state := trains_below(inside)) is not None]
-            states[child] = any([*own, *below]) if own or below else None
-        return states[child]
-
-    trains_below(module)
-    outside: set[nn.Module] = set()
-    ahead = [module]
-    while ahead:
-        child = ahead.pop()
-        if child not in outside and states[child] is not False:
-            outside.add(child)
-            ahead.extend(child.children())
+    some_train: dict[str, bool] = {}  # of a module's parameters, if it has any
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        for above in _upwards(name):
+            some_train[above] = some_train.get(above, False) or id(parameter) in trains
+    named = module.named_modules(remove_duplicate=False)
+    outside = {child for name, child in named if all(some_train.get(above, True) for above in _upwards(name))}
     return [child for child in module.modules() if child not in outside]
+
+
+def _upwards(name: str) -> Iterator[str]:
+    """Yield a dotted name, and those of all that it is in."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+    yield ""
 
 
 def interceptor(module: nn.Module) -> StaysInEval | None:
@@ -111,18 +100,17 @@ def hold(module: nn.Module, holder: str = BY_FIT) -> StaysInEval:
     return stay
 
 
-def release(module: nn.Module, holder: str = BY_FIT, *, training: bool = True) -> bool:
-    """Release one module from one holder, in the end in the mode it would be in; return whether it was held by it."""
+def release(module: nn.Module, holder: str = BY_FIT, *, training: bool = True) -> None:
+    """Release one module from one holder, in the end in the mode it would be in."""
     stay = interceptor(module)
     if stay is None or holder not in stay.holders:
-        return False
+        return
     stay.holders.remove(holder)
     if not stay.holders:
         del module.__dict__["train"]
         if stay.own is not None:
             module.__dict__["train"] = stay.own
         _set_mode(module, stay.wants_training and training, stay.own)
-    return True
 
 
 def _is_plain(module: nn.Module, own: Callable[..., object] | None) -> bool:

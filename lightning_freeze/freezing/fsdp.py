@@ -12,15 +12,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze._distributed import (
-    FileSystemReader,
-    FSDPModule,
-    FullyShardedDataParallel,
-    OptimStateKeyType,
-    StateDictOptions,
-    set_optimizer_state_dict,
-)
-from lightning_freeze._lightning import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning_freeze import _distributed as dist
+from lightning_freeze._lightning import SHARDED, ModelParallelStrategy, Strategy
 from lightning_freeze.functional import can_train
 
 
@@ -32,7 +25,7 @@ def reshard(strategy: Strategy, module: nn.Module) -> None:
     if not isinstance(strategy, ModelParallelStrategy):
         return
     for child in module.modules():
-        if isinstance(child, FSDPModule):
+        if isinstance(child, dist.FSDPModule):
             child.reshard()
 
 
@@ -51,7 +44,7 @@ class CheckpointsByName:
         parameters: Mapping[str, nn.Parameter],
         paused: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._strategy: Any = strategy if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) else None
+        self._strategy: Any = strategy if isinstance(strategy, SHARDED) else None
         self._parameters = parameters
         self._paused = paused
         if self._strategy is not None:
@@ -99,18 +92,14 @@ class CheckpointsByName:
             and not all(state["state"] for state in saved)
         )
 
-        def load() -> dict[str, Any]:
-            checkpoint: dict[str, Any] = type(strategy).load_checkpoint(strategy, path, **options)
-            return checkpoint
-
-        if not one_by_one:
-            return load()
-        strategy.optimizers = []  # setting them wraps them anew, so only where it has to be
+        if one_by_one:
+            strategy.optimizers = []  # setting them wraps them anew, so only where it has to be
         try:
-            checkpoint = load()
+            checkpoint: dict[str, Any] = type(strategy).load_checkpoint(strategy, path, **options)
         finally:
-            strategy.optimizers = optimizers
-        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
+            if one_by_one:
+                strategy.optimizers = optimizers
+        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True) if one_by_one else ():
             _load_state(strategy, optimizer, state)
         return checkpoint
 
@@ -129,14 +118,14 @@ def _load_state(strategy: ModelParallelStrategy, optimizer: Optimizer, state: di
     if not state["state"]:
         optimizer.load_state_dict(state)
         return
-    options = StateDictOptions(
+    options = dist.StateDictOptions(
         broadcast_from_rank0=True, full_state_dict=True, strict=strategy.lightning_module.strict_loading
     )
-    named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, model)
-    set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
+    named = dist.FullyShardedDataParallel.rekey_optim_state_dict(state, dist.OptimStateKeyType.PARAM_NAME, model)
+    dist.set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
 
 
 def _entries(path: Path, pattern: str) -> list[re.Match[str]]:
     """Return the entries of a sharded checkpoint that match."""
-    keys = FileSystemReader(path).read_metadata().state_dict_metadata
+    keys = dist.FileSystemReader(path).read_metadata().state_dict_metadata
     return [match for key in keys if (match := re.fullmatch(pattern, key))]

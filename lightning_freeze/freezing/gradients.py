@@ -1,8 +1,9 @@
-"""Gradients of frozen parameters: they are dropped, but for one that a GradScaler needs."""
+"""Gradients of frozen parameters: they are dropped, but for one that an optimizer at rest needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -10,22 +11,11 @@ from torch.optim import Optimizer
 
 from lightning_freeze.freezing.optimizers import members
 
+_grad = attrgetter("grad")
+
 
 class FrozenGradients:
-    """Keeps frozen parameters without a gradient, by one look after each backward.
-
-    Args:
-        on_stray: Called with the parameters that had a gradient.
-
-    Example:
-        >>> layer, stray = nn.Linear(1, 1), []
-        >>> gradients = FrozenGradients(stray.extend)
-        >>> gradients.watch([layer.bias])
-        >>> layer(torch.ones(1, 1)).sum().backward()
-        >>> gradients.drop()
-        >>> stray == [layer.bias], layer.bias.grad, layer.weight.grad
-        (True, None, tensor([[1.]]))
-    """
+    """Keeps frozen parameters without a gradient by one look after each backward; ``on_stray`` gets those with one."""
 
     def __init__(self, on_stray: Callable[[list[nn.Parameter]], object]) -> None:
         self._on_stray = on_stray
@@ -42,6 +32,8 @@ class FrozenGradients:
         if lent and self._lent:
             self._lent = {}
         self._clean, kept = True, self._lent
+        if list(map(_grad, self.parameters)).count(None) == len(self.parameters):  # in C: it is done in each step
+            return
         stray = [p for p in self.parameters if p.grad is not None and not (kept and p.grad is kept.get(id(p)))]
         if stray:
             for parameter in stray:
@@ -59,7 +51,7 @@ class FrozenGradients:
         self._clean = False
 
     def lend(self, optimizers: Iterable[Optimizer]) -> None:
-        """Set one zero gradient in each wholly frozen optimizer, until its step: a GradScaler refuses it without."""
+        """Set one zero gradient in each wholly frozen optimizer, until its step: some clips and scalers need it."""
         frozen = set(map(id, self.parameters))
         for optimizer in optimizers:
             own = members([optimizer])

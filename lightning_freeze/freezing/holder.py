@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of, optimizers_of, without_fit
-from lightning_freeze.freezing.ledger import Hold, Ledger, close_ledger, ledger_of, open_ledger
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of
+from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.freezing.strategies import check_strategy
 
 
@@ -20,7 +20,6 @@ class Holder(Callback):
 
     _ledger: Ledger | None = None
     _leads = False
-    _has_scaler = False
 
     def holds(self, module: nn.Module) -> Hold:
         """Return what the callback keeps frozen in a module, also outside of a fit."""
@@ -39,31 +38,28 @@ class Holder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze before anything is trained or restored."""
-        self._ledger, self._leads = ledger_of(trainer), False
-        self._has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._ledger = ledger_of(trainer)
+        self._leads = self._ledger is None
         if self._ledger is None:
-            holders = [callback for callback in callbacks_of(trainer) if isinstance(callback, Holder)]
-            holds = {holder.state_key: holder.holds(pl_module) for holder in holders}
-            self._ledger, self._leads = open_ledger(trainer, pl_module, holds), True
+            holds = {holder.state_key: holder.holds(pl_module) for holder in _holders(trainer)}
+            self._ledger = Ledger(trainer.strategy, pl_module)
+            for who, hold in holds.items():
+                self._ledger.hold(who, hold)
             self._ledger.settle(modes=False)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put modules in eval mode; before, Lightning warns of them."""
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put modules in eval mode, of which Lightning warns before; put right what other code has switched."""
         if self._leads:
             self.ledger.settle()
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put right what other code has switched."""
-        if self._leads:
-            self.ledger.settle()
+    on_train_start = on_train_epoch_start
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop gradients of what is frozen before they are clipped."""
         if self._leads:
-            gradients = self.ledger.gradients
-            gradients.drop()
-            if self._has_scaler:
-                gradients.lend(optimizers_of(trainer))
+            self.ledger.gradients.drop()
+            if len(trainer.optimizers) > 1:  # one that is alone has something to train
+                self.ledger.gradients.lend(trainer.optimizers)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save modules among the hyperparameters as they are after the fit."""
@@ -71,18 +67,22 @@ class Holder(Callback):
             saved = checkpoint.get(pl_module.CHECKPOINT_HYPER_PARAMS_KEY, {})
             self._ledger.as_after_fit(saved, pl_module.hparams)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, *_: Any, **__: Any) -> None:
         """Restore flags and modes."""
         self._close(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Restore flags and modes."""
-        self._close(trainer)
+    on_exception = teardown
 
     def _close(self, trainer: Trainer) -> None:
-        self._ledger = None
-        close_ledger(trainer)
+        ledger, self._ledger = self._ledger, None
+        if ledger is not None:
+            ledger.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one fit in one process."""
-        return without_fit(self.__dict__, _ledger=None)
+
+def ledger_of(trainer: Trainer) -> Ledger | None:
+    """Return the ledger of the fit that runs, None if nothing holds anything."""
+    return next((holder._ledger for holder in _holders(trainer) if holder._ledger is not None), None)
+
+
+def _holders(trainer: Trainer) -> list[Holder]:
+    return [callback for callback in callbacks_of(trainer) if isinstance(callback, Holder)]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import LightningModule, Strategy, Trainer
-from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
+from lightning_freeze._lightning import Strategy
+from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand
 from lightning_freeze.freezing.ddp import follow_trainable_set
 from lightning_freeze.freezing.eval_mode import BY_HAND, hold, leave_as_after_fit, release
 from lightning_freeze.freezing.fsdp import reshard
@@ -28,28 +27,12 @@ _log = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Hold:
-    """What one holder asks for.
-
-    Args:
-        frozen: The identities of parameters that it keeps frozen.
-        eval_mode: Modules that it keeps in eval mode, each without its children.
-        trains: The identities of parameters that train unless a holder keeps them frozen.
-        own: Modules whose mode is this holder's to choose, whether it keeps them in eval mode or not.
-    """
+    """What one holder asks for; parameters are given by identity."""
 
     frozen: frozenset[int] = frozenset()
-    eval_mode: tuple[nn.Module, ...] = ()
-    trains: frozenset[int] = frozenset()
-    own: frozenset[nn.Module] = frozenset()
-
-
-@dataclass
-class _Found:
-    """How the fit found the module; what it has not touched is the user's to change."""
-
-    flags: dict[int, bool]
-    layers: list[nn.Module]
-    touched: set[int] = field(default_factory=set)
+    eval_mode: tuple[nn.Module, ...] = ()  # stay there, each without its children
+    trains: frozenset[int] = frozenset()  # unless a holder keeps them frozen
+    own: frozenset[nn.Module] = frozenset()  # in the mode that this holder chooses, be it eval mode or not
 
 
 class Ledger:
@@ -57,41 +40,29 @@ class Ledger:
 
     A parameter that a holder keeps frozen is frozen, whoever else wants it to train. :meth:`settle` goes by what was
     decided, not by the flags it finds: other code switches those too, for an online evaluation or a GAN's other half.
-
-    Attributes:
-        parameters: All parameters by name, tied ones once.
-        trains: The identities of the parameters that train, as decided last.
-        gradients: Those of what is frozen.
-        steps: What is done around the optimizers' steps during the fit.
     """
 
     def __init__(self, strategy: Strategy, module: nn.Module) -> None:
         reshard(strategy, module)
         self.module, self.strategy = module, strategy
         self.parameters = named_unique_parameters(module)
-        layers = [layer for layer in module.modules() if has_running_statistics(layer)]
-        self._found = _Found({id(p): p.requires_grad for p in self.parameters.values()}, layers)
-        self.trains = {key for key, flag in self._found.flags.items() if flag}
+        self._flags = {id(p): p.requires_grad for p in self.parameters.values()}  # as the fit found them
+        self._touched: set[int] = set()  # other flags are the user's to change
+        self.trains = {key for key, flag in self._flags.items() if flag}  # as decided last, by identity
         self._holds: dict[str, Hold] = {}
-        self._in_eval: list[nn.Module] = []
         self._warned = False
         self.gradients = FrozenGradients(self._warn_of_switched)
         self.steps = Steps()
         self.steps.before.append(self.gradients.begin_step)
 
     @property
-    def batchnorm(self) -> list[nn.Module]:
-        """The layers with running statistics."""
-        return self._found.layers
-
-    @property
     def came_frozen(self) -> set[int]:
         """The identities of what could train and did not require grad when the fit began."""
-        return {id(p) for p in self.parameters.values() if can_train(p) and not self._found.flags[id(p)]}
+        return {id(p) for p in self.parameters.values() if can_train(p) and not self._flags[id(p)]}
 
     def has(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer steps parameters of the module."""
-        return any(id(p) in self._found.flags for group in optimizer.param_groups for p in group["params"])
+        return any(id(p) in self._flags for group in optimizer.param_groups for p in group["params"])
 
     def hold(self, who: str, hold: Hold) -> None:
         """Replace what a holder asks for; :meth:`settle` then does it."""
@@ -99,7 +70,7 @@ class Ledger:
 
     def held(self, *, without: str = "") -> dict[int, str]:
         """Return who keeps a parameter frozen, by its identity, ``without`` one holder."""
-        by_hand = {BY_HAND: Hold(frozenset(affine_frozen_by_hand(self._found.layers)))}
+        by_hand = {BY_HAND: Hold(frozenset(affine_frozen_by_hand(self.module)))}
         holds = {**self._holds, **by_hand}
         return {key: who for who, hold in holds.items() if who != without for key in hold.frozen}
 
@@ -113,21 +84,23 @@ class Ledger:
         Without ``modes``, no module changes mode: Lightning warns of some in eval mode before ``on_train_start``.
         """
         reshard(self.strategy, self.module)
+        self._warn_of_switched(self.gradients.parameters)
         before, frozen = self.trains, self.held().keys()
         wanted = {key for hold in self._holds.values() for key in hold.trains}
-        self._warn_of_switched(self.gradients.parameters)
-        self.trains = set()
-        self.gradients.watch([])
+        self.trains = {key for key, found in self._flags.items() if key not in frozen and (found or key in wanted)}
+        self.gradients.watch([p for p in self.parameters.values() if id(p) in frozen])
         for parameter in self.parameters.values():
-            self._decide(parameter, frozen=id(parameter) in frozen, wanted=id(parameter) in wanted)
-            if id(parameter) in self.trains and id(parameter) not in before:
+            key = id(parameter)
+            if key in frozen or key in wanted or key in self._touched:
+                set_trainable(parameter, key in self.trains)
+            if key in self.trains and key not in before:
                 parameter.grad = None  # from before its phase
+        self._touched = frozen | wanted
         if modes:
             stay = dict.fromkeys(module for hold in self._holds.values() for module in hold.eval_mode)
             self._release_modes(stay)
             for child in stay:
                 hold(child)
-            self._in_eval = list(stay)
         if self.trains != before:
             froze = before - self.trains
             follow_trainable_set(self.strategy, [p for p in self.parameters.values() if id(p) in froze])
@@ -142,10 +115,10 @@ class Ledger:
             if hyperparameters.get(key) is not module or not isinstance(module, nn.Module):
                 continue
             memo: dict[int, Any] = {id(buffer): buffer for buffer in module.buffers()}
-            memo |= {id(parameter): copy.copy(parameter) for parameter in module.parameters()}
+            for parameter in module.parameters():
+                copied = memo[id(parameter)] = copy.copy(parameter)
+                copied.requires_grad = self._flags.get(id(parameter), parameter.requires_grad)
             twin = copy.deepcopy(module, memo)
-            for parameter, copied in zip(module.parameters(), twin.parameters(), strict=True):
-                copied.requires_grad = self._found.flags.get(id(parameter), copied.requires_grad)
             leave_as_after_fit(module, twin, training=self.module.training)
             hyperparameters[key] = twin
 
@@ -155,30 +128,17 @@ class Ledger:
         self.gradients.drop()
         reshard(self.strategy, self.module)
         self._release_modes()
-        by_hand = affine_frozen_by_hand(self._found.layers)
+        by_hand = affine_frozen_by_hand(self.module)
         for parameter in self.parameters.values():
-            if id(parameter) in self._found.touched and id(parameter) not in by_hand:
-                parameter.requires_grad = self._found.flags[id(parameter)]
-        self._in_eval, self._found.touched = [], set()
+            if id(parameter) in self._touched and id(parameter) not in by_hand:
+                parameter.requires_grad = self._flags[id(parameter)]
+        self._touched = set()
         self.gradients.watch([])
 
     def _release_modes(self, stay: Collection[nn.Module] = ()) -> None:
-        for child in self._in_eval:
+        for child in self.module.modules():
             if child not in stay:
                 release(child, training=self.module.training)
-
-    def _decide(self, parameter: nn.Parameter, *, frozen: bool, wanted: bool) -> None:
-        key, found = id(parameter), self._found
-        if frozen or wanted:
-            found.touched.add(key)
-            set_trainable(parameter, not frozen)
-        elif key in found.touched:  # its holder has let it go
-            found.touched.remove(key)
-            set_trainable(parameter, found.flags[key])
-        if frozen:
-            self.gradients.parameters.append(parameter)
-        elif wanted or found.flags[key]:
-            self.trains.add(key)
 
     def _warn_of_switched(self, parameters: Iterable[nn.Parameter]) -> None:
         switched = {id(parameter) for parameter in parameters if parameter.requires_grad}
@@ -191,25 +151,3 @@ class Ledger:
             "are dropped before each step.",
             *(len(names), listed(names)),
         )
-
-
-_LEDGERS: WeakKeyDictionary[Trainer, Ledger] = WeakKeyDictionary()
-
-
-def open_ledger(trainer: Trainer, pl_module: LightningModule, holds: Mapping[str, Hold]) -> Ledger:
-    """Open the ledger of the fit that begins, with what all holders ask for."""
-    ledger = _LEDGERS[trainer] = Ledger(trainer.strategy, pl_module)
-    for who, asked in holds.items():
-        ledger.hold(who, asked)
-    return ledger
-
-
-def ledger_of(trainer: Trainer) -> Ledger | None:
-    """Return the ledger of the fit that runs, None if nothing holds anything."""
-    return _LEDGERS.get(trainer)
-
-
-def close_ledger(trainer: Trainer) -> None:
-    """End the fit's ledger, if one is open."""
-    if (ledger := _LEDGERS.pop(trainer, None)) is not None:
-        ledger.close()

@@ -21,37 +21,16 @@ from lightning_freeze.freezing.trial import try_adoption, try_scales
 OptimizerState = Literal["keep", "drop", "offload"]
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
-    """Raise a ValueError for LBFGS, which moves parameters without a gradient."""
-    if isinstance(optimizer, LBFGS):
-        raise ValueError(
-            "LBFGS flattens its parameters into one vector when it is built, so none can freeze later. "
-            "Use another optimizer, or freeze by hand before configure_optimizers and leave FreezeSchedule out."
-        )
-
-
 def members(optimizers: Iterable[Optimizer]) -> list[nn.Parameter]:
     """Return the parameters that are in optimizers."""
     return [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-
-
-def missing(optimizers: Iterable[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Return the parameters that are in no optimizer, compared by identity."""
-    known = set(map(id, members(optimizers)))
-    return {name: parameter for name, parameter in parameters.items() if id(parameter) not in known}
-
-
-def foreign(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return the parameters that are in optimizers and are none of ``parameters``, compared by identity."""
-    known = set(map(id, parameters))
-    return [parameter for parameter in members(optimizers) if id(parameter) not in known]
 
 
 class PhasedOptimizer:
     """An optimizer under a schedule.
 
     Args:
-        optimizer: Any that :func:`check_optimizer` accepts.
+        optimizer: Any but LBFGS.
         scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor, or what
             moves it.
         adopt: Name to parameter, for what the optimizer shall train and was not given.
@@ -72,7 +51,11 @@ class PhasedOptimizer:
         optimizer_state: OptimizerState = "keep",
         sparse: Iterable[int] = (),
     ) -> None:
-        check_optimizer(optimizer)
+        if isinstance(optimizer, LBFGS):
+            raise ValueError(
+                "LBFGS flattens its parameters into one vector when it is built, so none can freeze later. "
+                "Use another optimizer, or freeze by hand before configure_optimizers and leave FreezeSchedule out."
+            )
         self.optimizer = optimizer
         self._policy = optimizer_state
         self._offloaded: dict[nn.Parameter, dict[str, torch.device]] = {}

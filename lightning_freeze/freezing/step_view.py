@@ -33,12 +33,7 @@ def is_rate(option: str) -> bool:
 
 
 def factor_at(scale: Scale, done: float = 0.0) -> float:
-    """Return the factor of a scale when a share of its way is done.
-
-    Example:
-        >>> factor_at(0.5, done=1.0)
-        0.5
-    """
+    """Return the factor of a scale when a share of its way is done."""
     return scale if isinstance(scale, float | int) else scale.at(done)
 
 
@@ -98,13 +93,7 @@ class _Split:
 class StepView:
     """Splits the groups of an optimizer by learning rate scale while it steps; at any other time they are the user's.
 
-    Args:
-        optimizer: The optimizer.
-        scales: For each phase, the identity of each parameter whose learning rate is scaled, and its factor, or what
-            moves it.
-
-    Raises:
-        ValueError: If the optimizer has no learning rate where one is scaled.
+    ``scales`` and what is raised are as of :class:`PhasedOptimizer`.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))

@@ -14,27 +14,22 @@ Around = Callable[[Optimizer], None]
 
 
 class Steps:
-    """Calls functions before and after every step of any optimizer, until :meth:`close`.
+    """Calls functions before and after every step of one optimizer, or of any, until :meth:`close`.
 
-    The hooks are torch's global ones. So the optimizer that SAM or Lookahead steps inside of itself is seen, and so is
-    one that takes another's place in mid-fit. A closure is the user's code: while it runs, no step is on.
-
-    Attributes:
-        before: Called before the optimizer does its work: when its step begins or, with a closure, when that has
-            returned.
-        after: Called after a step, and before a closure runs.
-        counted: Called once a step with its optimizer, of steps within steps for the outermost only.
-        begun: The steps that have begun, outermost first; one is there twice if its class calls super().step().
+    For any, the hooks are torch's global ones: the optimizer that SAM or Lookahead steps inside of itself is seen, and
+    so is one that takes another's place in mid-fit. A closure is the user's code: while it runs, no step is on.
     """
 
-    def __init__(self) -> None:
-        self.before: list[Around] = []
-        self.after: list[Around] = []
-        self.counted: list[Around] = []
-        self.begun: list[Optimizer] = []
+    def __init__(self, optimizer: Optimizer | None = None) -> None:
+        self.before: list[Around] = []  # called when a step begins or, with a closure, when that has returned
+        self.after: list[Around] = []  # called after a step, and before a closure runs
+        self.counted: list[Around] = []  # called once a step, of steps within steps for the outermost only
+        self.begun: list[Optimizer] = []  # outermost first, and twice if its class calls super().step()
         self._on: list[Optimizer] = []
         self._paused = False
-        self._handles = [register_optimizer_step_pre_hook(self._begin), register_optimizer_step_post_hook(self._end)]
+        before = optimizer.register_step_pre_hook if optimizer else register_optimizer_step_pre_hook
+        after = optimizer.register_step_post_hook if optimizer else register_optimizer_step_post_hook
+        self._handles = [before(self._begin), after(self._end)]
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -76,15 +77,9 @@ def try_scales(optimizer: Optimizer, index: int, phases: Iterable[Collection[flo
 
 
 def state_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> tuple[int, int] | None:
-    """Return the bytes of state that an optimizer keeps for a parameter.
+    """Return the bytes of state for a parameter in a group: of an optimizer just built, and after its first step.
 
-    Args:
-        optimizer: The optimizer.
-        group: The one of its groups whose options hold.
-        parameter: Any parameter; it is not touched.
-
-    Returns:
-        The bytes when the optimizer has been built, and those after its first step; None if it cannot be asked.
+    None if it cannot be asked. The parameter is not touched.
 
     Example:
         >>> net = nn.Linear(100, 1, bias=False)
@@ -95,14 +90,12 @@ def state_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Pa
     options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
     for device in ("meta", "cpu", parameter.device):  # without memory, if its step reads no value
         twin = nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype, device=device))
-        try:
+        with suppress(Exception):  # whatever the class raises, it cannot be asked so
             other = _another(optimizer, [{"params": [twin], **options}])
             built = _size(other.state[twin])
             twin.grad = torch.zeros_like(twin)
             other.step()
-        except Exception:  # whatever the class raises, it cannot be asked so
-            continue
-        return built, _size(other.state[twin])
+            return built, _size(other.state[twin])
     return None
 
 
@@ -111,23 +104,17 @@ def _size(state: Mapping[str, Any]) -> int:
 
 
 def saves_with_hooks(optimizer: Optimizer) -> bool:
-    """Return whether saving and loading run torch's hooks; a class with methods of its own is asked.
-
-    Example:
-        >>> saves_with_hooks(torch.optim.SGD([torch.zeros(1)]))
-        True
-    """
+    """Return whether saving and loading run torch's hooks; a class with methods of its own is asked."""
     cls, ran = type(optimizer), []
     if (cls.state_dict, cls.load_state_dict) == (Optimizer.state_dict, Optimizer.load_state_dict):
         return True
-    try:
+    with suppress(Exception):  # whatever the class raises, it cannot be asked so
         other = _step(optimizer, [{}])
         for when in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             getattr(other, f"register_{when}_hook")(lambda *_, when=when: ran.append(when))
         other.load_state_dict(other.state_dict())
-    except Exception:  # whatever the class raises, it cannot be asked so
-        return False
-    return len(ran) == 4
+        return len(ran) == 4
+    return False
 
 
 def _step(

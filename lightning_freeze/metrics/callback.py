@@ -15,12 +15,11 @@ from lightning_freeze._lightning import (
     callbacks_of,
     epoch_names,
     evaluation_dataloaders,
-    without_fit,
 )
 from lightning_freeze.logs import get_logger
 from lightning_freeze.metrics.arguments import Inputs, Stage, as_collection, as_prefix
 from lightning_freeze.metrics.clones import Clones
-from lightning_freeze.metrics.values import preds_and_target, scalars, update
+from lightning_freeze.metrics.values import preds_and_target
 from lightning_freeze.ranks import from_all
 from lightning_freeze.words import listed, some_of
 
@@ -172,10 +171,6 @@ class MetricLogger(Callback):
             self._missing = f"is from {len(ranks)} processes, and there are {trainer.world_size} now"
         self._clones.load(ranks[trainer.global_rank if same else 0], pl_module.device, states=same)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out the model's log functions that Lightning lends; what metrics have seen stays."""
-        return without_fit(self.__dict__)
-
     def _warn_of_missing(self, trainer: Trainer) -> None:
         """Say that the epoch was resumed in its middle without what the metrics have seen before."""
         if self._missing and "train" in self.stages:
@@ -192,13 +187,13 @@ class MetricLogger(Callback):
         clones, stage = self._running(trainer)
         if stage in self.stages:
             given = self.inputs(outputs, batch) if self.inputs else preds_and_target(outputs, stage)
-            update(clones[stage][dataloader_idx], given)
+            clones.update(stage, dataloader_idx, given)
 
     def _log_values(self, trainer: Trainer, pl_module: LightningModule) -> None:
         clones, stage = self._running(trainer)
         prefix, taken = self.prefix.format(stage=stage), epoch_names(trainer)
         for index, clone in clones.updated(stage):
-            values, left_out = scalars(clone)
+            values, left_out = clones.values(clone)
             if not self._left_out.issuperset(left_out):
                 _log.info(
                     "MetricLogger logs scalars only, and leaves out what else metrics compute: %s", listed(left_out)

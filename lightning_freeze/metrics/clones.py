@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_freeze._lightning import MisconfigurationException
+from lightning_freeze.metrics.values import scalars, update
 from lightning_freeze.ranks import from_all
 
 # What every metric computes anew. torchmetrics has no public way to save what it keeps beside its states.
@@ -23,6 +25,8 @@ class Clones:
     def __init__(self, metrics: MetricCollection, stages: Collection[str]) -> None:
         self._metrics, self._stages = metrics, stages
         self._of: dict[str, list[MetricCollection]] = {}
+        self._updated: set[tuple[str, int]] = set()
+        self._random: Tensor | None = None
 
     def __getitem__(self, stage: str) -> list[MetricCollection]:
         return self._of.get(stage, [])
@@ -36,21 +40,35 @@ class Clones:
 
     def reset(self, stage: str) -> None:
         """Let go of what the metrics of a stage have gathered."""
+        self._updated = {place for place in self._updated if place[0] != stage}
         for clone in self[stage]:
             clone.reset()
 
+    def update(self, stage: str, dataloader: int, given: Any) -> None:
+        """Update the metrics of a dataloader."""
+        self._updated.add((stage, dataloader))
+        with self._own_random_numbers():
+            update(self[stage][dataloader], given)
+
+    def values(self, clone: MetricCollection) -> tuple[dict[str, Tensor], list[str]]:
+        """Return the scalars that a clone computes, and the names of what is no scalar."""
+        with self._own_random_numbers():
+            return scalars(clone)
+
     def updated(self, stage: str) -> Iterator[tuple[int, MetricCollection]]:
         """Yield dataloader and clone where a batch was seen on any process; every process has to call this."""
-        seen = from_all([any(metric.update_count for metric in _metrics_in(clone).values()) for clone in self[stage]])
+        counts = [[metric.update_count for metric in _metrics_in(clone).values()] for clone in self[stage]]
+        # Counts are in checkpoints; Running has none.
+        seen = from_all([(stage, i) in self._updated or any(own) for i, own in enumerate(counts)])
         return ((i, clone) for i, clone in enumerate(self[stage]) if any(theirs[i] for theirs in seen))
 
     def saved(self) -> dict[str, list[Any]]:
         """Return what metrics of training have gathered, and what all keep longer, as ``weights_only`` can load it."""
         fresh = _metrics_in(self._metrics)
-        held: dict[str, list[Any]] = {"train": [], "val": []}
-        for stage, clones in held.items():
-            for clone in self[stage]:
-                clones.append({path: _held(one, fresh[path], stage) for path, one in _metrics_in(clone).items()})
+        held = {
+            stage: [{path: _held(one, fresh[path], stage) for path, one in _metrics_in(clone).items()} for clone in own]
+            for stage, own in (("train", self["train"]), ("val", self["val"]))
+        }
         return dict(_copied(held, "cpu"))
 
     def load(self, saved: Mapping[str, list[Any]], device: torch.device, *, states: bool) -> None:
@@ -66,6 +84,18 @@ class Clones:
                     vars(metric).update(_copied({**one["state"], **one["kept"]}, metric.device))
             if not states:
                 self.reset(stage)
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Have metrics that draw some, as BootStrapper, go on with their own, so that training draws what it would."""
+        others = torch.get_rng_state()
+        if self._random is not None:
+            torch.set_rng_state(self._random)
+        try:
+            yield
+        finally:
+            self._random = torch.get_rng_state()
+            torch.set_rng_state(others)
 
 
 def _metrics_in(collection: MetricCollection) -> dict[str, Metric]:

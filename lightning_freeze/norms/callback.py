@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any, get_args
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -14,6 +13,7 @@ from lightning_freeze._lightning import (
     Callback,
     LightningModule,
     Trainer,
+    log_values,
     logged_step,
     loss_scale,
     unscales_gradients,
@@ -129,9 +129,7 @@ class NormLogger(Callback):
             scale = loss_scale(trainer) if unscales_gradients(optimizer) else None
             self._steps[index].begins(named_unique_parameters(pl_module), scale, self._backwards)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Wait for the device and log."""
         steps = self._close()
         for step in steps.values():
@@ -145,11 +143,7 @@ class NormLogger(Callback):
                 for name, value in named_metrics(values, self.what, places).items()
             }
             # Not self.log: that would hold values back until the Trainer logs, and then repeat old ones.
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=logged_step(trainer))
-            tensors = {name: torch.tensor(value) for name, value in metrics.items()}
-            trainer.callback_metrics.update(tensors)
-            trainer.logged_metrics.update(tensors)
+            log_values(trainer, metrics)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Remove the hooks of a batch that was left early."""
@@ -162,7 +156,7 @@ class NormLogger(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return without_fit(self.__dict__, _logged={}, _steps={}, _backwards=BackwardNorms())
+        return without_fit(self, _logged={}, _steps={}, _backwards=BackwardNorms())
 
     def _measures_backward(self, pl_module: LightningModule) -> bool:
         return not pl_module.automatic_optimization and "grad" in self.what and bool(self._steps)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_freeze.freezing.optimizers import members
+from lightning_freeze.freezing.steps import Steps
 from lightning_freeze.norms.core import gradients, measure, nonfinite, spread, vector
 
 #: What to measure around an optimizer step.
@@ -58,8 +59,10 @@ class StepNorms:
         self._parameters: dict[str, nn.Parameter] = {}
         self._copies: dict[str, Tensor] = {}
         self._scale: Tensor | None = None
-        before, after = optimizer.register_step_pre_hook(self._before_step), lambda *_: self.end()
-        self._hooks = [before, optimizer.register_step_post_hook(after)]
+        self._steps = Steps(optimizer)
+        # Not after it: SGD(nesterov=True, foreach=True) adds its momentum to gradients in place.
+        self._steps.before.append(lambda _: self._measure_clipped())
+        self._steps.counted.append(lambda _: self.end())
 
     @torch.no_grad()
     def begins(
@@ -86,29 +89,11 @@ class StepNorms:
 
     def close(self) -> None:
         """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
+        self._steps.close()
 
     def _measure_clipped(self) -> None:
         if "grad" in self.norms and "grad_clipped" not in self.norms:
             self.norms["grad_clipped"] = measure(gradients(self._parameters), scale=self._scale)
-
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Measure gradients as the optimizer is given them: here, or when the closure that computes them is done."""
-
-        # Not later: SGD(nesterov=True, foreach=True) adds its momentum to gradients in place.
-        def then_measure(closure: Any) -> Any:
-            def closure_and_measure() -> Any:
-                result = closure()
-                self._measure_clipped()
-                return result
-
-            return closure_and_measure if callable(closure) else closure
-
-        this, *others = args
-        if not any(map(callable, [*others, *kwargs.values()])):
-            self._measure_clipped()
-        return (this, *map(then_measure, others)), {name: then_measure(value) for name, value in kwargs.items()}
 
 
 def named_metrics(

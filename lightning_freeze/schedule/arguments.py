@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
+from types import FunctionType
 from typing import Any, TypeVar
 
 from lightning_freeze.words import suggestion, whole_number
@@ -53,7 +54,7 @@ def plain_options(cls: type[T]) -> type[T]:
         make(self, *map(as_number, unnamed, args), **{name: as_number(name, one) for name, one in options.items()})
 
     def shown(self: T) -> str:
-        return f"{cls.__name__}({', '.join(f'{name}={value!r}' for name, value in without_defaults(self).items())})"
+        return f"{cls.__name__}({', '.join(f'{name}={shown_value(v)}' for name, v in without_defaults(self).items())})"
 
     cls.__init__ = checked  # type: ignore[assignment]
     cls.__repr__ = shown  # type: ignore[assignment]
@@ -66,13 +67,23 @@ def built(cls: Callable[..., T], options: Mapping[str, Any], where: str, needs: 
     ``where`` begins what a ValueError says of an argument that is unknown, or that ``needs`` to be there: its name, and
     what it says.
     """
-    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    names, options = [field.name for field in dataclasses.fields(cls)], unpacked(options)  # type: ignore[arg-type]
     if unknown := [key for key in options if key not in names]:
         raise ValueError(_unknown(where, unknown[0], names))
     name, says = needs
     if name not in options:
         raise ValueError(f"{where}={dict(options)!r} does not say {says}: add {name!r}.")
     return cls(**options)
+
+
+def unpacked(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the arguments in a mapping, also if they stand under ``init_args``, beside a ``class_path``."""
+    return options.get("init_args") or {} if "class_path" in options else options
+
+
+def shown_value(value: object) -> str:
+    """Return a value as code: a function by its name."""
+    return value.__qualname__ if isinstance(value, FunctionType) else repr(value)
 
 
 def number(shown: str, value: object) -> float:
@@ -83,6 +94,19 @@ def number(shown: str, value: object) -> float:
             hint = f" YAML takes {value} for text: write {value.replace('e', '.0e', 1)}."
         raise TypeError(f"{shown} is a number.{hint}")
     return float(value)
+
+
+def as_layers(argument: str, layers: Any) -> list[list[str]]:
+    """Return layers, each as its names."""
+    example = "for example ['backbone.layer4', 'head']"
+    if isinstance(layers, str):
+        raise TypeError(f"{argument}={layers!r}: give names, {example}, or layers_of(model, {layers!r}).")
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"{argument}={layers!r}: give names, {example}.")
+    found = [list(layer) if isinstance(layer, list | tuple) else [layer] for layer in layers]
+    if not found or not all(layer and all(isinstance(name, str) and name for name in layer) for layer in found):
+        raise ValueError(f"{argument}={layers!r}: give at least one name, {example}.")
+    return found
 
 
 def without_defaults(instance: Any, *always: str) -> dict[str, Any]:

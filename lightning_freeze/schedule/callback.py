@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, without_fit
 from lightning_freeze.freezing.callback import refuse_new_statistics
 from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.optimizers import OptimizerState
@@ -16,9 +16,9 @@ from lightning_freeze.schedule.course import Course
 from lightning_freeze.schedule.fit import begin_fit
 from lightning_freeze.schedule.length import refuse_uneven_ranks
 from lightning_freeze.schedule.meaning import FrozenMode
-from lightning_freeze.schedule.phases import Phase, as_phases
+from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.plan import Plan
-from lightning_freeze.schedule.preset import Preset
+from lightning_freeze.schedule.preset import Preset, as_schedule
 from lightning_freeze.schedule.preview import OptimizerLike, preview_table, schedule_text
 from lightning_freeze.schedule.progress import Begin, Progress
 from lightning_freeze.schedule.weights import restore, trained_so_far, weights_to_keep
@@ -69,12 +69,12 @@ class FreezeSchedule(Holder):
     def __init__(
         self,
         phases: Sequence[Phase | Mapping[str, Any]] | Preset,
-        *,
+        *others: Any,  # refused
         frozen_mode: FrozenMode = "batchnorm",
         optimizer_state: OptimizerState = "keep",
         verbose: bool = True,
     ) -> None:
-        self.phases: Sequence[Phase] = phases if isinstance(phases, Preset) else list(as_phases(phases))
+        self.phases: Sequence[Phase] = as_schedule(phases, *others)
         self.frozen_mode = one_of("FreezeSchedule", "frozen_mode", frozen_mode, get_args(FrozenMode))
         self.optimizer_state = one_of("FreezeSchedule", "optimizer_state", optimizer_state, get_args(OptimizerState))
         self.verbose = verbose
@@ -82,6 +82,7 @@ class FreezeSchedule(Holder):
         self._progress: Progress | None = None
         # What the last fit left for a checkpoint that is written after it, and what a checkpoint has brought.
         self._optimizers: list[dict[str, Any]] = []
+        self._trained: list[str] = []
         self._loaded: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
@@ -90,9 +91,7 @@ class FreezeSchedule(Holder):
     @property
     def progress(self) -> Progress:
         """Where in the schedule the fit is, or the last one was."""
-        if self._course is not None:
-            return self._course.progress
-        return self._progress or Progress([])
+        return self._course.progress if self._course is not None else self._progress or Progress([])
 
     @property
     def history(self) -> list[Begin]:
@@ -111,8 +110,8 @@ class FreezeSchedule(Holder):
 
     @property
     def trained(self) -> list[str]:
-        """The names of what phases so far have trained, during a fit: what a trainable-only checkpoint has to keep."""
-        return trained_so_far(self.course.fit, self.history)
+        """The names of what phases so far have trained, after the fit too: what a trainable-only file has to keep."""
+        return self._trained if self._course is None else trained_so_far(self._course.fit, self.history)
 
     @property
     def course(self) -> Course:
@@ -155,7 +154,7 @@ class FreezeSchedule(Holder):
         steps_per_epoch: int | None = None,
         callbacks: Sequence[Callback] | None = None,
     ) -> Figure:
-        """Return a figure of what trains when, and how fast; arguments as for :meth:`preview`, but for ``optimizer``.
+        """Return a figure of what trains when, and the learning rates below; arguments as for :meth:`preview`.
 
         During a fit and after it, for a model that is attached to its Trainer, the picture is what has happened. It
         needs matplotlib: ``pip install 'lightning-freeze[plot]'``.
@@ -188,10 +187,11 @@ class FreezeSchedule(Holder):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save also a metric's value that no look has taken in yet, and weights that the module may leave out."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        state = checkpoint["callbacks"][self.state_key]
         if self._course is not None:
             self._course.fit.schedulers.as_the_users(checkpoint)
-            kept = weights_to_keep(pl_module, self._course.fit, self.history)
-            checkpoint["callbacks"][self.state_key].update(self._course.agreed(), trained=kept)
+            state.update(self._course.agreed())
+        state["trained"] = weights_to_keep(pl_module, trainer.strategy, self.trained)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore weights that a trainable-only checkpoint lacks; refuse what version 0.1.0 adopted."""
@@ -246,9 +246,9 @@ class FreezeSchedule(Holder):
         self.course.end_batch()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the monitored metric, to tell whether validation logs it."""
+        """Note what is logged, to tell what validation logs."""
         if self._course is not None:
-            self._course.looks.begin_validation(self.progress)
+            self._course.looks.begin_validation()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look at the monitored metric if validation has logged it."""
@@ -268,7 +268,7 @@ class FreezeSchedule(Holder):
         self.course.restore(loaded)
 
     def _close(self, trainer: Trainer) -> None:
-        course, loaded = self._course, self._loaded
+        course, loaded, self._trained = self._course, self._loaded, self.trained
         self._course = self._loaded = None
         if course is not None:
             if loaded is not None:  # a checkpoint of a fit that had nothing left to do
@@ -278,4 +278,4 @@ class FreezeSchedule(Holder):
 
     def __getstate__(self) -> dict[str, Any]:
         progress = self._course.progress if self._course is not None else self._progress
-        return super().__getstate__() | {"_course": None, "_optimizers": [], "_progress": progress}
+        return without_fit(self, _course=None, _optimizers=[], _progress=progress)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import LightningModule, Trainer, callbacks_of, logged_step
+from lightning_freeze._lightning import LightningModule, Trainer, callbacks_of, log_values, logged_step
 from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.logs import get_logger
 from lightning_freeze.ranks import check_agreement, greatest
@@ -77,7 +77,7 @@ class Course:
         self.looks.begin_epoch(self.progress, self.phases)
         moved = self._move(self._asked(ask_function=True, epoch_begins=True))
         self.progress.seen = self.step
-        report.log_phase(self.trainer, self.progress.index, self.fit.trainable())
+        self._log_phase()
         return moved
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
@@ -88,15 +88,16 @@ class Course:
             # Where the user steps, only a step in the last batch tells that no accumulation window is open.
             closed = batch_idx % self.trainer.accumulate_grad_batches == 0 if automatic else stepped
             if closed and self._move(self._asked(ask_function=stepped)):
-                report.log_phase(self.trainer, self.progress.index, self.fit.trainable())
+                self._log_phase()
             self.progress.seen = self.step
         if not automatic:
             self.fit.stepped = (0, self.trainer.global_step)
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
-        logs = self.phases[self.progress.index].lr_scale is not None and self.trainer.loggers
-        if logs and (logged_step(self.trainer) + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        logs = self.phases[self.progress.index].lr_scale is not None and self.trainer.loggers and every
+        if logs and (logged_step(self.trainer) + 1) % every == 0:
             rates = self.fit.rates(self.progress.index)
-            report.log_values(self.trainer, {f"freeze/lr/{select}": rate for select, rate in rates.items()})
+            log_values(self.trainer, {f"freeze/lr/{select}": rate for select, rate in rates.items()}, monitored=False)
 
     def end_batch(self) -> None:
         """Count the optimizer steps that Lightning has not counted; end the fit if the last phase is over."""
@@ -205,7 +206,6 @@ class Course:
             return False
         self._end_phase(why)
         progress.begin_next(epoch, self.step, why)
-        self.looks.by_validation = False  # the next phase may have another metric
         self.apply()
         self.fit.schedulers.begin(progress.phase, progress.history[-1][:2], anew=True)
         count_anew(self.trainer)
@@ -248,6 +248,10 @@ class Course:
             report.last_phase_is_over(self.trainer, self.phases, why, goes_on=not _may_stop(self.trainer))
         self.progress.ended = why
         self.trainer.should_stop = True
+
+    def _log_phase(self) -> None:
+        values = {"freeze/phase": self.progress.index, "freeze/trainable_parameters": self.fit.trainable()}
+        log_values(self.trainer, {name: float(value) for name, value in values.items()})
 
     def _call(self, hook: str) -> None:
         """Call a hook of every callback that has it, and then of the module."""

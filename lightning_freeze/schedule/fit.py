@@ -13,12 +13,20 @@ from torch.optim import Optimizer
 from lightning_freeze._lightning import SHARDED, MisconfigurationException, Trainer, optimizers_of
 from lightning_freeze.freezing.fsdp import CheckpointsByName
 from lightning_freeze.freezing.ledger import Hold, Ledger
-from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, foreign, missing
+from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, members
 from lightning_freeze.freezing.step_view import Scale
-from lightning_freeze.functional import scalars
+from lightning_freeze.functional import scalars, topmost
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.length import steps_at_most
-from lightning_freeze.schedule.meaning import FrozenMode, asleep, eval_modules, phase_scales, phase_trains, scale_owners
+from lightning_freeze.schedule.meaning import (
+    FrozenMode,
+    asleep,
+    eval_modules,
+    phase_scales,
+    phase_trains,
+    quoted,
+    scale_owners,
+)
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.preset import Preset, phases_for
 from lightning_freeze.schedule.rates import Ramp
@@ -63,6 +71,9 @@ def resolve_phases(
         stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
         holds.append(Hold(frozen, tuple(stay), active))
         owners = [(name, select) for name, select in scale_owners(module, phase).items() if name in selected]
+        if phase.scales and not owners:
+            named = listed(map(selector_text, phase.scales))
+            raise ValueError(f"Phase {phase.label!r} trains nothing that its lr_scale names ({named}): train it, too.")
         scaled.append({selector_text(select): selected[name] for name, select in reversed(owners)})
     scales = [phase_scales(module, phase) for phase in phases]
     return Resolved(came_frozen, set(held), trains, scales, scaled, holds)
@@ -172,20 +183,24 @@ class Fit:
 
     def _to_adopt(self, optimizers: Sequence[Optimizer]) -> dict[str, nn.Parameter]:
         parameters, strategy = self.ledger.parameters, self.ledger.strategy
-        if outside := foreign(optimizers, parameters.values()):
+        held, ours = {id(p): p for p in members(optimizers)}, set(map(id, parameters.values()))
+        if outside := [p for key, p in held.items() if key not in ours]:
             raise MisconfigurationException(
                 f"The optimizer holds {len(outside)} parameter(s) that are not the LightningModule's, of shape "
                 f"{', '.join(str(tuple(p.shape)) for p in outside[:5])}: they have no name, so no phase can say "
                 "whether they train, and no checkpoint would hold them. Make them part of the LightningModule."
             )
         wanted = {name for trains in self.resolved.trains for name in trains}
-        adopt = missing(optimizers, {name: p for name, p in parameters.items() if name in wanted})
+        adopt = {n: p for n, p in parameters.items() if n in wanted and id(p) not in held}
         if not adopt or not optimizers:
             return {}
+        keys = set(map(id, adopt.values()))
+        left_out = quoted([f"!{name}" for name in topmost(self.ledger.module, keys)])
         if len(optimizers) > 1:
             raise MisconfigurationException(
                 f"The schedule trains parameters that none of the {len(optimizers)} optimizers holds: "
-                f"{listed(adopt)}. Which one should is for you to say: give them to one in configure_optimizers."
+                f"{listed(adopt)}. Which one should is for you to say: give them to one in configure_optimizers, or "
+                f'leave them out, Phase(["*", {left_out}]).'
             )
         if isinstance(strategy, SHARDED):
             raise MisconfigurationException(
@@ -193,10 +208,12 @@ class Fit:
                 f"{type(strategy).__name__}, which saves optimizers in parts, they cannot be added later: give them to "
                 "the optimizer in configure_optimizers; a phase says from when on they train."
             )
-        _log.info(
+        # What came trainable was left out by the user, not by a filter.
+        say = _log.info if keys <= self.resolved.came_frozen else _log.warning
+        say(
             "the schedule trains %d parameters that the optimizer was not given; it takes them into its first group: "
-            "%s",
-            *(len(adopt), listed(adopt)),
+            '%s. To leave them out, take them away: Phase(["*", %s]).',
+            *(len(adopt), listed(adopt), left_out),
         )
         return adopt
 

@@ -11,6 +11,7 @@ from itertools import chain
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from lightning_freeze.schedule.arguments import as_layers, number
 from lightning_freeze.selectors import Selector, clean_name, select_parameters, unwrapped
 
 _LISTS = (nn.Sequential, nn.ModuleList)
@@ -56,17 +57,17 @@ def layers_of(module: nn.Module, select: Selector = "*") -> list[str]:
     return [unit.name for unit in between if unit in blocks or unit.children]
 
 
-def layerwise_lr_decay(layers: Sequence[str], decay: float, *, head: float = 1.0) -> dict[str, float]:
+def layerwise_lr_decay(layers: Sequence[str | Sequence[str]], decay: float, *, head: float = 1.0) -> dict[str, float]:
     """Return a learning rate scale for each layer, ``decay`` times that of the layer after it.
 
     For ``Phase(lr_scale=…)``. The last layer gets ``head * decay``, as in BEiT (Bao et al., ICLR 2022), after ELECTRA
     (Clark et al., ICLR 2020). ULMFiT's ratio is ``decay=1 / 2.6``.
 
     What no layer names gets ``head``: the head and the norm before it, but also embeddings or a stem. Name these first:
-    ``layerwise_lr_decay(["embed", *layers_of(model)], 0.75)``.
+    ``layerwise_lr_decay([["cls_token", "pos_embed", "patch_embed"], *layers_of(model)], 0.75)``.
 
     Args:
-        layers: The layers from the first, next to the input, to the last before the head.
+        layers: The layers from the first, next to the input, to the last before the head; a list of names is one layer.
         decay: From one layer to the one before it, above 0 and usually below 1.
         head: The scale of what no layer names.
 
@@ -80,11 +81,15 @@ def layerwise_lr_decay(layers: Sequence[str], decay: float, *, head: float = 1.0
         {'*': 10.0, 'embed': 2.5, 'block': 5.0}
     """
     for name, value in (("decay", decay), ("head", head)):
-        if not (value > 0 and math.isfinite(value)):
-            raise ValueError(f"layerwise_lr_decay({name}={value!r}): a factor is above 0 and finite.")
+        shown = f"layerwise_lr_decay({name}={value!r}): a factor"
+        if not 0 < number(shown, value) < math.inf:
+            raise ValueError(f"{shown} is above 0 and finite.")
+    groups = as_layers("layers", layers)
     # A "*" that later names leave nothing is an error, and 1.0 is what holds without it.
-    others = {} if head == 1.0 else {"*": head}
-    return others | {layer: head * decay ** (len(layers) - place) for place, layer in enumerate(layers)}
+    rates = {} if head == 1.0 else {"*": head}
+    for place, names in enumerate(groups):
+        rates |= dict.fromkeys(names, head * decay ** (len(groups) - place))
+    return rates
 
 
 @dataclass(eq=False)
@@ -133,7 +138,7 @@ def _blocks(root: _Node) -> set[_Node]:
     found = [_of_their_class(root, list(_search(root, rule))) for rule in rules]
     sizes = [sum(_weights(block.shapes) for block in blocks) for blocks in found]
     best = next((blocks for blocks, size in zip(found, sizes, strict=True) if 4 * size >= max(sizes)), set())
-    return best or set(_highest(root, lambda node: bool(node.name) and _matrices(node) == 1))
+    return best or set(_highest(root, lambda node: bool(node.name) and _is_around_matrices(node)))
 
 
 def _search(node: _Node, rule: Callable[[_Node], list[_Node]]) -> Iterator[_Node]:
@@ -166,8 +171,10 @@ def _of_their_class(node: _Node, found: Sequence[_Node]) -> set[_Node]:
     return set(chain.from_iterable(tops))
 
 
-def _matrices(node: _Node) -> int:
-    return sum(count for shape, count in node.shapes.items() if len(shape) > 1)
+def _is_around_matrices(node: _Node) -> bool:
+    """Return whether a module has one weight matrix, or several itself, as an LSTM."""
+    matrices = sum(count for shape, count in node.shapes.items() if len(shape) > 1)
+    return matrices == 1 or (matrices > 0 and not node.children)
 
 
 def _highest(node: _Node, is_wanted: Callable[[_Node], bool]) -> Iterator[_Node]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from lightning_freeze._lightning import EarlyStopping, MisconfigurationException, Trainer, callbacks_of
 from lightning_freeze.freezing.ledger import Ledger
 from lightning_freeze.logs import get_logger
-from lightning_freeze.ranks import mean_over_ranks, only_true
+from lightning_freeze.ranks import mean_over_ranks
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.progress import Progress, numbered
 from lightning_freeze.schedule.weights import keep
@@ -33,24 +33,23 @@ class Looks:
     ledger: Ledger
     validated_in: int | None = None  # the phase in which validation last ran
     epoch_over: bool = False  # whether an epoch has ended, and none has begun since
-    by_validation: bool = False  # whether validation has logged the current phase's metric
-    stale: Any = None  # the metric as it was when the validation that runs began
+    by_validation: set[str] = field(default_factory=set)  # the names that validation has logged
+    stale: Mapping[str, Any] = field(default_factory=dict)  # what was logged when the validation that runs began
     looked_ahead: bool = False  # whether the metrics of later phases have been looked for
     warned_in: int | None = None  # the last phase in which a value was not finite
 
-    def begin_validation(self, progress: Progress) -> None:
-        """Note what is there before validation logs."""
-        self.stale = self._logged(progress)
+    def begin_validation(self) -> None:
+        """Note what is logged before validation logs."""
+        self.stale = dict(self.trainer.callback_metrics)
 
     def end_validation(self, progress: Progress) -> None:
         """Look at the metric if validation has logged it."""
-        self.validated_in, until, value = progress.index, progress.phase.plateau, self._logged(progress)
+        self.validated_in, until, metrics = progress.index, progress.phase.plateau, self.trainer.callback_metrics
         # Validation's results replace what was there by new objects; a name that it did not log keeps the old one.
-        if value is self.stale:
-            value = None
-        self.by_validation |= value is not None
+        new = {name: value for name, value in metrics.items() if value is not self.stale.get(name)}
+        self.by_validation |= new.keys()
         if until is not None:
-            self._look(progress, self._agreed(value), self.trainer.current_epoch)
+            self._look(progress, self._agreed(new.get(until.monitor)), self.trainer.current_epoch)
             self._make_way(progress, progress.plateau.why)
 
     def end_epoch(self, progress: Progress) -> None:
@@ -65,9 +64,11 @@ class Looks:
 
     def epoch_value(self, progress: Progress) -> float | None:
         """Return the metric's value that the next epoch's start will look at, the same on all ranks."""
-        if progress.phase.plateau is None or not self.epoch_over:
+        until = progress.phase.plateau
+        if until is None or not self.epoch_over:
             return progress.unlooked
-        return self._agreed(None if self.by_validation else self._logged(progress))
+        is_validated = until.monitor in self.by_validation
+        return self._agreed(None if is_validated else self.trainer.callback_metrics.get(until.monitor))
 
     def begin_epoch(self, progress: Progress, phases: Sequence[Phase]) -> None:
         """Look at what training has logged in the epoch before; raise for a metric that nothing logs."""
@@ -81,7 +82,7 @@ class Looks:
         metrics = self.trainer.callback_metrics
         for number in numbers:
             until = phases[number].plateau
-            if until is None or not only_true(self.trainer.strategy, until.monitor not in metrics):
+            if until is None or not self.trainer.strategy.reduce_boolean_decision(until.monitor not in metrics):
                 continue
             logged = sorted(name for name in map(str, metrics) if not name.startswith("freeze/"))
             missing = (
@@ -94,10 +95,6 @@ class Looks:
                 "%s %s If it is not logged in that phase either, the fit ends there with an error.",
                 *(numbered(phases, number), missing),
             )
-
-    def _logged(self, progress: Progress) -> Any:
-        until = progress.phase.plateau
-        return None if until is None else self.trainer.callback_metrics.get(until.monitor)
 
     def _agreed(self, value: Any) -> float | None:
         return mean_over_ranks(self.trainer.strategy, None if value is None else float(value))

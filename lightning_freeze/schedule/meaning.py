@@ -98,12 +98,12 @@ def what_came_frozen(
     if stars and (names := topmost(module, sleeping - set(held))):
         sentences.append(
             f'"*" is what was trainable when the fit began, so these stay frozen: {_counted(module, names)}. To train '
-            f'them too, name them: Phase(["*", {_quoted(names)}]).'
+            f'them too, name them: Phase(["*", {quoted(names)}]).'
         )
     if names := topmost(module, set(came_frozen) - sleeping - set(held)):
         sentences.append(
             f"these came frozen and train where a phase names them: {_counted(module, names)}. To leave them frozen, "
-            f'take them away: Phase(["*", {_quoted([f"!{name}" for name in names])}]).'
+            f'take them away: Phase(["*", {quoted([f"!{name}" for name in names])}]).'
         )
     return " ".join(sentences) or None
 
@@ -136,5 +136,6 @@ def _counted(module: nn.Module, names: Sequence[str]) -> str:
     return listed(f"{name} ({sum(map(scalars, resolve(module, name).values())):,} parameters)" for name in names)
 
 
-def _quoted(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str]) -> str:
+    """Return names as they stand in a list of selectors, at most three of them."""
     return ", ".join(f'"{name}"' for name in names[:3]) + (", …" if len(names) > 3 else "")

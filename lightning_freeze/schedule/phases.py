@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import LightningModule, Trainer
-from lightning_freeze.schedule.arguments import built, number, plain_options, without_defaults
+from lightning_freeze.schedule.arguments import built, number, plain_options, unpacked, without_defaults
 from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import Selector, as_patterns, selector_text
 from lightning_freeze.words import one_of
@@ -107,8 +107,8 @@ class Phase:
             one counts. A tuple is a list of selectors: ``{("*", "!head"): 0.1}``.
         lr_scheduler: A scheduler of the phase's own, made by a function of the optimizer and of the optimizer steps
             that the phase lasts at most. The function returns a scheduler, or a dict as ``configure_optimizers`` may:
-            ``{"scheduler": …, "interval": "epoch"}``; without that it goes on each step. In YAML, a mapping with
-            ``class_path``, ``init_args`` and such options; the phase's steps are filled in where the class takes them.
+            ``{"scheduler": …, "interval": "epoch"}``; without that it goes on each step. A class works too, and in YAML
+            a mapping with ``class_path``, ``init_args`` and such options; the steps are filled in where it takes them.
             It begins from the rates that the optimizer was given. The scheduler of ``configure_optimizers`` rests
             meanwhile, and goes on, from the rates that it had set, in the next phase without a scheduler of its own.
             ``"restart"``: that scheduler begins anew with the phase.
@@ -139,7 +139,8 @@ class Phase:
         if self.fraction is not None and not 0 < self.fraction <= 1:
             shown = f"Phase(fraction={self.fraction!r}): fraction"
             raise ValueError(f"{shown} is a share of the fit: above 0 and at most 1.")
-        if not (self.until is None or isinstance(self.until, Plateau) or callable(self.until)):
+        is_function = callable(self.until) and not isinstance(self.until, type)
+        if not (self.until is None or isinstance(self.until, Plateau) or is_function):
             raise TypeError(
                 f"Phase(until={self.until!r}): until is a Plateau, for example Plateau('val_loss'), or a function "
                 "(trainer, pl_module) -> bool."
@@ -184,12 +185,13 @@ class Phase:
         return self.name if self.name is not None else selector_text(self.train)
 
 
-def as_phases(phases: Sequence[Phase | Mapping[str, Any]]) -> tuple[Phase, ...]:
-    """Return phases from phases, or from dicts of their arguments, as YAML has them."""
-    if isinstance(phases, Phase | Mapping | str) or not isinstance(phases, Sequence):
-        raise TypeError(
-            f"A schedule is a list of phases, not {phases!r}: FreezeSchedule([Phase('head', epochs=2), …])."
-        )
+def as_phases(phases: Sequence[Phase | Mapping[str, Any]], *others: Any) -> tuple[Phase, ...]:
+    """Return phases from a list of phases, or of dicts of their arguments, as YAML has them; refuse ``others``."""
+    if others or isinstance(phases, Phase | Mapping | str) or not isinstance(phases, Sequence):
+        given = ", ".join(map(repr, (phases, *others)))
+        is_numbered = isinstance(phases, Mapping) and all(isinstance(phase, Mapping) for phase in phases.values())
+        right = "list(phases.values())" if is_numbered else "[Phase('head', epochs=2), …]"
+        raise TypeError(f"A schedule is a list of phases, not {given}: FreezeSchedule({right}).")
     if not phases:
         raise ValueError("FreezeSchedule([]) has no phases. Give at least one, for example [Phase('head')].")
     schedule = tuple(_phase(phase, index) for index, phase in enumerate(phases))
@@ -237,10 +239,11 @@ def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:
         return phase
     if not isinstance(phase, Mapping):
         raise TypeError(f"{where} is {phase!r}: a phase is a Phase or a dict of its arguments.")
-    options = dict(phase)
+    options = dict(unpacked(phase))
     if isinstance(until := options.get("until"), Mapping):
         options["until"] = built(Plateau, until, f"{where}: until", ("monitor", "which metric"))
     if isinstance(scale := options.get("lr_scale"), Mapping):
+        scale = unpacked(scale)
         if "start" in scale and scale.keys() <= {field.name for field in dataclasses.fields(Ramp)}:
             scale = {"*": scale}
         ramps = {select: one for select, one in scale.items() if isinstance(one, Mapping)}

@@ -15,8 +15,7 @@ from torch import nn
 from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of
 from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
 from lightning_freeze.freezing.eval_mode import BY_HAND, interceptor
-from lightning_freeze.freezing.holder import Holder
-from lightning_freeze.freezing.ledger import ledger_of
+from lightning_freeze.freezing.holder import Holder, ledger_of
 from lightning_freeze.functional import can_train
 from lightning_freeze.schedule.fit import resolve_phases
 from lightning_freeze.schedule.length import planned_length, steps_in_all, steps_per_epoch
@@ -83,7 +82,7 @@ class FitLength:
         """Raise a ValueError for a number of epochs or steps that cannot be told in the unit."""
         for unit, count in (("epoch", epochs), ("step", steps)):
             if count is not None and not self.knows(unit):
-                raise ValueError(f"{who} {count:.15g} {unit}s: give steps_per_epoch.")
+                raise ValueError(f"{who} {count:,.15g} {unit}{'s' * (count != 1)}: give steps_per_epoch.")
 
     def planned(self, phases: Sequence[Phase]) -> tuple[Phase, ...]:
         """Return a schedule as the fit goes through it; raise a ValueError if that cannot be told in the unit."""
@@ -149,7 +148,7 @@ class Plan:
         came_frozen = found if ledger is None else ledger.came_frozen
         holds = {one.state_key: one.holds(model) for one in callbacks if isinstance(one, Holder)}
         held = {key: who for who, hold in holds.items() for key in hold.frozen}
-        held |= dict.fromkeys(affine_frozen_by_hand(layers), BY_HAND)
+        held |= dict.fromkeys(affine_frozen_by_hand(model), BY_HAND)
         steps = length.total if length.knows("step") else math.inf
         phases = schedule.progress.phases
         if borders is None:

@@ -8,16 +8,14 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, groupby, pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lightning_freeze.functional import scalars
 from lightning_freeze.names import branches, runs
+from lightning_freeze.schedule.forecast import Forecast, Point, curve, forecast_rates
 from lightning_freeze.schedule.plan import Factor, Plan
-from lightning_freeze.schedule.preview import optimizers_of, selected_text
+from lightning_freeze.schedule.preview import selected_text
 from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.tables import shortened
 
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 Course = tuple[Factor | None, ...]
-Point = tuple[float, float | None]
 
 FROZEN = "#e4e4e4"
 _ROWS = 32  # more than these are drawn only where layers of the first level differ
@@ -98,11 +95,12 @@ class Colours:
 
 def plot_schedule(plan: Plan) -> Figure:
     """Return a figure with what :func:`draw_schedule` draws, and the learning rates below if any is scaled."""
-    height, scaled = 0.24 * max(4, len(rows_of(plan))), _scales(plan) != [1.0]
+    height, rates = 0.24 * max(4, len(rows_of(plan))), forecast_rates(plan)
+    scaled = _scales(plan) != [1.0] or (rates is not None and rates.moves)
     figure = Picture(figsize=(9, 0.6 + height + 1.7 * scaled), layout="constrained")
     if scaled:
         bars, below = figure.subplots(2, 1, sharex=True, height_ratios=[height, 1.5])
-        draw_rates(below, plan)
+        draw_rates(below, plan, rates)
         bars.tick_params(axis="x", bottom=False)
     else:
         bars = figure.add_subplot()
@@ -148,36 +146,31 @@ def draw_schedule(axes: Axes, plan: Plan) -> None:
     _draw_phases(axes, plan)
 
 
-def draw_rates(axes: Axes, plan: Plan) -> None:
-    """Draw each learning rate scale that there is over the fit, and beside it the optimizer's rate, if there is one."""
-    colours, scales = Colours.of(plan), _scales(plan)
+def draw_rates(axes: Axes, plan: Plan, rates: Forecast | None = None) -> None:
+    """Draw the learning rate of what trains over the fit; where the optimizer's is not known, the factor on it."""
+    colours, scales, drawn = Colours.of(plan), _scales(plan), list[float]()
     for course in dict.fromkeys(map(plan.course, plan.parameters)):
         for trains, group in groupby(_pieces(plan, course), key=lambda piece: piece[0][1] is not None):
             if trains:
-                lines = list(pairwise(chain.from_iterable(group)))
-                colors = [colours(_mean(one, other)) for one, other in lines]
-                axes.add_collection(LineCollection(lines, colors=colors, linewidths=1.8))  # type: ignore[arg-type]
+                points = list(curve(group, rates))
+                lines = list(pairwise((place, rate) for place, rate, _ in points))
+                colors = [colours((one[2] + other[2]) / 2) for one, other in pairwise(points)]
+                axes.add_collection(LineCollection(lines, colors=colors, linewidths=1.8))
+                drawn += [rate for _, rate, _ in points]
+    high = max(drawn)
     if scales[0] > 0 and scales[-1] / scales[0] > 5:
+        low = max(min(drawn), high * scales[0] / scales[-1] / 30)  # many schedulers end at nothing
         axes.set_yscale("log")
-        axes.set_ylim(scales[0] / 1.5, scales[-1] * 1.5)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if scales[-1] / scales[0] < 1000 else (1,)))
+        axes.set_ylim(low / 1.5, high * 1.5)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high / low < 1000 else (1,)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
     else:
-        axes.set_ylim(0, scales[-1] * 1.1)
+        axes.set_ylim(0, high * 1.1)
     for begin in _borders(plan):
         axes.axvline(begin, color=FROZEN, linewidth=1.0, zorder=0)
-    axes.set_ylabel("factor on the\nlearning rate", fontsize=8)
+    axes.set_ylabel("learning rate" if rates is not None else "factor on the\nlearning rate", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    optimizers = optimizers_of(plan)
-    rates = {group.get("initial_lr", group["lr"]) for one in optimizers for group in one.param_groups if "lr" in group}
-    if len(rates) == 1 and (rate := float(rates.pop())) > 0:
-        beside = axes.secondary_yaxis("right", functions=(partial(np.multiply, rate), partial(np.multiply, 1 / rate)))
-        beside.set_ylabel(f"at lr={rate:g}\nof {type(optimizers[0]).__name__}", fontsize=8)
-        beside.tick_params(labelsize=8)
-        beside.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        beside.yaxis.set_minor_locator(NullLocator())
-        beside.spines["right"].set_visible(False)
     _draw_time(axes, plan)
 
 

@@ -9,10 +9,11 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from lightning_freeze.functional import topmost
+from lightning_freeze.schedule.arguments import as_layers
 from lightning_freeze.schedule.layers import layers_of
-from lightning_freeze.schedule.phases import Phase
-from lightning_freeze.selectors import Selector, named_unique_parameters, select_parameters, unwrapped
-from lightning_freeze.words import listed
+from lightning_freeze.schedule.phases import Phase, as_phases
+from lightning_freeze.selectors import Selector, named_unique_parameters, resolve, unwrapped
+from lightning_freeze.words import counted, listed
 
 #: The layers of a schedule, from the first, next to the input, to the last: names, lists of names that are one layer
 #: each, or the name of one module whose :func:`layers_of` they are.
@@ -69,13 +70,13 @@ class Preset(list[Phase]):
         """
         if self.build is None:
             return self
-        parts = parts_of(module, self.layers, idle)
+        parts = parts_of(module, self.layers, idle, given=f"{self.called.partition('(')[0]}(layers={{}})")
         resolved = Preset(self.build, self.layers, self.called, self.others, self.build(parts, steps))
         resolved.parts = parts
         names = [("no layer names ", parts.rest), ("before them ", parts.before), ("after them ", parts.after)]
         said = [f"{where}{listed(found)}" for where, found in names if found]
         if isinstance(self.layers, str):
-            said.insert(0, f"{len(parts.layers)} layers, {parts.layers[0][0]} to {parts.layers[-1][0]}")
+            said.insert(0, f"{counted(len(parts.layers), 'layer')}, {parts.layers[0][0]} to {parts.layers[-1][0]}")
         resolved.said = f"{self.called}: {'; '.join([*said, *self.others])}." if said else ""
         return resolved
 
@@ -107,8 +108,8 @@ class Preset(list[Phase]):
         return type(self), (self.build, self.layers, self.called, self.others, list(self) if len(self) else [])
 
 
-def parts_of(module: nn.Module, layers: Layers, idle: Collection[int] = ()) -> Parts:
-    """Return the parts of a model; arguments as of :meth:`Preset.resolve`.
+def parts_of(module: nn.Module, layers: Layers, idle: Collection[int] = (), *, given: str = "layers={}") -> Parts:
+    """Return the parts of a model; arguments as of :meth:`Preset.resolve`, and how an error shows a layer.
 
     What is between two layers of one module, such as a norm, is of the layer before it.
 
@@ -120,8 +121,11 @@ def parts_of(module: nn.Module, layers: Layers, idle: Collection[int] = ()) -> P
         Parts(layers=[['0', '1']], before=[], after=[], rest=['2'])
     """
     module = unwrapped(module)
-    names = [[name] for name in layers_of(module, layers)] if isinstance(layers, str) else as_layers("layers", layers)
-    owner = {name: place for place, layer in enumerate(names) for name in select_parameters(module, layer)}
+    if isinstance(layers, str) and resolve(module, layers, given=given):
+        names = [[name] for name in layers_of(module, layers)]
+    else:
+        names = as_layers("layers", layers)
+    owner = {name: place for place, layer in enumerate(names) for name in resolve(module, layer, given=given)}
     loose: dict[int, set[int]] = {}
     place = -1
     for name, parameter in named_unique_parameters(module).items():
@@ -132,6 +136,11 @@ def parts_of(module: nn.Module, layers: Layers, idle: Collection[int] = ()) -> P
         return Parts(names, rest=topmost(module, set[int]().union(*loose.values())))
     before, *between, after = (topmost(module, loose.get(place, set())) for place in range(-1, len(names)))
     return Parts([[*layer, *more] for layer, more in zip(names, [*between, []], strict=True)], before, after)
+
+
+def as_schedule(phases: Any, *others: Any) -> Sequence[Phase]:
+    """Return a preset as it is, and what :func:`as_phases` makes of a list; refuse ``others``."""
+    return phases if isinstance(phases, Preset) and not others else list(as_phases(phases, *others))
 
 
 def phases_for(
@@ -158,14 +167,3 @@ def preset(
 def as_selector(layer: Sequence[str]) -> Selector:
     """Return a layer as a selector that can be a key."""
     return layer[0] if len(layer) == 1 else tuple(layer)
-
-
-def as_layers(argument: str, layers: Any) -> list[list[str]]:
-    """Return layers, each as its names."""
-    example = "for example ['backbone.layer4', 'head']"
-    if not isinstance(layers, Iterable):
-        raise TypeError(f"{argument}={layers!r}: give names, {example}.")
-    found = [[layer] if isinstance(layer, str) else list(layer) for layer in layers]
-    if not found or not all(layer and all(isinstance(name, str) and name for name in layer) for layer in found):
-        raise ValueError(f"{argument}={layers!r}: give at least one name, {example}.")
-    return found

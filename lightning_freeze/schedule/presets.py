@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from lightning_freeze.schedule.arguments import as_layers
 from lightning_freeze.schedule.phases import Phase
-from lightning_freeze.schedule.preset import Layers, Parts, Preset, as_layers, as_selector, preset
+from lightning_freeze.schedule.preset import Layers, Parts, Preset, as_selector, preset
 from lightning_freeze.selectors import Selector
 from lightning_freeze.words import listed, whole_number
 

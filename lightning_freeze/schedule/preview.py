@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import chain
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import LightningModule
-from lightning_freeze.freezing.ledger import ledger_of
+from lightning_freeze.freezing.holder import ledger_of
 from lightning_freeze.freezing.optimizers import OptimizerState
 from lightning_freeze.freezing.trial import state_bytes
 from lightning_freeze.functional import scalars, topmost
 from lightning_freeze.names import runs
+from lightning_freeze.schedule.forecast import made_optimizers
 from lightning_freeze.schedule.phases import Plateau, function_name
 from lightning_freeze.schedule.plan import Factor, Plan, running_statistics, trainer_of
 from lightning_freeze.schedule.rates import Ramp
@@ -89,35 +88,11 @@ def selected_text(select: Any) -> str:
 
 
 def optimizers_of(plan: Plan, optimizer: OptimizerLike | None = None) -> list[Optimizer]:
-    """Return the optimizers of a module: those of its Trainer, else what ``configure_optimizers`` returns.
-
-    A module whose ``configure_optimizers`` needs a Trainer that is not there has none. Flags that it sets are restored.
-    """
-    model, parameters = plan.model, list(plan.parameters.values())
+    """Return the optimizers of a module: those of its Trainer, else what ``configure_optimizers`` makes."""
     if optimizer is not None:
-        return [optimizer if isinstance(optimizer, Optimizer) else optimizer(parameters)]
-    if not isinstance(model, LightningModule):
-        return []
-    if (trainer := trainer_of(model)) is not None and trainer.optimizers:
-        return list(trainer.optimizers)
-    flags = [parameter.requires_grad for parameter in parameters]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return list(_optimizers_in(model.configure_optimizers()))
-    except Exception:  # whatever the user's code raises where there is no fit
-        return []
-    finally:
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.requires_grad = flag
-
-
-def _optimizers_in(nest: Any) -> Iterator[Optimizer]:
-    if isinstance(nest, Optimizer):
-        yield nest
-    elif isinstance(nest, Mapping | list | tuple):
-        for inner in nest.values() if isinstance(nest, Mapping) else nest:
-            yield from _optimizers_in(inner)
+        return [optimizer if isinstance(optimizer, Optimizer) else optimizer(list(plan.parameters.values()))]
+    trainer = trainer_of(plan.model)
+    return list(trainer.optimizers) if trainer is not None and trainer.optimizers else made_optimizers(plan)[0]
 
 
 def _state_bytes(plan: Plan, optimizers: list[Optimizer]) -> dict[str, tuple[int, int]] | None:

@@ -6,16 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
-from lightning_freeze._lightning import (
-    BaseFinetuning,
-    Callback,
-    MisconfigurationException,
-    Trainer,
-    callbacks_of,
-    logged_step,
-)
+from lightning_freeze._lightning import BaseFinetuning, Callback, MisconfigurationException, Trainer, callbacks_of
 from lightning_freeze.freezing.eval_mode import is_held
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
@@ -24,6 +15,7 @@ from lightning_freeze.schedule.length import steps_per_epoch
 from lightning_freeze.schedule.looks import stoppers
 from lightning_freeze.schedule.meaning import what_came_frozen
 from lightning_freeze.schedule.phases import Phase, Plateau, describe
+from lightning_freeze.schedule.plan import running_statistics
 from lightning_freeze.schedule.preset import Preset
 from lightning_freeze.schedule.progress import Progress, numbered, walk
 from lightning_freeze.words import listed, percent
@@ -67,7 +59,7 @@ def phase_begins(phases: Sequence[Phase], progress: Progress, fit: Fit) -> None:
         f"{f', after {begin.why}' if begin.why else ''}: "
         f"trains {trainable:,} of {total:,} parameters ({percent(trainable, total)})"
     )
-    if layers := fit.ledger.batchnorm:
+    if layers := running_statistics(fit.ledger.module):
         line += f", {sum(map(is_held, layers))} of {len(layers)} BatchNorm frozen"
     _log.info("%s", line)
 
@@ -109,19 +101,6 @@ def another_schedule(trainer: Trainer, phases: Sequence[Phase], saved: Mapping[s
         *(was + 1, len(then), then[was]["name"] or then[was]["train"], trainer.current_epoch, trainer.global_step),
         *(index + 1, len(phases), phases[index].label, _line(then), _line(now)),
     )
-
-
-def log_phase(trainer: Trainer, index: int, trainable: int) -> None:
-    """Log the current phase, and how much trains, also where checkpoints are named by it."""
-    values = {"freeze/phase": float(index), "freeze/trainable_parameters": float(trainable)}
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
-    log_values(trainer, values)
-
-
-def log_values(trainer: Trainer, values: Mapping[str, float]) -> None:
-    """Log values at the step at which Lightning logs the model's."""
-    for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=logged_step(trainer))
 
 
 def _ends_too_early(trainer: Trainer, schedule: Callback, phases: Sequence[Phase]) -> Iterator[tuple[int, str]]:

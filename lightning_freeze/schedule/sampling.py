@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
+from lightning_freeze.schedule.arguments import as_layers
 from lightning_freeze.schedule.phases import Phase
-from lightning_freeze.schedule.preset import Layers, Parts, Preset, as_layers, preset
+from lightning_freeze.schedule.preset import Layers, Parts, Preset, preset
 from lightning_freeze.words import one_of, whole_number
 
 Order = Literal["random", "ascending", "descending"]

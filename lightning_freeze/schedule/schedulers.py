@@ -23,6 +23,7 @@ from lightning_freeze._lightning import (
     scheduler_configs,
 )
 from lightning_freeze.freezing.step_view import is_rate
+from lightning_freeze.schedule.arguments import shown_value
 from lightning_freeze.schedule.length import phase_length
 from lightning_freeze.schedule.phases import Phase
 
@@ -38,13 +39,11 @@ def make_scheduler(phase: Phase, optimizer: Optimizer, steps: int) -> dict[str, 
     """Return the scheduler of a phase's own for an optimizer, as ``configure_optimizers`` may return one."""
     own = phase.lr_scheduler
     if isinstance(own, Mapping):
-        factory = pkgutil.resolve_name(own["class_path"])
-        options = dict(own.get("init_args") or {})
-        takes = [name for name in _STEPS if name in inspect.signature(factory).parameters]
-        if not options.keys() & set(takes):
-            options |= dict.fromkeys(takes[:1], steps)
         made = {key: value for key, value in own.items() if key not in ("class_path", "init_args")}
-        made["scheduler"] = factory(optimizer, **options)
+        factory = pkgutil.resolve_name(own["class_path"])
+        made["scheduler"] = _with_steps(factory, optimizer, steps, own.get("init_args") or {})
+    elif isinstance(getattr(own, "func", own), type):
+        made = {"scheduler": _with_steps(own, optimizer, steps, {})}
     else:
         assert callable(own)
         returned = own(optimizer, steps)
@@ -52,6 +51,13 @@ def make_scheduler(phase: Phase, optimizer: Optimizer, steps: int) -> dict[str, 
     # A metric comes once a validation run, so this one would count stale values.
     interval = "epoch" if isinstance(made.get("scheduler"), ReduceLROnPlateau) else "step"
     return {"interval": interval, **made}
+
+
+def _with_steps(make: Any, optimizer: Optimizer, steps: int, options: Mapping[str, Any]) -> Any:
+    """Return what a class makes, told the steps by name: by place they could be a ``gamma``."""
+    takes = [name for name in _STEPS if name in inspect.signature(make).parameters]
+    is_told = {*options, *getattr(make, "keywords", ())} & {*takes}
+    return make(optimizer, **options, **({} if is_told else dict.fromkeys(takes[:1], steps)))
 
 
 def is_scheduled(option: str) -> bool:
@@ -84,7 +90,7 @@ def set_options(optimizer: Optimizer, options: Iterable[Options]) -> None:
                 group[option] = copy.deepcopy(value)
 
 
-def _without_scheduler(options: Options) -> Options:
+def without_scheduler(options: Options) -> Options:
     """Return options with the learning rate that a group had before a scheduler was made for it."""
     others = {option: value for option, value in options.items() if option != "initial_lr"}
     return others if len(others) == len(options) else {**others, "lr": options["initial_lr"]}
@@ -130,7 +136,7 @@ class PhaseSchedulers:
         for phase in phases:
             if phase.lr_scheduler is None:
                 continue
-            where = f"Phase {phase.label!r} has lr_scheduler={phase.lr_scheduler!r}"
+            where = f"Phase {phase.label!r} has lr_scheduler={shown_value(phase.lr_scheduler)}"
             if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(self.trainer)):
                 raise MisconfigurationException(
                     f"{where}, and StochasticWeightAveraging puts a scheduler of its own in its place. Leave one out."
@@ -163,7 +169,7 @@ class PhaseSchedulers:
             return
         self._rest = _Rates.of(self.trainer)
         for optimizer, options in self._first.options.items():
-            set_options(optimizer, map(_without_scheduler, options))
+            set_options(optimizer, map(without_scheduler, options))
         steps = phase_length(self.trainer, phase, at).phase
         assert steps is not None  # else it was refused
         made = [make_scheduler(phase, optimizer, steps) for optimizer in self._driven()]

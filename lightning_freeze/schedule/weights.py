@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,15 +56,16 @@ def trained_so_far(fit: Fit, history: Sequence[tuple[int, int, int]]) -> list[st
     return [name for name in fit.ledger.parameters if any(name in fit.resolved.trains[index] for index in begun)]
 
 
-def weights_to_keep(pl_module: LightningModule, fit: Fit, history: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
+def weights_to_keep(pl_module: LightningModule, strategy: Strategy, trained: Collection[str]) -> dict[str, Tensor]:
     """Return what phases so far have trained, for a module whose checkpoints need not hold everything.
 
-    People keep only what requires grad while the file is written; an earlier phase's weights would be missing. They
-    share their memory with the model's, so a file that has both does not grow.
+    People keep only what requires grad while the file is written; an earlier phase's weights would be missing, and
+    after the fit those that came frozen. They share their memory with the model's, so a file that has both does not
+    grow.
     """
-    if pl_module.strict_loading or isinstance(fit.ledger.strategy, SHARDED):
+    if pl_module.strict_loading or isinstance(strategy, SHARDED):
         return {}
-    return {name: fit.ledger.parameters[name].detach() for name in trained_so_far(fit, history)}
+    return {name: p.detach() for name, p in named_unique_parameters(pl_module).items() if name in trained}
 
 
 def restore(checkpoint: Mapping[str, Any], saved: Mapping[str, Any] | None, pl_module: LightningModule) -> None:

@@ -14,10 +14,10 @@ from lightning_freeze.freezing.ledger import Hold
 from lightning_freeze.freezing.optimizers import members
 from lightning_freeze.freezing.strategies import refuse_shards, refuse_without_hooks
 from lightning_freeze.logs import get_logger
-from lightning_freeze.selectors import clean_name
+from lightning_freeze.names import module_named
 from lightning_freeze.target.arguments import check_names, checked_pace, checked_tau
 from lightning_freeze.target.core import Pair, hard_copy, pair_up, polyak_average, shared_parameters
-from lightning_freeze.words import listed, suggestion
+from lightning_freeze.words import listed
 
 _log = get_logger(__name__)
 
@@ -60,6 +60,8 @@ class TargetNetwork(Holder):
         ...     enable_checkpointing=False)
     """
 
+    _fit: tuple[list[Pair], set[int]] | None = None
+
     def __init__(
         self,
         source: str,
@@ -76,7 +78,6 @@ class TargetNetwork(Holder):
         self.copy_buffers, self.eval_mode = copy_buffers, eval_mode
         self.steps = 0
         self._restored = False
-        self._fit: tuple[list[Pair], set[int]] | None = None
 
     @property
     def state_key(self) -> str:
@@ -98,7 +99,7 @@ class TargetNetwork(Holder):
 
     def holds(self, module: nn.Module) -> Hold:
         """Return the target: it never trains, whatever a schedule selects, and its mode is this callback's."""
-        inside = tuple(_module(module, self.target, "target").modules())
+        inside = tuple(self._named(module, "target").modules())
         frozen = frozenset(id(parameter) for parameter in inside[0].parameters())
         return Hold(frozen, inside if self.eval_mode else (), own=frozenset(inside))
 
@@ -109,7 +110,7 @@ class TargetNetwork(Holder):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare the two, freeze the target and, in a fresh fit, copy the source."""
         self._check_trainer(trainer)
-        source, target = _module(pl_module, self.source, "source"), _module(pl_module, self.target, "target")
+        source, target = self._named(pl_module, "source"), self._named(pl_module, "target")
         names = (f"source {self.source!r}", f"target {self.target!r}")
         pairs = pair_up(source, target, buffers=self.copy_buffers, names=names)
         _check_unshared(pl_module, target, names[1])
@@ -161,32 +162,19 @@ class TargetNetwork(Holder):
                 "steps it. Let both follow the same source."
             )
 
+    def _named(self, module: nn.Module, role: str) -> nn.Module:
+        name = getattr(self, role)
+        return module_named(module, name, f"TargetNetwork({role}={name!r})")
+
     def _close(self, trainer: Trainer) -> None:
         self._fit = None
         super()._close(trainer)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what belongs to one fit in one process."""
-        return super().__getstate__() | {"_fit": None}
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:
     """Return whether AMP has had a fused optimizer skip this step; it waits for the device."""
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)  # lent to it by the GradScaler
     return found_inf is not None and bool(found_inf.item())
-
-
-def _module(pl_module: nn.Module, name: str, role: str) -> nn.Module:
-    """Return the module of that name, without regard to the segments that ``torch.compile`` puts into names."""
-    modules: dict[str, nn.Module] = {}
-    for path, module in pl_module.named_modules(remove_duplicate=False):
-        modules.setdefault(clean_name(path), module)
-    if name in modules:
-        return modules[name]
-    hint = suggestion(name, filter(None, modules))
-    tops = ", ".join(name for name, _ in pl_module.named_children()) or "none"
-    whose = type(pl_module).__name__
-    raise ValueError(f"TargetNetwork({role}={name!r}) names no module of {whose}.{hint}\nTop-level modules: {tops}.")
 
 
 def _check_unshared(pl_module: nn.Module, target: nn.Module, which: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,27 @@ def test_stats_say_whether_it_is_active_and_why_not(caplog: pytest.LogCaptureFix
     assert said == ["FeatureCache: backbone: off, because backbone.0.weight trains."]
     assert cache.stats.active
     assert cache.stats.covers == ("backbone",)
+
+
+def test_stats_say_why_calls_are_not_cached() -> None:
+    """The module is frozen and could be cached, but nothing ever is."""
+
+    class Given(nn.Linear):
+        def forward(self, batch: UserDict[str, Tensor]) -> Tensor:  # type: ignore[override]
+            return super().forward(batch["x"].mean((2, 3)))
+
+    class Wraps(Wide):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = Given(2, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.backbone(UserDict(x=x)))
+
+    cache = FeatureCache("backbone")
+    trainer(callbacks=[FreezeSchedule([Phase("head")]), cache], max_epochs=2).fit(Wraps(), loader())
+    assert (cache.stats.active, cache.stats.covers) == (False, ())
+    assert cache.stats.why == "it is called with a UserDict, of which no key can be made"
 
 
 def test_values_are_logged(tmp_path: Path) -> None:

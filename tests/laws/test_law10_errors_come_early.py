@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
 
-from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau
+from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau, chain_thaw, gradual_unfreezing
 from tests.nets import Net, loader, trainer
 
 
@@ -32,6 +32,27 @@ def refused(error: type[Exception], match: str, *callbacks: Any, net: Net | None
     [
         (lambda: FreezeSchedule([]), ValueError, "has no phases"),
         (lambda: FreezeSchedule(Phase("*")), TypeError, "list of phases"),
+        (
+            lambda: FreezeSchedule(Phase("head", epochs=1), Phase("*")),
+            TypeError,
+            r"not Phase\(train='head', epochs=1\), Phase\(train='\*'\): FreezeSchedule\(\[Phase",
+        ),
+        (lambda: FreezeSchedule(chain_thaw(["neck", "head"]), Phase("*")), TypeError, "list of phases"),
+        (
+            lambda: FreezeSchedule({0: {"params": ["head"]}, 1: {"params": ["*"]}}),
+            TypeError,
+            r"FreezeSchedule\(list\(phases.values\(\)\)\)",
+        ),
+        (
+            lambda: FreezeSchedule([{"class_path": "lightning_freeze.Phase", "init_args": {"train": "*", "epoch": 1}}]),
+            ValueError,
+            "Phase 1 has no option 'epoch'. Did you mean 'epochs'",
+        ),
+        (
+            lambda: FreezeSchedule([{"train": "*", "until": {"class_path": "Plateau", "init_args": {"monitr": "x"}}}]),
+            ValueError,
+            "no option 'monitr'. Did you mean 'monitor'",
+        ),
         (lambda: FreezeSchedule([Phase("head"), Phase("*")]), ValueError, "Phase 1 of 2 .'head'. has no end"),
         (lambda: FreezeSchedule(["head"]), TypeError, "Phase 1 is 'head'"),
         (lambda: FreezeSchedule([{"trian": "head"}]), ValueError, "no option 'trian'. Did you mean 'train'"),
@@ -46,6 +67,7 @@ def refused(error: type[Exception], match: str, *callbacks: Any, net: Net | None
         (lambda: Phase("head", epochs=1.5), TypeError, "epochs is a whole number"),
         (lambda: Phase("head", epochs=True), TypeError, "epochs is a whole number"),
         (lambda: Phase("head", until="val_loss"), TypeError, "until is a Plateau"),
+        (lambda: Phase("head", until=Plateau), TypeError, "until is a Plateau"),
         (lambda: Phase(""), ValueError, "say what trains"),
         (lambda: Phase([]), ValueError, "say what trains"),
         (lambda: Phase("*", lr_scale=0.0), ValueError, "above 0 and finite"),
@@ -86,10 +108,21 @@ def test_at_construction(build: Any, error: type[Exception], match: str) -> None
         ([Phase("head", epochs=1), Phase(["*", "!*"])], "selects nothing"),
         ([Phase("*", lr_scale={"bckbone": 0.1})], r'Phase\(lr_scale=\{"bckbone": …\}\) .* Did you mean "backbone"'),
         ([Phase("*", lr_scale={"backbone": 0.1, "*": 0.5})], "later one holds"),
+        (
+            [Phase("head", epochs=1, lr_scale={"backbone": 0.1}), Phase("*")],
+            r"Phase 'head' trains nothing that its lr_scale names \(backbone\): train it, too",
+        ),
+        (gradual_unfreezing("backbon"), r'gradual_unfreezing\(layers="backbon"\) .* Did you mean "backbone"'),
+        (chain_thaw(["bckbone", "head"]), r'chain_thaw\(layers="bckbone"\) .* Did you mean "backbone"'),
     ],
 )
 def test_names_at_fit_start(phases: list[Phase], match: str) -> None:
     refused(ValueError, match, FreezeSchedule(phases))
+
+
+def test_scales_for_all_layers_may_be_given_to_a_phase_that_trains_some() -> None:
+    scales = {"backbone": 0.1, "head": 0.5}
+    FreezeSchedule([Phase("head", epochs=1, lr_scale=scales), Phase("*", lr_scale=scales)]).preview(Net(), 2)
 
 
 def test_two_schedules() -> None:

@@ -196,6 +196,24 @@ def test_one_warning_with_the_line_for_the_other_choice(caplog: pytest.LogCaptur
     assert said(caplog, Net(), [Phase("head", epochs=1), Phase("*")], kind=kind) == []
 
 
+def test_what_the_user_left_out_is_said_with_the_line_that_leaves_it_out(caplog: pytest.LogCaptureFixture) -> None:
+    """A loss network or an EMA copy that requires grad and that no optimizer was given: a filter would have kept it."""
+
+    def left_out() -> Net:
+        net = Net()
+        net.perceptual = nn.Linear(3, 2)
+        net.make_optimizer = lambda _: sgd([p for name, p in net.named_parameters() if "perceptual" not in name])
+        return net
+
+    (message,) = said(caplog, left_out(), [Phase("head", epochs=1), Phase("*")])
+    assert "2 parameters that the optimizer was not given" in message
+    phase = written_in(message, "take them away: ")
+    net = left_out()
+    before = snapshot(net)
+    assert said(caplog, net, [Phase("head", epochs=1), phase]) == []
+    assert not any("perceptual" in name for name in moved(before, snapshot(net)))
+
+
 def written_in(message: str, after: str) -> Phase:
     """The phase that a warning tells the user to write."""
     line = re.fullmatch(r"Phase\((.*)\)\.", message.partition(after)[2])

@@ -419,7 +419,7 @@ def half_precision() -> dict[str, Any]:
 class TwoByHand(Even):
     """Two optimizers in manual optimization, of which the schedule lets one rest."""
 
-    def __init__(self, make: Any = sgd, *, clips: bool = False) -> None:
+    def __init__(self, make: Any = sgd, *, clips: str | None = None) -> None:
         super().__init__(optimizer=make)
         self.automatic_optimization, self.clips = False, clips
 
@@ -434,7 +434,7 @@ class TwoByHand(Even):
         self.manual_backward(super().training_step(batch, batch_idx))
         for optimizer in optimizers:
             if self.clips:
-                self.clip_gradients(optimizer, 0.5, "norm")
+                self.clip_gradients(optimizer, 0.5, self.clips)
             optimizer.step()
 
 
@@ -444,16 +444,19 @@ def fused(params: Any) -> Optimizer:
 
 @pytest.mark.parametrize("rests", ["head", "backbone"])
 @pytest.mark.parametrize(
-    ("make", "clips"), [(sgd, False), (adamw, True), (fused, False)], ids=["sgd", "adamw, clipped", "fused"]
+    ("make", "clips", "scales"),
+    [(sgd, None, True), (adamw, "norm", True), (fused, None, True), (sgd, "value", True), (adamw, "value", False)],
 )
-def test_an_optimizer_at_rest_under_a_gradient_scaler(make: Any, clips: bool, rests: str) -> None:
-    """It runs as in full precision, what rests stays to the bit, and it goes on afterwards."""
+def test_an_optimizer_at_rest_is_scaled_clipped_and_stepped(
+    make: Any, clips: str | None, scales: bool, rests: str
+) -> None:
+    """GradScaler and clip_grad_value_ refuse one without any gradient. It stays to the bit, and goes on afterwards."""
     others = "backbone" if rests == "head" else ["neck", "head"]
     schedule = FreezeSchedule([Phase("*", epochs=1), Phase(others, epochs=1), Phase("*")], verbose=False)
     starts: dict[int, dict[str, Tensor]] = {}
     probe = Probe(lambda _, module: starts.setdefault(schedule.phase_index, snapshot(module)))
     net = TwoByHand(make, clips=clips)
-    trainer(callbacks=[schedule, probe], max_epochs=3, **half_precision()).fit(net, loader())
+    trainer(callbacks=[schedule, probe], max_epochs=3, **(half_precision() if scales else {})).fit(net, loader())
     assert [begin[0] for begin in schedule.history] == [0, 1, 2]
     names = {name for name, _ in net.named_parameters()}
     rested = {name for name in names if name.startswith("backbone.") == (rests == "backbone")}

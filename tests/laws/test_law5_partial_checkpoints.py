@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,40 @@ def test_whole_checkpoints_keep_nothing_twice(tmp_path: Path) -> None:
 
     run.fit(Saves(), loader())
     assert torch.load(tmp_path / "during.ckpt")["callbacks"]["FreezeSchedule"]["trained"] == {}
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["after the fit", "on an exception"])
+def test_what_came_frozen_is_in_a_file_written_after_the_fit(tmp_path: Path, breaks: bool) -> None:
+    """By then its flags are as they came, so the module leaves it out."""
+
+    class CameFrozen(Small):
+        stops_at = 0
+
+        def __init__(self) -> None:
+            super().__init__(sgd)
+            self.backbone.requires_grad_(False)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.trainer.global_step == self.stops_at:
+                raise RuntimeError("power cut")
+
+    def run(stops_at: int = 0, epochs: int = 4, path: Path | None = None) -> CameFrozen:
+        torch.manual_seed(0)
+        net = CameFrozen()
+        net.stops_at = stops_at
+        phases = [Phase("head", epochs=1), Phase("backbone", epochs=1), Phase("*")]
+        saver = ModelCheckpoint(tmp_path, filename="last", save_on_exception=True, every_n_epochs=9)
+        callbacks = [FreezeSchedule(phases, verbose=False), saver]
+        fit = trainer(tmp_path, callbacks=callbacks, max_epochs=epochs, enable_checkpointing=True)
+        with pytest.raises(RuntimeError, match="power cut") if stops_at else contextlib.nullcontext():
+            fit.fit(net, loader(stateful=True), ckpt_path=path, weights_only=True)
+        if epochs < 4:
+            fit.save_checkpoint(tmp_path / "last.ckpt")
+        return net
+
+    run(stops_at=14) if breaks else run(epochs=2)
+    assert "backbone.0.weight" not in torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert moved(snapshot(run()), snapshot(run(path=tmp_path / "last.ckpt"))) == set()
 
 
 # Version 0.1.0

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -121,6 +123,27 @@ def test_each_scheduler_drives_its_phase_and_the_users_rests(name: str) -> None:
     other = sgd([torch.zeros(1)])
     lrs.ExponentialLR(other, 0.99)
     assert {**group, "params": 0} == {**other.param_groups[0], "params": 0, "lr": plain[-1]}
+
+
+@pytest.mark.parametrize(
+    ("own", "as_a_function"),
+    [
+        (lrs.CosineAnnealingLR, lambda optimizer: lrs.CosineAnnealingLR(optimizer, 7)),
+        (lrs.LinearLR, lambda optimizer: lrs.LinearLR(optimizer, total_iters=7)),
+        (partial(lrs.OneCycleLR, max_lr=0.1), lambda optimizer: lrs.OneCycleLR(optimizer, 0.1, 7)),
+        (partial(lrs.OneCycleLR, max_lr=0.1, total_steps=9), lambda optimizer: lrs.OneCycleLR(optimizer, 0.1, 9)),
+        (partial(lrs.ExponentialLR, gamma=0.5), lambda optimizer: lrs.ExponentialLR(optimizer, 0.5)),
+    ],
+)
+def test_a_class_is_told_the_steps_by_name(own: Any, as_a_function: Any) -> None:
+    rates, _ = seen(Net(sgd), [Phase("*", steps=7, lr_scheduler=own), Phase("*")])
+    assert rates[:7] == alone(as_a_function, 7)
+
+
+def test_a_class_that_does_not_take_steps_is_not_given_them() -> None:
+    """As a second argument they would be ExponentialLR's gamma: each rate as many times the one before."""
+    with pytest.raises(MisconfigurationException, match=r"cannot be made: .* missing .* 'gamma'"):
+        seen(Net(sgd), [Phase("*", lr_scheduler=lrs.ExponentialLR)])
 
 
 def test_a_scheduler_leaves_nothing_behind() -> None:

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
+from torchmetrics.wrappers import BootStrapper
 
 import lightning_freeze
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, MetricLogger, NormLogger, Phase, TargetNetwork
@@ -61,7 +62,8 @@ class Manual(Observed):
 
 
 def observers() -> list[Callback]:
-    metrics = {"acc": tm.MulticlassAccuracy(3), "auroc": tm.MulticlassAUROC(3)}
+    draws = BootStrapper(tm.MulticlassAccuracy(3), num_bootstraps=2)  # random numbers
+    metrics = {"acc": tm.MulticlassAccuracy(3), "auroc": tm.MulticlassAUROC(3), "draws": draws}
     return [NormLogger(every_n_steps=1, per="parameter"), NormLogger(every_n_steps=2), MetricLogger(metrics)]
 
 

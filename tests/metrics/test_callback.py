@@ -83,6 +83,7 @@ METRICS = {
         ["multiclassaccuracy_a", "multiclassaccuracy_b", "multiclassaccuracy_c"],
     ),
     "composition": (lambda: {"sum": acc() + acc()}, ["sum"]),
+    "running": (lambda: Running(acc(), window=2), ["Running"]),
 }
 
 

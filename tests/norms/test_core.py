@@ -167,7 +167,7 @@ class TestMetricPlaces:
 
     names = st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join), unique=True)
 
-    @settings(max_examples=50)
+    @settings(max_examples=50, deadline=None)
     @given(names, st.randoms(use_true_random=False))
     def test_places_partition_parameters_and_add_up_to_the_total(self, names: list[str], random: Any) -> None:
         modules = metric_places(names, "module")

@@ -338,6 +338,15 @@ def test_plateau_counts_each_validation_once(options: dict[str, Any]) -> None:
     assert schedule.history == [(0, 0, 0), expected]
 
 
+@pytest.mark.parametrize("first", [{"until": Plateau("val_loss", patience=1, min_delta=100.0)}, {"steps": 14}], ids=str)
+def test_validation_before_a_phase_is_no_look_of_it(first: dict[str, Any]) -> None:
+    """It begins in mid-epoch, after a validation; the epoch's end then finds the old value among the metrics."""
+    phases = [Phase("*", **first), Phase("head", until=Plateau("val_loss", patience=1, min_delta=100.0)), Phase("*")]
+    schedule = FreezeSchedule(phases, verbose=False)
+    trainer(callbacks=[schedule], max_epochs=5, val_check_interval=5).fit(Net(), loader(30), loader())
+    assert schedule.history[-1] == (3, 29, 2)  # the second validation that runs in it
+
+
 @pytest.mark.parametrize("where", ["step", "epoch end", "on_train_epoch_end", "callback"])
 def test_plateau_counts_a_training_metric_once_an_epoch(where: str) -> None:
     class Logging(Net):
@@ -407,6 +416,13 @@ def test_phase_and_scaled_rates_are_logged_at_the_step_of_a_change(tmp_path: Pat
     rows = [line.split(",") for line in lines[1:]]
     logged = [(int(row[steps]), float(row[column])) for row in rows if row[column]]
     assert logged == [(0, 0.0), (6, 1.0), (9, 2.0), (12, 2.0)]
+
+
+def test_scaled_rates_are_not_logged_where_no_step_is(tmp_path: Path) -> None:
+    phases = [Phase("*", lr_scale={"backbone": 0.1})]
+    run = trainer(callbacks=[FreezeSchedule(phases)], max_epochs=1, logger=CSVLogger(tmp_path), log_every_n_steps=0)
+    run.fit(Net(), loader())
+    assert "freeze/lr" not in (Path(str(run.log_dir)) / "metrics.csv").read_text()
 
 
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "WeightAveraging"])

@@ -255,6 +255,11 @@ class Two(nn.Module):
         (parts(body=nn.Sequential(conv_block(1), conv_block(2)), head=nn.Linear(4, 1)), ["body.0", "body.1"]),
         (Attributes(), ["block1", "block2", "block3"]),
         (Two(), ["conv1", "conv2", "fc"]),
+        (parts(embed=nn.Embedding(5, 4), lstm=nn.LSTM(4, 4, 2), head=nn.Linear(4, 2)), ["embed", "lstm", "head"]),
+        (
+            parts(encoder=nn.Embedding(5, 4), rnns=nn.ModuleList([nn.LSTM(4, 6), nn.LSTM(6, 6), nn.LSTM(6, 4)])),
+            ["encoder", *numbered("rnns.", 3)],
+        ),
         (nn.Sequential(nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 1)), ["0", "2"]),
         (Net(), ["backbone.0", "backbone.4", "neck", "head"]),
         (
@@ -315,6 +320,7 @@ def test_lr_decay_is_that_of_beit_with_embeddings_named() -> None:
     scales = layerwise_lr_decay(["embed", "block.0", "block.1", "block.2"], decay)
     assert [*scales.values(), 1.0] == pytest.approx(beit)
     assert layerwise_lr_decay(["a", "b"], 0.5, head=4.0) == {"*": 4.0, "a": 1.0, "b": 2.0}
+    assert layerwise_lr_decay([["a", "b"], "c"], 0.5) == {"a": 0.25, "b": 0.25, "c": 0.5}
 
 
 def test_lr_decay_scales_the_rates_of_a_phase() -> None:
@@ -331,3 +337,10 @@ def test_lr_decay_scales_the_rates_of_a_phase() -> None:
 def test_lr_decay_refuses_what_is_no_factor(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="a factor is above 0 and finite"):
         layerwise_lr_decay(["a"], **options)
+
+
+def test_lr_decay_refuses_the_name_of_one_module() -> None:
+    with pytest.raises(TypeError, match=r"layers='blocks': give names, .*, or layers_of\(model, 'blocks'\)"):
+        layerwise_lr_decay("blocks", 0.5)
+    with pytest.raises(TypeError, match=r"layerwise_lr_decay\(decay='0.5'\): a factor is a number"):
+        layerwise_lr_decay(["a"], "0.5")  # type: ignore[arg-type]

@@ -179,5 +179,10 @@ def test_lr_scale_as_number_or_mapping() -> None:
     assert Phase("*", lr_scale={"head": 2}).scales == {"head": 2}
 
 
-def test_describe_shows_a_function_by_its_name() -> None:
+def test_describe_and_repr_show_a_function_by_its_name() -> None:
     assert describe([Phase(lambda n, p: True)])[0]["train"].endswith("<lambda>")
+    assert repr(Phase("*", until=is_over)) == "Phase(train='*', until=is_over)"
+
+
+def is_over(trainer: Any, pl_module: Any) -> bool:
+    return True

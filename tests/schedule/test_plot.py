@@ -297,20 +297,29 @@ def test_labels_of_the_legend_are_rates_that_there_are() -> None:
     assert [text.get_text() for text in picture("LISA").axes[0].get_legend().get_texts()] == ["trains", "frozen"]
 
 
-def test_the_curve_below_shows_a_ramp_and_the_rate_of_the_optimizer() -> None:
+def test_the_curve_below_shows_a_ramp_of_the_optimizers_rate() -> None:
     net = Net()
     figure = FreezeSchedule([Phase("head", epochs=1), Phase("*", lr_scale={"backbone": Ramp(0.1, epochs=2)})]).plot(
         net, 5
     )
     _, rates = figure.axes
     points = [tuple(point) for line in rates.collections for path in line.get_paths() for point in path.vertices]
-    assert {(1.0, 0.1), (3.0, 1.0), (5.0, 1.0)} <= {(round(x, 6), round(y, 6)) for x, y in points}
+    assert {(1.0, 0.001), (3.0, 0.01), (5.0, 0.01)} <= {(round(x, 6), round(y, 6)) for x, y in points}
     middle = min(points, key=lambda point: abs(point[0] - 2.0))
-    assert middle[1] == pytest.approx(0.55, abs=0.01)
-    (beside,) = rates.child_axes
-    assert beside.get_ylabel() == "at lr=0.01\nof AdamW"
-    figure.draw_without_rendering()
-    assert beside.get_ylim() == pytest.approx([value / 100 for value in rates.get_ylim()])
+    assert middle[1] == pytest.approx(0.0055, abs=0.0001)
+    assert rates.get_ylabel() == "learning rate"
+    figure = FreezeSchedule([Phase("*", lr_scale=Ramp(0.1))]).plot(net.backbone, 5)
+    assert figure.axes[1].get_ylabel() == "factor on the\nlearning rate"  # no optimizer says on which
+
+
+def test_the_curve_below_shows_what_schedulers_do() -> None:
+    def halves(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+    figure = FreezeSchedule([Phase("*")]).plot(Net(scheduler=halves), 3)
+    points = [path.vertices for line in figure.axes[1].collections for path in line.get_paths()]
+    seen = {(float(x), float(y)) for vertices in points for x, y in vertices}
+    assert seen == {(0.0, 0.01), (1.0, 0.01), (1.0, 0.005), (2.0, 0.005), (2.0, 0.0025), (3.0, 0.0025)}
 
 
 def test_a_picture_shows_in_a_notebook_without_pyplot() -> None:
