@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,71 +12,19 @@ from torch.optim import Optimizer
 
 from lightning_freeze._lightning import SHARDED, MisconfigurationException, Trainer, optimizers_of
 from lightning_freeze.freezing.fsdp import CheckpointsByName
-from lightning_freeze.freezing.ledger import Hold, Ledger
+from lightning_freeze.freezing.ledger import Ledger
 from lightning_freeze.freezing.optimizers import OptimizerState, PhasedOptimizer, members
 from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.functional import scalars, topmost
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.length import steps_at_most
-from lightning_freeze.schedule.meaning import (
-    FrozenMode,
-    asleep,
-    eval_modules,
-    phase_scales,
-    phase_trains,
-    quoted,
-    scale_owners,
-)
+from lightning_freeze.schedule.meaning import FrozenMode, Resolved, quoted, resolve_phases
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.preset import Preset, phases_for
-from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.schedule.schedulers import PhaseSchedulers
-from lightning_freeze.selectors import selector_text
 from lightning_freeze.words import listed
 
 _log = get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Resolved:
-    """What each phase means for one module."""
-
-    came_frozen: set[int]  # the identities of what was frozen when the fit began
-    held: set[int]  # those of what another callback keeps frozen in every phase
-    trains: list[dict[str, nn.Parameter]]  # for each phase, what trains, by name
-    scales: list[dict[int, float | Ramp]]  # for each phase, the learning rate scales, by identity
-    scaled: list[dict[str, nn.Parameter]]  # for each phase, the first that trains of each selector of its scales
-    holds: list[Hold]  # for each phase, what the schedule asks the ledger for
-
-
-def resolve_phases(
-    module: nn.Module,
-    phases: Sequence[Phase],
-    *,
-    came_frozen: set[int],
-    held: Mapping[int, str],
-    mode: FrozenMode,
-    left_alone: Collection[nn.Module] = (),
-) -> Resolved:
-    """Return what each phase means for a module, so that every error comes before the first batch.
-
-    ``held`` tells who keeps a parameter frozen in every phase; the modes of ``left_alone`` are other holders'.
-    """
-    sleeping = asleep(module, phases, came_frozen)
-    trains = [phase_trains(module, phase, sleeping, held) for phase in phases]
-    everything, holds, scaled = frozenset(map(id, module.parameters())), [], []
-    for phase, selected in zip(phases, trains, strict=True):
-        active = frozenset(map(id, selected.values()))
-        frozen = everything - active
-        stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
-        holds.append(Hold(frozen, tuple(stay), active))
-        owners = [(name, select) for name, select in scale_owners(module, phase).items() if name in selected]
-        if phase.scales and not owners:
-            named = listed(map(selector_text, phase.scales))
-            raise ValueError(f"Phase {phase.label!r} trains nothing that its lr_scale names ({named}): train it, too.")
-        scaled.append({selector_text(select): selected[name] for name, select in reversed(owners)})
-    scales = [phase_scales(module, phase) for phase in phases]
-    return Resolved(came_frozen, set(held), trains, scales, scaled, holds)
 
 
 @dataclass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 from lightning_freeze.freezing.batchnorm import frozen_running_statistics
 from lightning_freeze.freezing.eval_mode import wholly_frozen
+from lightning_freeze.freezing.ledger import Hold
 from lightning_freeze.functional import can_train, scalars, topmost
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.rates import Ramp
@@ -83,6 +85,47 @@ def eval_modules(module: nn.Module, trains: Collection[int], mode: FrozenMode) -
     if mode == "batchnorm":
         return frozen_running_statistics(module, trains)
     return wholly_frozen(module, trains) if mode == "eval" else []
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What each phase means for one module."""
+
+    came_frozen: set[int]  # the identities of what was frozen when the fit began
+    held: set[int]  # those of what another callback keeps frozen in every phase
+    trains: list[dict[str, nn.Parameter]]  # for each phase, what trains, by name
+    scales: list[dict[int, float | Ramp]]  # for each phase, the learning rate scales, by identity
+    scaled: list[dict[str, nn.Parameter]]  # for each phase, the first that trains of each selector of its scales
+    holds: list[Hold]  # for each phase, what the schedule asks the ledger for
+
+
+def resolve_phases(
+    module: nn.Module,
+    phases: Sequence[Phase],
+    *,
+    came_frozen: set[int],
+    held: Mapping[int, str],
+    mode: FrozenMode,
+    left_alone: Collection[nn.Module] = (),
+) -> Resolved:
+    """Return what each phase means for a module, so that every error comes before the first batch.
+
+    ``held`` tells who keeps a parameter frozen in every phase; the modes of ``left_alone`` are other holders'.
+    """
+    sleeping = asleep(module, phases, came_frozen)
+    trains = [phase_trains(module, phase, sleeping, held) for phase in phases]
+    everything, holds, scaled = frozenset(map(id, module.parameters())), [], []
+    for phase, selected in zip(phases, trains, strict=True):
+        active = frozenset(map(id, selected.values()))
+        stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
+        holds.append(Hold(everything - active, tuple(stay), active))
+        owners = [(name, select) for name, select in scale_owners(module, phase).items() if name in selected]
+        if phase.scales and not owners:
+            named = listed(map(selector_text, phase.scales))
+            raise ValueError(f"Phase {phase.label!r} trains nothing that its lr_scale names ({named}): train it, too.")
+        scaled.append({selector_text(select): selected[name] for name, select in reversed(owners)})
+    scales = [phase_scales(module, phase) for phase in phases]
+    return Resolved(came_frozen, set(held), trains, scales, scaled, holds)
 
 
 def what_came_frozen(

@@ -17,8 +17,8 @@ from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_runni
 from lightning_freeze.freezing.eval_mode import BY_HAND, interceptor
 from lightning_freeze.freezing.holder import Holder, ledger_of
 from lightning_freeze.functional import can_train
-from lightning_freeze.schedule.fit import resolve_phases
 from lightning_freeze.schedule.length import planned_length, steps_in_all, steps_per_epoch
+from lightning_freeze.schedule.meaning import resolve_phases
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.preset import phases_for
 from lightning_freeze.schedule.progress import Begin, End, planned, walk

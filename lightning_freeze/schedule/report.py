@@ -14,7 +14,7 @@ from lightning_freeze.schedule.fit import Fit
 from lightning_freeze.schedule.length import steps_per_epoch
 from lightning_freeze.schedule.looks import stoppers
 from lightning_freeze.schedule.meaning import what_came_frozen
-from lightning_freeze.schedule.phases import Phase, Plateau, describe
+from lightning_freeze.schedule.phases import Phase, describe
 from lightning_freeze.schedule.plan import running_statistics
 from lightning_freeze.schedule.preset import Preset
 from lightning_freeze.schedule.progress import Progress, numbered, walk
@@ -129,16 +129,13 @@ def _ends_too_early(trainer: Trainer, schedule: Callback, phases: Sequence[Phase
             # At the same look the schedule makes way for the next phase, if it comes first.
             first = callbacks.index(schedule) < callbacks.index(stopper)
             if stopper.patience < until.patience + (not first):
-                yield number, _stopped_before(until, stopper.patience)
-
-
-def _stopped_before(until: Plateau, patience: int) -> str:
-    return (
-        f"waits for a plateau of {until.monitor!r} with patience={until.patience}, at which "
-        f"EarlyStopping(patience={patience}) ends the fit: later phases never begin. Give EarlyStopping more patience, "
-        "list it after FreezeSchedule, which then has it count anew in each phase, or leave it out and end the last "
-        "phase by a Plateau."
-    )
+                yield (
+                    number,
+                    f"waits for a plateau of {until.monitor!r} with patience={until.patience}, at which "
+                    f"EarlyStopping(patience={stopper.patience}) ends the fit: later phases never begin. Give "
+                    "EarlyStopping more patience, list it after FreezeSchedule, which then has it count anew in each "
+                    "phase, or leave it out and end the last phase by a Plateau.",
+                )
 
 
 def _line(schedule: Sequence[Mapping[str, Any]]) -> str:

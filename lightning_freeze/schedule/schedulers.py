@@ -61,12 +61,7 @@ def _with_steps(make: Any, optimizer: Optimizer, steps: int, options: Mapping[st
 
 
 def is_scheduled(option: str) -> bool:
-    """Return whether an option of a parameter group is one that schedulers set, and not an optimizer's running sum.
-
-    Example:
-        >>> is_scheduled("initial_lr"), is_scheduled("betas"), is_scheduled("max_momentum"), is_scheduled("weight_sum")
-        (True, True, True, False)
-    """
+    """Return whether an option of a parameter group is one that schedulers set, and not an optimizer's running sum."""
     return is_rate(option) or option in ("betas", "weight_decay") or option.endswith("momentum")
 
 

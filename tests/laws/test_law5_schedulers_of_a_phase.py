@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.optim import lr_scheduler as lrs
 
 from lightning_freeze import FreezeSchedule, Phase, Plateau, Ramp
+from lightning_freeze.schedule.schedulers import is_scheduled
 from tests.laws.test_law3_schedulers import SCHEDULERS
 from tests.laws.test_law5_resume_is_exact import SETUPS, Duel, check_every_stop, sampled
 from tests.nets import Net, Probe, loader, sgd, trainer
@@ -289,3 +290,8 @@ def test_a_tensor_rate_is_rewritten_in_place() -> None:
     trainer(callbacks=[FreezeSchedule([*phases, Phase("*")]), Probe(note)], max_epochs=1).fit(net, loader())
     assert len({place for place, _ in rates}) == 1
     assert [rate for _, rate in rates] == pytest.approx([0.5, 0.6, 1.0, 0.5, 0.7, 0.8])
+
+
+def test_a_scheduler_sets_rates_and_momentums_and_no_running_sum_of_the_optimizer() -> None:
+    options = ("lr", "initial_lr", "betas", "max_momentum", "weight_decay", "weight_sum", "params")
+    assert [option for option in options if is_scheduled(option)] == list(options[:5])
