@@ -107,13 +107,13 @@ class Record(Callback):
         )
 
 
-def digits(size: int, batch_size: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
-    """Return loaders of 1,437 training and 360 validation digits, as three equal channels in -1 … 1."""
+def digits(size: int, batch_size: int, samples: int | None = None) -> tuple[DataLoader[Any], DataLoader[Any]]:
+    """Return loaders of 1,437 training and 360 validation digits, or of so many, as three equal channels in -1 … 1."""
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
     images = nn.functional.interpolate(images, size=(size, size), mode="bilinear").repeat(1, 3, 1, 1)
     train, val = train_test_split(range(len(labels)), test_size=360, random_state=0, stratify=labels)
-    labels = torch.tensor(labels)
+    train, val, labels = train[:samples], val[:samples], torch.tensor(labels)
     return (
         DataLoader(TensorDataset(images[train], labels[train]), batch_size, shuffle=True, drop_last=True),
         DataLoader(TensorDataset(images[val], labels[val]), 120),
@@ -168,6 +168,7 @@ def picture(record: Record, schedule: FreezeSchedule, model: Classifier) -> Figu
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--samples", type=int, help="train and validate on so many digits only")
     parser.add_argument("--size", type=int, default=64, help="height and width of the images in pixels")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -175,7 +176,7 @@ def main() -> None:
     args = parser.parse_args()
 
     seed_everything(args.seed, verbose=False)
-    train, val = digits(args.size, args.batch_size)
+    train, val = digits(args.size, args.batch_size, args.samples)
     model = Classifier()
     # In eval mode, because a frozen backbone with random drops gives other features each time.
     schedule = FreezeSchedule(PHASES, frozen_mode="eval")

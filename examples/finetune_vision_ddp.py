@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,6 @@ from finetune_vision import Classifier as SingleDeviceClassifier
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from rich.console import Console
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
 from torchmetrics.functional import accuracy
 
 from lightning_freeze import FeatureCache, FreezeSchedule
@@ -78,9 +76,7 @@ def main() -> None:
     # What torchrun says about itself; without it Lightning starts the second process.
     per_node, nodes = int(os.environ.get("LOCAL_WORLD_SIZE", 2)), int(os.environ.get("GROUP_WORLD_SIZE", 1))
     seed_everything(args.seed, verbose=False)
-    train, val = digits(args.size, args.batch_size // (per_node * nodes))
-    if args.samples is not None:
-        train, val = first(args.samples, train, shuffle=True, drop_last=True), first(args.samples, val)
+    train, val = digits(args.size, args.batch_size // (per_node * nodes), args.samples)
     model = Classifier()
     schedule = FreezeSchedule(PHASES, frozen_mode="eval")
     cache = FeatureCache("backbone")
@@ -105,11 +101,6 @@ def main() -> None:
         Console().print(report(record, schedule.phases))
         print(replicas.outcome(trainer.world_size))
     sys.exit(not all(replicas.identical.values()))
-
-
-def first(samples: int, loader: DataLoader[Any], **options: bool) -> DataLoader[Any]:
-    """Return a loader of the first samples only."""
-    return DataLoader(Subset(loader.dataset, range(min(samples, len(loader.dataset)))), loader.batch_size, **options)
 
 
 if __name__ == "__main__":

