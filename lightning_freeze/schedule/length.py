@@ -33,7 +33,7 @@ def planned_length(
     """
     ends = [phase.steps] if phase.steps is not None else []
     if phase.epochs is not None and epoch is not None:
-        ends.append((begin[0] + phase.epochs) * epoch - begin[1])
+        ends.append(phase.epochs * epoch - begin[1] % epoch)  # earlier epochs may have had another length
     if total is not None and (ends or phase.epochs is None):
         ends.append(total - begin[1])
     return Length(max(1, min(ends)) if ends else None, epoch)
