@@ -54,6 +54,7 @@ class Ledger:
         self.gradients = FrozenGradients(self._warn_of_switched)
         self.steps = Steps()
         self.steps.before.append(self.gradients.begin_step)
+        self.steps.after.append(self.gradients.end_step)
 
     @property
     def came_frozen(self) -> set[int]:

@@ -178,7 +178,8 @@ class FreezeSchedule(Holder):
     def state_dict(self) -> dict[str, Any]:
         """Return the progress, the schedule to recognise it by, and the state of what optimizers were not given."""
         optimizers = self._course.fit.state() if self._course is not None else self._optimizers
-        return {**self.progress.state_dict(self.phases if self.history else []), "optimizers": optimizers}
+        state = {**self.progress.state_dict(self.phases if self.history else []), "optimizers": optimizers}
+        return state | (self._loaded or {})  # what a checkpoint has brought and no hook has taken over yet
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the progress from a checkpoint at the next hook; one written before a fit has none."""
@@ -211,8 +212,7 @@ class FreezeSchedule(Holder):
             refuse_new_statistics(trainer, pl_module, type(self).__name__)
         super().on_fit_start(trainer, pl_module)
         is_fresh = self._loaded is not None or (trainer.current_epoch, trainer.global_step) == (0, 0)
-        before = None if is_fresh else self._progress
-        who, policy = self.state_key, self.optimizer_state
+        who, policy, before = self.state_key, self.optimizer_state, None if is_fresh else self._progress
         fit = begin_fit(self.phases, self.ledger, trainer, self.frozen_mode, policy, who)
         self.phases, self._optimizers = fit.phases, []
         self._course = Course(self.phases, fit, trainer, who, self.verbose, before)

@@ -19,6 +19,8 @@ def planned_length(
 
     ``epoch`` and ``total`` are the optimizer steps of an epoch and of the fit, None if unknown.
     """
+    if epoch and epoch == int(epoch):  # earlier epochs may have had another length
+        begin = int(begin[1] // epoch), begin[1]
     steps = [end - begin[1] for end, *_ in counted_ends(phase, begin, epoch) if end > begin[1]]
     if total is not None and (steps or phase.epochs is None):
         steps.append(total - begin[1])

@@ -145,6 +145,30 @@ def test_lbfgs() -> None:
     refused(ValueError, "LBFGS", FreezeSchedule([Phase("*")]), net=NoBatch(torch.optim.LBFGS))
 
 
+class FillsIn(torch.optim.SGD):
+    """As Muon as it was published, to step alike on all ranks: what has no gradient gets one of zeros."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None if closure is None else closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("first", ["head", "*"])
+def test_an_optimizer_that_gives_gradients_to_what_is_frozen(first: str) -> None:
+    """Weight decay and momentum would move it; found in the first step in which anything is frozen."""
+    net = Net(lambda params: FillsIn(params, lr=0.1, momentum=0.9, weight_decay=0.1))
+    schedule = FreezeSchedule([Phase(first, steps=2), Phase("head")], verbose=False)
+    run = trainer(callbacks=[schedule])
+    with pytest.raises(MisconfigurationException, match=r"FillsIn gives a gradient .* so moves 10 frozen"):
+        run.fit(net, loader())
+    assert run.global_step == (0 if first == "head" else 2)
+
+
 def test_adoption_by_several_optimizers_is_ambiguous() -> None:
     class Two(NoBatch):
         automatic_optimization = False

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim import lr_scheduler as lrs
@@ -17,8 +17,8 @@ from torch.optim import lr_scheduler as lrs
 from lightning_freeze import FreezeSchedule, Phase, Plateau, Ramp
 from lightning_freeze.schedule.schedulers import is_scheduled
 from tests.laws.test_law3_schedulers import SCHEDULERS
-from tests.laws.test_law5_resume_is_exact import SETUPS, Duel, check_every_stop, sampled
-from tests.nets import Net, Probe, loader, sgd, trainer
+from tests.laws.test_law5_resume_is_exact import SETUPS, Duel, SeededNet, check_every_stop, sampled
+from tests.nets import Net, Probe, adamw, loader, same, sgd, trainer
 from tests.phased import rates_in_steps
 
 STEPS = 6
@@ -63,6 +63,32 @@ def test_resume_in_mid_phase(tmp_path: Path, phases: str, setup: str) -> None:
 
     every = {"every_n_train_steps": 1, "save_on_train_epoch_end": False}
     assert check_every_stop(tmp_path, schedule, SETUPS[setup], every, max_epochs=3) >= 15
+
+
+def test_what_is_saved_before_the_schedule_has_taken_over_resumes_too(tmp_path: Path) -> None:
+    """A callback that comes before it saves in ``on_train_start`` of a resumed fit."""
+
+    class Saves(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.save_checkpoint(tmp_path / "again.ckpt")
+
+    def run(*callbacks: Callback, path: str | None = None) -> dict[str, Any]:
+        torch.manual_seed(0)
+        net = SeededNet(lambda _: adamw(net.head.parameters()))
+        phases = [
+            Phase("head", epochs=1),
+            Phase("*", epochs=2, lr_scheduler=one_cycle, lr_scale={"backbone": Ramp(0.1)}),
+            Phase("neck"),
+        ]
+        schedule = FreezeSchedule(phases, verbose=False)
+        fit = trainer(tmp_path, callbacks=[*callbacks, schedule], max_epochs=4, enable_checkpointing=path is None)
+        fit.fit(net, loader(), ckpt_path=tmp_path / path if path else None)
+        return net.state_dict()
+
+    every = ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
+    whole = run(every)
+    run(Saves(), path="epoch=1.ckpt")
+    assert same(run(path="again.ckpt"), whole)
 
 
 @pytest.mark.filterwarnings("ignore:Using ModelCheckpoint with manual optimization:UserWarning")

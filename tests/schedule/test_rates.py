@@ -43,3 +43,8 @@ def test_a_ramp_goes_one_way_from_its_start_to_its_end(start: float, end: float,
 )
 def test_a_phase_lasts_until_the_first_of_its_ends(phase: Phase, limits: Any, expected: int | None) -> None:
     assert planned_length(phase, (1, 13), **limits).phase == expected
+
+
+def test_earlier_epochs_of_another_length_do_not_count() -> None:
+    """It begins with the third epoch; the two before it had four steps each, and those from here on eight."""
+    assert planned_length(Phase("*", epochs=2), (2, 8), epoch=8).phase == 16
