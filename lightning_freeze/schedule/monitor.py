@@ -78,7 +78,9 @@ class Monitor:
 def missing_metric(until: Plateau, metrics: Metrics) -> str:
     """Return what to say of a metric that nothing has logged."""
     logged = sorted(name for name in map(str, metrics) if not name.startswith("freeze/"))
+    # With several dataloaders, and for each step and each epoch, Lightning puts something behind a name.
+    longer = [f" Did you mean {name!r}?" for name in logged if name.startswith(until.monitor)]
     return (
         f"ends by Plateau(monitor={until.monitor!r}), but no metric of that name was logged."
-        f"{suggestion(until.monitor, logged)} Logged are: {', '.join(logged) or 'none'}."
+        f"{next(iter(longer), suggestion(until.monitor, logged))} Logged are: {', '.join(logged) or 'none'}."
     )

@@ -109,3 +109,5 @@ def test_what_is_said_of_a_missing_metric() -> None:
         "are: val_loss."
     )
     assert missing_metric(Plateau("x"), {}).endswith("Logged are: none.")
+    several = dict.fromkeys(("train_loss", "val_loss/dataloader_idx_0", "val_loss/dataloader_idx_1"), tensor(1.0))
+    assert "Did you mean 'val_loss/dataloader_idx_0'?" in missing_metric(Plateau("val_loss"), several)
