@@ -25,6 +25,9 @@ from lightning_freeze.words import one_of, whole_number
 
 _log = get_logger(__name__)
 
+# Of torch and timm: copies that move without gradients, by design.
+_AVERAGES = ("type:AveragedModel", "type:ModelEmaV2", "type:ModelEmaV3")
+
 
 class GradientAudit(Callback):
     """Prove, while training, that frozen is frozen and trained is trained; report by name what is not.
@@ -40,7 +43,7 @@ class GradientAudit(Callback):
     audited; values, graphs and replicas also at that epoch's end. Training is the same to the bit; a batch that is not
     audited costs next to nothing, an audited one a hash of the frozen values and a look at every operation. After an
     error or Ctrl-C, only completed steps count. What moves by design is left alone, such as a :class:`TargetNetwork`'s
-    target.
+    target or torch's ``AveragedModel``.
 
     Args:
         on_violation: ``"warn"`` logs each finding once; ``"raise"`` raises at the audited point, on all processes.
@@ -99,7 +102,9 @@ class GradientAudit(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin a new report, and make the checks."""
         self.report = Report()
-        ignored = resolve(pl_module, self.ignore, given="GradientAudit(ignore={})") if self.ignore is not None else ()
+        ignored = resolve(pl_module, _AVERAGES, partial=True)
+        if self.ignore is not None:
+            ignored |= resolve(pl_module, self.ignore, given="GradientAudit(ignore={})")
         start = Moment(trainer, pl_module, frozenset(ignored))
         frozen, gradients = FrozenValues(), Gradients(self.first_n_steps)
         replicas = Replicas(frozen, late=start.parameters.keys() - start.requires_grad)

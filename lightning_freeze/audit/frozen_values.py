@@ -144,7 +144,10 @@ def _moved(name: str, layer: nn.Module, tensor: Tensor, since: int, step: int, s
 
 def _why_buffer(layer: nn.Module) -> tuple[str, str]:
     if not layer.training:
-        cause = "Its module is in eval mode now: something wrote to it, or put it in training mode for a while."
+        cause = (
+            "Its module is in eval mode now: something wrote to it, as the forward of a quantization observer does, "
+        )
+        cause += "or put it in training mode for a while."
         return cause, "Leave that out, or keep the layer with FreezeBatchNorm, which train() calls do not wake up."
     cause = "Its module is frozen but runs in training mode, where a forward moves running statistics and other "
     cause += "buffers, whatever requires_grad says."

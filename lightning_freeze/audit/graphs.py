@@ -70,7 +70,7 @@ def _roots(now: Moment) -> list[tuple[str, object]]:
 def _finding(place: str, ways: list[str], step: int) -> Finding:
     what = f"{place} holds {len(ways)} tensors" if len(ways) > 1 else f"{ways[0]} is a tensor"
     cause = f"After the step {what} with a graph behind it, so all that the graph needs stays in memory."
-    fix = "Keep loss.detach() instead, or drop the tensor at the end of the step."
+    fix = "Keep loss.detach() instead, give metrics preds.detach(), or drop the tensor at the end of the step."
     return Finding("graph_kept", max(ways, key=lambda way: (len(way), way)), cause, fix, step)  # the last of them
 
 

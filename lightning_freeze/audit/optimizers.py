@@ -22,8 +22,9 @@ class Membership(Check):
         optimizers, findings = optimizers_of(now.trainer), []
         for name, places in places_of(optimizers, now.trainable).items() if optimizers else ():
             if not places:
-                cause = "It requires grad, but configure_optimizers gave it to no optimizer, so it never moves."
-                fix = "Give it to an optimizer, or freeze it."
+                cause = "It requires grad, but configure_optimizers gave it to no optimizer, so no optimizer moves it."
+                fix = "Give it to an optimizer, or freeze it; name a copy that code of yours moves in "
+                fix += "GradientAudit(ignore=…)."
                 findings.append(Finding("in_no_optimizer", name, cause, fix, now.step))
             elif len(places) > 1:
                 cause, fix = f"It is in {' and in '.join(places)}, and each steps it.", "Leave it in one of them."

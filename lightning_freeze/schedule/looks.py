@@ -85,9 +85,11 @@ class Looks:
             if until is None or not self.trainer.strategy.reduce_boolean_decision(until.monitor not in metrics):
                 continue
             logged = sorted(name for name in map(str, metrics) if not name.startswith("freeze/"))
+            # With several dataloaders, and for each step and each epoch, Lightning puts something behind a name.
+            longer = [f" Did you mean {name!r}?" for name in logged if name.startswith(until.monitor)]
             missing = (
                 f"ends by Plateau(monitor={until.monitor!r}), but no metric of that name was logged."
-                f"{suggestion(until.monitor, logged)} Logged are: {', '.join(logged) or 'none'}."
+                f"{next(iter(longer), suggestion(until.monitor, logged))} Logged are: {', '.join(logged) or 'none'}."
             )
             if number == current:
                 raise MisconfigurationException(f"Phase {phases[number].label!r} {missing}")

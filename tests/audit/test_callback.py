@@ -24,7 +24,9 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Subset
 
@@ -340,6 +342,26 @@ def test_averaged_weights_are_no_alarm() -> None:
     schedule = FreezeSchedule([Phase("*", steps=3), Phase(["head", "neck"])])
     average = averaging("EMAWeightAveraging")(decay=0.5)
     assert found(fit(Net(optimizer=sgd), schedule, average, max_epochs=3)) == {}
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("kind", ["torch", "timm"])
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+def test_an_average_in_the_module_is_no_finding(kind: str, trainable: bool) -> None:
+    class Averages(Net):
+        def __init__(self) -> None:
+            super().__init__(optimizer=sgd)
+            made = AveragedModel(self.backbone) if kind == "torch" else ModelEmaV3(self.backbone, decay=0.9)
+            self.average = made.requires_grad_(trainable)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            (self.average.update_parameters if kind == "torch" else self.average.update)(self.backbone)
+
+        def configure_optimizers(self) -> Any:
+            return sgd([p for name, p in self.named_parameters() if not name.startswith("average")])
+
+    assert found(fit(Averages())) == {}
+    assert found(fit(Averages(), audit=GradientAudit(ignore="head"))) == {}
 
 
 # BackboneFinetuning's, of BatchNorm layers that it leaves trainable.

@@ -390,6 +390,16 @@ def test_without_validation_a_metric_that_nobody_logs_is_missed_after_an_epoch()
     assert run.global_step == 6
 
 
+def test_a_metric_of_several_dataloaders_is_suggested_by_its_longer_name() -> None:
+    class Several(Net):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    run = trainer(callbacks=[FreezeSchedule([Phase("head", until=Plateau("val_loss")), Phase("*")])])
+    with pytest.raises(MisconfigurationException, match="Did you mean 'val_loss/dataloader_idx_0'"):
+        run.fit(Several(log_train="train_loss"), loader(), [loader(), loader()])
+
+
 # EarlyStopping
 
 
