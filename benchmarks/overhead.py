@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +33,7 @@ from lightning_freeze.freezing.steps import Steps
 
 STEPS = 60  # in a fit
 WARM_UP = 10  # first steps of a fit that do not count
+GRADIENT = attrgetter("grad")
 
 
 class Many(LightningModule):
@@ -170,6 +172,27 @@ def scaled_and_trained() -> Callback:
     return FreezeSchedule([Phase("*", lr_scale={"backbone": 0.1})])
 
 
+class Floor(Callback):
+    """What no callback that sees steps and looks for stray gradients can go below: hooks with nothing else."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.steps, self.frozen = Steps(), list(pl_module.backbone.parameters())
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        pass
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        list(map(GRADIENT, self.frozen)).count(None)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        pass
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.steps.close()
+
+
 def back_and_forth(scale: float | None = None) -> Callback:
     head = Phase("head", epochs=1)
     everything = Phase("*", epochs=1, lr_scale={"backbone": scale} if scale else None)
@@ -206,6 +229,7 @@ def main() -> None:
         "FreezeSchedule, phases of steps": by_step,
         "FreezeSchedule, lr_scale": scaled,
         "FreezeSchedule, lr_scale, all train": scaled_and_trained,
+        "the floor: the same hooks, empty": Floor,
         "BackboneFinetuning": lambda: BackboneFinetuning(unfreeze_backbone_at_epoch=100),
     }
     for size in sizes:
