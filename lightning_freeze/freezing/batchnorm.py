@@ -6,7 +6,7 @@ and ``track_running_stats`` are left alone: they show in checkpoints, and changi
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -27,9 +27,9 @@ def learns_in_buffers(module: nn.Module) -> bool:
     return "running_mean" in names or (bool(names) and next(module.parameters(), None) is None)
 
 
-def affine_frozen_by_hand(module: nn.Module) -> dict[int, nn.Parameter]:
+def affine_frozen_by_hand(modules: Iterable[nn.Module]) -> dict[int, nn.Parameter]:
     """Return the affine parameters that :func:`freeze_batchnorm` froze, by identity."""
-    held = [layer for layer in module.modules() if (stay := interceptor(layer)) is not None and stay.affine is not None]
+    held = [layer for layer in modules if (stay := interceptor(layer)) is not None and stay.affine is not None]
     return {id(parameter): parameter for layer in held for parameter in affine_parameters(layer).values()}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -56,6 +57,11 @@ class Ledger:
         self.steps.before.append(self.gradients.begin_step)
         self.steps.after.append(self.gradients.end_step)
 
+    @cached_property
+    def modules(self) -> list[nn.Module]:
+        """All modules, as the fit found them."""
+        return list(self.module.modules())
+
     @property
     def came_frozen(self) -> set[int]:
         """The identities of what could train and did not require grad when the fit began."""
@@ -71,7 +77,7 @@ class Ledger:
 
     def held(self, *, without: str = "") -> dict[int, str]:
         """Return who keeps a parameter frozen, by its identity, ``without`` one holder."""
-        by_hand = {BY_HAND: Hold(frozenset(affine_frozen_by_hand(self.module)))}
+        by_hand = {BY_HAND: Hold(frozenset(affine_frozen_by_hand(self.modules)))}
         holds = {**self._holds, **by_hand}
         return {key: who for who, hold in holds.items() if who != without for key in hold.frozen}
 
@@ -129,7 +135,7 @@ class Ledger:
         self.gradients.drop()
         reshard(self.strategy, self.module)
         self._release_modes()
-        by_hand = affine_frozen_by_hand(self.module)
+        by_hand = affine_frozen_by_hand(self.modules)
         for parameter in self.parameters.values():
             if id(parameter) in self._touched and id(parameter) not in by_hand:
                 parameter.requires_grad = self._flags[id(parameter)]
@@ -137,8 +143,8 @@ class Ledger:
         self.gradients.watch([])
 
     def _release_modes(self, stay: Collection[nn.Module] = ()) -> None:
-        for child in self.module.modules():
-            if child not in stay:
+        for child in self.modules:
+            if "train" in vars(child) and child not in stay:  # most are not held
                 release(child, training=self.module.training)
 
     def _warn_of_switched(self, parameters: Iterable[nn.Parameter]) -> None:

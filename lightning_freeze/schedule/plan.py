@@ -148,7 +148,7 @@ class Plan:
         came_frozen = found if ledger is None else ledger.came_frozen
         holds = {one.state_key: one.holds(model) for one in callbacks if isinstance(one, Holder)}
         held = {key: who for who, hold in holds.items() for key in hold.frozen}
-        held |= dict.fromkeys(affine_frozen_by_hand(model), BY_HAND)
+        held |= dict.fromkeys(affine_frozen_by_hand(model.modules()), BY_HAND)
         steps = length.total if length.knows("step") else math.inf
         phases = schedule.progress.phases
         if borders is None:
