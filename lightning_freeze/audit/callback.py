@@ -94,13 +94,9 @@ class GradientAudit(Callback):
         self.ignore = ignore
         self.report = Report()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot be audited."""
-        if stage == "fit":
-            refuse_shards("GradientAudit", trainer.strategy)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a new report, and make the checks."""
+        """Refuse what cannot be audited, begin a new report, and make the checks."""
+        refuse_shards("GradientAudit", trainer.strategy)
         self.report = Report()
         ignored = resolve(pl_module, _AVERAGES, partial=True)
         if self.ignore is not None:

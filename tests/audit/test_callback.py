@@ -1063,7 +1063,7 @@ def test_strategy_that_shards_is_refused() -> None:
     run = trainer()
     run.strategy.__class__ = FSDPStrategy
     with pytest.raises(MisconfigurationException, match="does not work with FSDPStrategy"):
-        GradientAudit().setup(run, Net(), "fit")
+        GradientAudit().on_fit_start(run, Net())
 
 
 def test_no_hook_stays_behind_and_the_callback_pickles() -> None:
