@@ -67,23 +67,9 @@ if TYPE_CHECKING:
     from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.callbacks import (
-        BaseFinetuning,
-        EarlyStopping,
-        GradientAccumulationScheduler,
-        StochasticWeightAveraging,
-        WeightAveraging,
-    )
+    from lightning.pytorch.callbacks import *
     from lightning.pytorch.core.optimizer import _MockOptimizer
-    from lightning.pytorch.strategies import (
-        DDPStrategy,
-        DeepSpeedStrategy,
-        FSDPStrategy,
-        ModelParallelStrategy,
-        ParallelStrategy,
-        SingleDeviceStrategy,
-        Strategy,
-    )
+    from lightning.pytorch.strategies import *
     from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
     from lightning.pytorch.strategies.xla import XLAStrategy
     from lightning.pytorch.utilities.types import LRSchedulerConfig

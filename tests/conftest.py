@@ -12,6 +12,7 @@ from torch.optim import optimizer
 def _quiet_and_deterministic() -> Iterator[None]:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning_freeze").setLevel(logging.INFO)  # the main jobs are quiet
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)

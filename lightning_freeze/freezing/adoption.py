@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze.freezing.trial import saves_with_hooks
+from lightning_freeze.freezing.trial import saves_with_hooks, try_adoption
 from lightning_freeze.words import listed
 
 
@@ -16,24 +16,19 @@ class Adoption:
     """Keeps parameters at the end of an optimizer's first group, and out of its ``state_dict()``.
 
     Saving and loading see the optimizer as the user made it. The state of what is adopted is saved apart, by name, as
-    the optimizer's own ``state_dict()`` has it: :meth:`state`. ``made`` is the state that the constructor makes for a
-    parameter, where it makes one.
+    the optimizer's own ``state_dict()`` has it: :meth:`state`. ``sparse`` are the identities of those that get sparse
+    gradients.
 
     Raises:
-        ValueError: If the optimizer saves in a way of its own, without hooks, as wrappers do.
+        ValueError: If the optimizer does not take them, or saves in a way of its own, without hooks, as wrappers do.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        parameters: Mapping[str, nn.Parameter],
-        made: Mapping[nn.Parameter, Any] | None = None,
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], sparse: Iterable[int]) -> None:
         self.optimizer, self.parameters = optimizer, dict(parameters)
-        self._stash: dict[nn.Parameter, Any] | None = dict(made or {})  # their state while they are out
         self._handles: list[Any] = []
         if not self.parameters:
             return
+        self._stash: dict[nn.Parameter, Any] | None = try_adoption(optimizer, parameters, sparse)  # while they are out
         if not saves_with_hooks(optimizer):
             raise ValueError(
                 f"The schedule trains what {type(optimizer).__name__} was not given: {listed(parameters)}. It saves in "

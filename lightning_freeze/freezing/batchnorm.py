@@ -6,12 +6,12 @@ and ``track_running_stats`` are left alone: they show in checkpoints, and changi
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lightning_freeze.freezing.eval_mode import BY_HAND, StaysInEval, hold, interceptor, release, wholly_frozen
+from lightning_freeze.freezing.eval_mode import BY_HAND, StaysInEval, hold, interceptor, release
 from lightning_freeze.functional import set_trainable
 from lightning_freeze.selectors import Selector, select_layers
 
@@ -118,11 +118,6 @@ def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
         made_of = layer.get_submodule("parametrizations").named_parameters(prefix="parametrizations")
         affine.update(made_of)
     return affine
-
-
-def frozen_running_statistics(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
-    """Return the wholly frozen modules that would go on learning in training mode, see :func:`learns_in_buffers`."""
-    return [layer for layer in wholly_frozen(module, trains) if learns_in_buffers(layer)]
 
 
 def _freeze_affine(layer: nn.Module, stay: StaysInEval) -> bool:

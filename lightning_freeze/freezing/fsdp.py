@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_freeze import _distributed as dist
-from lightning_freeze._lightning import SHARDED, ModelParallelStrategy, Strategy
+from lightning_freeze._lightning import ModelParallelStrategy, Strategy
 from lightning_freeze.functional import can_train
 
 
@@ -34,8 +34,8 @@ class CheckpointsByName:
 
     It does so by the names of parameters, and when it loads, only for those that require grad; so for the time of a
     load, those require grad that have a state in the file. A single file is read with the ``weights_only`` that
-    Lightning was asked for. Two methods of a sharded strategy are covered until :meth:`release`; other strategies are
-    left alone. ``paused`` returns a context in which steps are nobody's: torch takes one to make the states it fills.
+    Lightning was asked for. Two methods of the strategy are covered until :meth:`release`. ``paused`` returns a context
+    in which steps are nobody's: torch takes one to make the states it fills.
     """
 
     def __init__(
@@ -44,17 +44,14 @@ class CheckpointsByName:
         parameters: Mapping[str, nn.Parameter],
         paused: Callable[[], AbstractContextManager[object]],
     ) -> None:
-        self._strategy: Any = strategy if isinstance(strategy, SHARDED) else None
-        self._parameters = parameters
-        self._paused = paused
-        if self._strategy is not None:
-            vars(self._strategy).update(optimizer_state=self._optimizer_state, load_checkpoint=self._load_checkpoint)
+        self._strategy: Any = strategy
+        self._parameters, self._paused = parameters, paused
+        vars(strategy).update(optimizer_state=self._optimizer_state, load_checkpoint=self._load_checkpoint)
 
     def release(self) -> None:
         """Uncover the strategy's own methods."""
-        if self._strategy is not None:
-            for name in ("optimizer_state", "load_checkpoint"):
-                self._strategy.__dict__.pop(name, None)
+        for name in ("optimizer_state", "load_checkpoint"):
+            vars(self._strategy).pop(name, None)
 
     def _optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         reshard(self._strategy, self._strategy.lightning_module)
@@ -66,12 +63,16 @@ class CheckpointsByName:
         flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         path = Path(self._strategy.broadcast(checkpoint_path))
         if path.is_dir():
-            saved, have_state = None, {match[1] for match in _entries(path, r"optimizer_\d+\.state\.(.+)\.\w+")}
+            saved, entries = None, dist.FileSystemReader(path).read_metadata().state_dict_metadata
+            found = (re.fullmatch(r"optimizer_\d+\.state\.(.+)\.\w+", entry) for entry in entries)
+            have_state = {match[1] for match in found if match}
         else:
             # Lightning 2.5 has no such option, and loads whatever is in the file.
             read = torch.load(path, mmap=True, map_location="cpu", **({"weights_only": False} | options))
             saved = read["optimizer_states"]
-            have_state = _names_with_state(saved, list(self._parameters))
+            names, keys = list(self._parameters), [key for state in saved for key in state["state"]]
+            # The file has names of parameters, or numbers in the module's order.
+            have_state = {names[key] if isinstance(key, int) else key for key in keys}
         try:
             for name, parameter in self._parameters.items():
                 parameter.requires_grad_(name in have_state and can_train(parameter))
@@ -91,7 +92,6 @@ class CheckpointsByName:
             and saved is not None
             and not all(state["state"] for state in saved)
         )
-
         if one_by_one:
             strategy.optimizers = []  # setting them wraps them anew, so only where it has to be
         try:
@@ -102,12 +102,6 @@ class CheckpointsByName:
         for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True) if one_by_one else ():
             _load_state(strategy, optimizer, state)
         return checkpoint
-
-
-def _names_with_state(saved: Iterable[dict[str, Any]], names: Sequence[str]) -> set[str]:
-    """Return the parameters that have optimizer state in a file; it names them, or numbers them as the module does."""
-    keys = [key for state in saved for key in state["state"]]
-    return {names[key] if isinstance(key, int) else key for key in keys}
 
 
 def _load_state(strategy: ModelParallelStrategy, optimizer: Optimizer, state: dict[str, Any]) -> None:
@@ -123,9 +117,3 @@ def _load_state(strategy: ModelParallelStrategy, optimizer: Optimizer, state: di
     )
     named = dist.FullyShardedDataParallel.rekey_optim_state_dict(state, dist.OptimStateKeyType.PARAM_NAME, model)
     dist.set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)
-
-
-def _entries(path: Path, pattern: str) -> list[re.Match[str]]:
-    """Return the entries of a sharded checkpoint that match."""
-    keys = dist.FileSystemReader(path).read_metadata().state_dict_metadata
-    return [match for key in keys if (match := re.fullmatch(pattern, key))]

@@ -16,7 +16,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_freeze._distributed import ZeroRedundancyOptimizer
 from lightning_freeze.freezing.adoption import Adoption
 from lightning_freeze.freezing.step_view import Scale, StepView, factor_at
-from lightning_freeze.freezing.trial import try_adoption, try_scales
+from lightning_freeze.freezing.trial import try_scales
 
 OptimizerState = Literal["keep", "drop", "offload"]
 
@@ -59,8 +59,7 @@ class PhasedOptimizer:
         self.optimizer = optimizer
         self._policy = optimizer_state
         self._offloaded: dict[nn.Parameter, dict[str, torch.device]] = {}
-        made = try_adoption(optimizer, adopt, sparse) if adopt else None
-        self._adoption = Adoption(optimizer, adopt or {}, made)
+        self._adoption = Adoption(optimizer, adopt or {}, sparse)
         try:
             self.view = StepView(optimizer, scales)
             for index, phases in self.view.factors.items():

@@ -27,8 +27,8 @@ class Steps:
         self.begun: list[Optimizer] = []  # outermost first, and twice if its class calls super().step()
         self._on: list[Optimizer] = []
         self._paused = False
-        before = optimizer.register_step_pre_hook if optimizer else register_optimizer_step_pre_hook
-        after = optimizer.register_step_post_hook if optimizer else register_optimizer_step_post_hook
+        before = optimizer.register_step_pre_hook if optimizer is not None else register_optimizer_step_pre_hook
+        after = optimizer.register_step_post_hook if optimizer is not None else register_optimizer_step_post_hook
         self._handles = [before(self._begin), after(self._end)]
 
     @contextmanager

@@ -44,7 +44,8 @@ class Fit:
     def begin(self, trainer: Trainer) -> None:
         """Take the Trainer's optimizers under the schedule."""
         self.follow(trainer)
-        self.checkpoints = CheckpointsByName(trainer.strategy, self.ledger.parameters, self.ledger.steps.paused)
+        if isinstance(trainer.strategy, SHARDED):
+            self.checkpoints = CheckpointsByName(trainer.strategy, self.ledger.parameters, self.ledger.steps.paused)
         if not trainer.lightning_module.automatic_optimization:  # else Lightning counts every step
             self.ledger.steps.counted.append(self._count)
 

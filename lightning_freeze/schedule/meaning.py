@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from lightning_freeze.freezing.batchnorm import frozen_running_statistics
+from lightning_freeze.freezing.batchnorm import learns_in_buffers
 from lightning_freeze.freezing.eval_mode import wholly_frozen
 from lightning_freeze.freezing.ledger import Hold
 from lightning_freeze.functional import can_train, scalars, topmost
@@ -82,9 +82,8 @@ def scale_owners(module: nn.Module, phase: Phase) -> dict[str, Any]:
 
 def eval_modules(module: nn.Module, trains: Collection[int], mode: FrozenMode) -> list[nn.Module]:
     """Return the modules that run in eval mode while only ``trains`` trains, see :class:`FreezeSchedule`."""
-    if mode == "batchnorm":
-        return frozen_running_statistics(module, trains)
-    return wholly_frozen(module, trains) if mode == "eval" else []
+    frozen = wholly_frozen(module, trains) if mode != "train" else []
+    return [child for child in frozen if mode == "eval" or learns_in_buffers(child)]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from torch.nn.utils import parametrize
 from lightning_freeze import freeze_batchnorm, unfreeze, unfreeze_batchnorm
 from lightning_freeze.freezing.batchnorm import (
     affine_frozen_by_hand,
-    frozen_running_statistics,
     has_running_statistics,
 )
 from lightning_freeze.freezing.eval_mode import hold, is_held, release, wholly_frozen
+from lightning_freeze.schedule.meaning import eval_modules
 from tests.nets import moved, snapshot
 from tests.trees import subsets, trees
 
@@ -120,7 +120,6 @@ def test_wholly_frozen_modules_are_those_without_a_trainable_parameter(data: st.
     found = wholly_frozen(module, trains)
     assert set(found) == expected
     assert len(found) == len(expected)
-    assert frozen_running_statistics(module, trains) == [child for child in found if isinstance(child, nn.BatchNorm1d)]
 
 
 def test_module_that_learns_in_buffers_only_freezes_with_its_siblings() -> None:
@@ -128,8 +127,8 @@ def test_module_that_learns_in_buffers_only_freezes_with_its_siblings() -> None:
     net = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(2, 2), nn.Module()), "head": nn.Linear(2, 1)})
     net["encoder"][1].register_buffer("codes", torch.zeros(2, 2))
     head = {id(p) for p in net["head"].parameters()}
-    assert frozen_running_statistics(net, head) == [net["encoder"][1]]
-    assert frozen_running_statistics(net, set(map(id, net.parameters()))) == []
+    assert eval_modules(net, head, "batchnorm") == [net["encoder"][1]]
+    assert eval_modules(net, set(map(id, net.parameters())), "batchnorm") == []
 
 
 def test_layer_in_eval_mode_by_hand_is_in_eval_mode_again_after() -> None:

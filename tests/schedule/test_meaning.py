@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_freeze import Phase
-from lightning_freeze.freezing.batchnorm import wholly_frozen
+from lightning_freeze.freezing.eval_mode import wholly_frozen
 from lightning_freeze.schedule.meaning import eval_modules, phase_scales, phase_trains
 from tests.nets import Net
 from tests.trees import subsets, trees
