@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import Strategy
-from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand
+from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
 from lightning_freeze.freezing.ddp import follow_trainable_set
 from lightning_freeze.freezing.eval_mode import BY_HAND, hold, leave_as_after_fit, release
 from lightning_freeze.freezing.fsdp import reshard
@@ -61,6 +61,11 @@ class Ledger:
     def modules(self) -> list[nn.Module]:
         """All modules, as the fit found them."""
         return list(self.module.modules())
+
+    @cached_property
+    def batchnorm(self) -> list[nn.Module]:
+        """The layers with running statistics."""
+        return [layer for layer in self.modules if has_running_statistics(layer)]
 
     @property
     def came_frozen(self) -> set[int]:

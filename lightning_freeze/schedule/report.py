@@ -15,7 +15,6 @@ from lightning_freeze.schedule.length import steps_per_epoch
 from lightning_freeze.schedule.looks import stoppers
 from lightning_freeze.schedule.meaning import what_came_frozen
 from lightning_freeze.schedule.phases import Phase, describe
-from lightning_freeze.schedule.plan import running_statistics
 from lightning_freeze.schedule.preset import Preset
 from lightning_freeze.schedule.progress import Progress, numbered, walk
 from lightning_freeze.words import listed, percent
@@ -59,7 +58,7 @@ def phase_begins(phases: Sequence[Phase], progress: Progress, fit: Fit) -> None:
         f"{f', after {begin.why}' if begin.why else ''}: "
         f"trains {trainable:,} of {total:,} parameters ({percent(trainable, total)})"
     )
-    if layers := running_statistics(fit.ledger.module):
+    if layers := fit.ledger.batchnorm:
         line += f", {sum(map(is_held, layers))} of {len(layers)} BatchNorm frozen"
     _log.info("%s", line)
 
