@@ -187,7 +187,10 @@ def test_error_suggests_the_closest_pattern_and_lists_modules(select: Any, messa
         ),
         ([nn.ReLU()], "not a module (ReLU)."),
         (nn.BatchNorm2d, 'not the class BatchNorm2d. Give "type:BatchNorm2d" for its layers.'),
-        ([nn.Parameter(torch.ones(1))], 'not a tensor (Parameter). Give its dotted name, for example "backbone.layer4".'),
+        (
+            [nn.Parameter(torch.ones(1))],
+            'not a tensor (Parameter). Give its dotted name, for example "backbone.layer4".',
+        ),
     ],
     ids=str,
 )
