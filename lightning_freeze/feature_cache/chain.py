@@ -180,8 +180,7 @@ class FeatureChain:
         try:
             output = self._answer(link, place, run, *tree_flatten((args, kwargs)))
         except NotPerSample as reason:
-            link.memory.refused = str(reason)
-            self._say(f"{link.name}: such calls are not cached: {reason}.")
+            link.memory.refuse(reason)
             return self._run(run, real(args, read=True), real(kwargs, read=True))
         self._stages.now().all_seconds += time.perf_counter() - begin
         return output

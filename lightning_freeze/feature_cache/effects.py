@@ -21,12 +21,6 @@ class SideEffects:
         given: All tensors that the module is given.
         module: To see which tensors it keeps in attributes; None to leave that out.
         hashing: Hashes tensors that do not count what is written to them.
-
-    Example:
-        >>> x = torch.zeros(2)
-        >>> before = SideEffects([x], None, Hash())
-        >>> before.found(nn.functional.dropout(x))
-        'it draws random numbers'
     """
 
     def __init__(self, given: Sequence[Tensor], module: nn.Module | None, hashing: Hash) -> None:

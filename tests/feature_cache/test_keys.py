@@ -132,8 +132,6 @@ def test_settings_are_part_of_the_family(setting: str) -> None:
         ((torch.zeros(2, 3, device="meta"),), "without data"),
         ((torch.eye(3).to_sparse(),), "sparse"),
         ((np.zeros(3),), "ndarray"),
-        ((torch.zeros(2, 3), ["a", "b"]), "may be theirs"),
-        ((torch.zeros(2, 3), {"more": [None, (1, 2)]}), "may be theirs"),
     ],
 )
 def test_calls_without_samples_say_why(args: Any, says: str) -> None:
@@ -141,9 +139,16 @@ def test_calls_without_samples_say_why(args: Any, says: str) -> None:
         read(*args)
 
 
-@pytest.mark.parametrize("other", [["a"], [torch.zeros(2), "a"], (1, 2, 3), {"a": 1, "b": 2}, "ab"])
-def test_what_cannot_belong_to_one_sample_each_is_no_obstacle(other: Any) -> None:
-    assert len(read(torch.zeros(2, 3), other).samples) == 2
+@pytest.mark.parametrize(
+    ("other", "may_be_theirs"),
+    [(["a", "b"], True), ({"more": [None, (1, 2)]}, True), ({"a": 1, "b": 2}, True), (["a"], False), ("ab", False)],
+)
+def test_a_sample_is_known_by_its_place_only_where_plain_values_may_belong_to_one_each(
+    other: Any, may_be_theirs: bool
+) -> None:
+    x = torch.randn(2, 3)
+    assert (keys(x, other) == keys(x.flip(0), other)[::-1]) != may_be_theirs
+    assert keys(x, other) == keys(x.clone(), other)
 
 
 # Hashing on an accelerator
