@@ -30,10 +30,6 @@ class FolderRows:
     """Rows in a folder that one run uses at a time; what other runs have left there is checked before it serves.
 
     The run keeps a write transaction open, which SQLite grants to one process a file, also after a run was killed.
-
-    Raises:
-        ValueError: If the folder holds something else, or cannot be made or written to.
-        RuntimeError: If another run uses it.
     """
 
     remedy = "dtype=torch.float16, or removing features of other weights from the folder"

@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor, nn
 
 from lightning_freeze.feature_cache.hashing import Hash
-from lightning_freeze.feature_cache.interceptor import TreeSpec
+from lightning_freeze.feature_cache.interceptor import TreeSpec, tree_leaves
 
 #: What may stand in arguments and outputs beside tensors: equal values have equal text, in every run.
 _PLAIN = (bool, int, float, complex, str, bytes, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -43,12 +43,8 @@ def read_keys(
 ) -> Keys:
     """Return the keys of a call's samples; the first dimension of the first tensor is the batch.
 
-    Args:
-        leaves: Tensors and plain values among the arguments. A tensor of another length is shared by all samples.
-        spec: How they stand in ``(args, kwargs)``.
-        hashing: Hashes tensors.
-        state: What is called, as bytes.
-        chained: Returns the keys by which a tensor is known already, if it is.
+    A tensor of another length is shared by all samples. ``state`` says what is called; ``chained`` returns the keys by
+    which a tensor is known already, if it is.
 
     Raises:
         NotPerSample: If there is no batch, or no key can be made of an argument, or it requires grad.
@@ -73,8 +69,9 @@ def read_keys(
         columns.append(hashing.samples([tensors[i] for i in places], shared))
     elif shared:
         columns.append([b"".join(hashing.tensors(shared))] * size)
-    if len(leaves) - len(tensors) - len(known) >= size > 1:  # plain values that may be one for each sample
-        columns.append([place.to_bytes(4, "big") for place in range(size)])
+    args, kwargs = spec.unflatten(leaves) if len(tensors) + len(known) < len(leaves) else ((), {})
+    if any(sum(map(is_plain, tree_leaves(arg))) >= size > 1 for arg in (*args, *kwargs.values())):
+        columns.append([place.to_bytes(4, "big") for place in range(size)])  # plain values may be one for each sample
     pairs = zip(*columns, strict=True)
     samples = columns[0] if len(columns) == 1 else [xxhash.xxh3_128_digest(b"".join(pair)) for pair in pairs]
     is_rounded = any(on for _, on, _ in casts) or any(map(is_half, tensors.values()))
