@@ -40,7 +40,11 @@ class FolderRows:
         self._file = path / f"features-{rank}.sqlite"
         self._others: dict[Path, sqlite3.Connection] = {}
         try:
-            self._check_folder()
+            path.mkdir(parents=True, exist_ok=True)
+            if not all(file.name.startswith("features-") and ".sqlite" in file.name for file in path.iterdir()):
+                raise ValueError(
+                    f'storage="{path}" holds something that is no feature store. Name a folder of its own.'
+                )
             self._own = self._open()
         except (OSError, sqlite3.OperationalError) as error:
             if "locked" in str(error):
@@ -114,14 +118,6 @@ class FolderRows:
             with suppress(sqlite3.Error):
                 connection.commit()
             connection.close()
-
-    def _check_folder(self) -> None:
-        path = self.path
-        if path.exists() and not path.is_dir():
-            raise ValueError(f'storage="{path}" is a file. Name a folder.')
-        path.mkdir(parents=True, exist_ok=True)
-        if not all(file.name.startswith("features-") and ".sqlite" in file.name for file in path.iterdir()):
-            raise ValueError(f'storage="{path}" holds something that is no feature store. Name a folder of its own.')
 
     def _open(self) -> sqlite3.Connection:
         self._file.touch()

@@ -24,9 +24,9 @@ from lightning_freeze.feature_cache.keys import is_half, why_no_key
 
 _training, _code, _trains = attrgetter("training"), attrgetter("code"), attrgetter("requires_grad")
 
-# Where classes that are random in train mode keep the probability, by the names torch, torchvision and timm use.
-_PROBABILITIES = ("p", "drop_prob", "dropout")
-_RANDOM_NAMES = ("Dropout", "DropPath", "StochasticDepth", "DropBlock")
+# Where classes that are random in train mode keep how much, by the names torch, torchvision and timm use.
+_PROBABILITIES = ("p", "drop_prob", "dropout", "upper")
+_RANDOM_NAMES = ("Dropout", "DropPath", "StochasticDepth", "DropBlock", "RReLU")
 
 
 def why_not_reusable(name: str, module: nn.Module) -> str | None:
@@ -58,8 +58,6 @@ def _why_not_layer(name: str, layer: nn.Module) -> str | None:
             return f"{name} ({kind}) has no running statistics: its output depends on the batch"
         if layer.running_mean is not None and layer.training:
             return f"{name} ({kind}) is in train mode: its running statistics move"
-    if layer.training and isinstance(layer, nn.RReLU):
-        return f"{name} ({kind}) is in train mode: its output is random"
     is_random = isinstance(layer, nn.MultiheadAttention | nn.RNNBase) or any(part in kind for part in _RANDOM_NAMES)
     for attribute in _PROBABILITIES if layer.training and is_random else ():
         p = getattr(layer, attribute, None)

@@ -159,7 +159,7 @@ def test_a_folder_of_something_else_is_refused(inside: str, tmp_path: Path) -> N
     (tmp_path / inside).write_text("dear to somebody")
     with pytest.raises(ValueError, match="no feature store"):
         FolderRows(tmp_path)
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match="cannot be used: File exists"):
         FolderRows(tmp_path / inside)
     assert [path.name for path in tmp_path.iterdir()] == [inside]
 

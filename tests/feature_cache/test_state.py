@@ -29,7 +29,7 @@ def frozen(net: nn.Module, training: bool = False) -> nn.Module:
         (lambda: nn.LSTM(3, 4, 2, dropout=0.3), r"net \(LSTM, dropout=0.3\)"),
         (lambda: nn.InstanceNorm2d(3, track_running_stats=True), r"running statistics move"),
         (lambda: nn.TransformerEncoderLayer(6, 2, 4), r"net.self_attn \(MultiheadAttention, dropout=0.1\)"),
-        (lambda: nn.RReLU(), r"RReLU\) is in train mode"),
+        (lambda: nn.RReLU(), r"\(RReLU, upper="),
     ],
 )
 def test_real_networks_in_train_mode_say_which_layer_forbids_it(make: Any, in_train: str) -> None:
