@@ -143,6 +143,14 @@ def test_sizes_that_differ_in_one_sample_never_serve_each_other() -> None:
         assert watched.chain.stats().hits > 0
 
 
+def test_mixing_that_is_proven_in_one_size_says_nothing_of_another() -> None:
+    x = torch.randn(8, 6)
+    with Watched(KernelOfShort()) as watched:
+        assert [watched.runs(x[torch.randperm(8)]) for _ in range(3)] == [8, 8, 0]
+        for places in ([0, 1, 2, 3], [3, 0, 1, 2]):
+            watched.runs(x[places])
+
+
 def test_sizes_that_differ_in_an_earlier_link_never_serve_each_other() -> None:
     """The last link alone would give the same bits in both sizes."""
     links = {"one": KernelOfShort(), "two": nn.Linear(6 * WIDE, WIDE).requires_grad_(False)}
