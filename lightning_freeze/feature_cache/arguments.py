@@ -17,11 +17,7 @@ _DTYPES = ("float16", "bfloat16", "float32")
 
 
 def modules_by_name(model: nn.Module, names: str | list[str]) -> dict[str, nn.Module]:
-    """Return modules by name, the outermost one where ``torch.compile`` put one around another.
-
-    Raises:
-        ValueError: If a name is that of no module, of one that is never called, or of the same module as another.
-    """
+    """Return modules by name; raise if a name is that of no module, of one that is never called, or of one twice."""
     wanted = [names] if isinstance(names, str) else names
     found: dict[str, nn.Module] = {}
     for name in wanted:
@@ -45,12 +41,7 @@ def _called(name: str, module: nn.Module) -> dict[str, nn.Module]:
 
 
 def sequential_links(name: str, module: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules that run in an ``nn.Sequential`` one after the other, also in those inside it; else nothing.
-
-    Example:
-        >>> list(sequential_links("net", nn.Sequential(nn.ReLU(), nn.Sequential(nn.ReLU(), nn.ReLU()))))
-        ['net.0', 'net.1.0', 'net.1.1']
-    """
+    """Return the modules that run one after the other in an ``nn.Sequential`` and those inside it; else nothing."""
     links: dict[str, nn.Module] = {}
     for child_name, child in module.named_children() if _is_sequential(module) else ():
         below = f"{name}.{child_name}"
@@ -71,11 +62,9 @@ def check_module(module: Any) -> str | list[str]:
         raise TypeError(f'FeatureCache(module={module!r}): it is a dotted name such as "backbone", or a list of them.')
     if not module:
         raise ValueError('FeatureCache(module=[]) names nothing. Name a module, such as "backbone".')
-    for name in module:
-        if list(module).count(name) > 1:
-            raise ValueError(f'FeatureCache(module={module!r}): "{name}" is there twice. Name each once.')
-        if outer := [other for other in module if name.startswith(f"{other}.")]:
-            where = f'FeatureCache(module={module!r}): "{name}" is inside "{outer[0]}".'
+    for i, name in enumerate(module):
+        if outer := [other for other in (*module[:i], *module[i + 1 :]) if f"{name}.".startswith(f"{other}.")]:
+            where = f'FeatureCache(module={module!r}): "{name}" is "{outer[0]}" or inside it.'
             raise ValueError(f"{where} Name modules that run one after the other.")
     return list(module)
 

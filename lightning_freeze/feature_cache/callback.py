@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ from lightning_freeze.feature_cache.chain import FeatureChain
 from lightning_freeze.feature_cache.folder import FolderRows
 from lightning_freeze.feature_cache.hashing import DeviceHash, Hash
 from lightning_freeze.feature_cache.rows import MemoryRows, available_memory
-from lightning_freeze.feature_cache.stats import FeatureStats, Stages
+from lightning_freeze.feature_cache.stats import Counts, FeatureStats, Stages
 from lightning_freeze.logs import get_logger
 
-_log = get_logger(__name__)
+_say = partial(get_logger(__name__).info, "FeatureCache: %s")
 _ON_DEVICE = DeviceHash()  # what one fit has kept another finds by the same secrets
 
 
@@ -106,9 +107,8 @@ class FeatureCache(Callback):
         self.dtype = check_dtype(dtype)
         self._chain: FeatureChain | None = None
         self._rows: MemoryRows | FolderRows | None = None
-        self._stages = Stages()
+        self._stages = Stages(Counts)
         self._stats = FeatureStats()
-        self._logged = (0, 0)
         self._idle: str | None = None
 
     @property
@@ -172,11 +172,9 @@ class FeatureCache(Callback):
         if trainer.fit_loop.epoch_loop.batch_progress.current.completed:
             self._notice_idleness(trainer, self._chain)
         self._chain.end_epoch("train")
-        counts, stats, (hits, misses) = self._stages["train"], self.stats, self._logged
-        self._logged = counts.hits, counts.misses
-        done = {"hits": counts.hits - hits, "misses": counts.misses - misses}
-        so_far = {"bytes": stats.bytes, "seconds_saved": stats.seconds_saved}
-        log_values(trainer, {f"cache/{name}": float(value) for name, value in (done | so_far).items()})
+        (hits, misses), stats = self._stages["train"].last_epoch, self.stats
+        values = {"hits": hits, "misses": misses, "bytes": stats.bytes, "seconds_saved": stats.seconds_saved}
+        log_values(trainer, {f"cache/{name}": float(value) for name, value in values.items()})
 
     def teardown(self, *args: Any, **kwargs: Any) -> None:
         """Let the module run by itself."""
@@ -204,47 +202,33 @@ class FeatureCache(Callback):
         whole = next(iter(found.items())) if isinstance(self.module, str) and len(found) == 1 else None
         links = found if whole is None else sequential_links(*whole)
         for other in callbacks_of(trainer):
-            chain = other._chain if isinstance(other, FeatureCache) else None
-            twice = [
-                name for name, module in (found | links).items() if chain is not None and chain.answers_for(module)
-            ]
-            if isinstance(other, FeatureCache) and twice:
+            if not isinstance(other, FeatureCache) or (chain := other._chain) is None:
+                continue
+            for name in [name for name, module in (found | links).items() if chain.answers_for(module)]:
                 raise ValueError(
                     f"FeatureCache(module={other.module!r}) and FeatureCache(module={self.module!r}) would both "
-                    f"remember what {twice[0]} gives. Leave one of them out; one with a list of modules caches as many "
-                    "of them as are frozen."
+                    f"remember what {name} gives. Leave one of them out; one with a list of modules caches as many of "
+                    "them as are frozen."
                 )
         if self._rows is None:
             self._rows = MemoryRows(self.max_bytes or available_memory() // 2 // max(1, trainer.num_devices))
         elif isinstance(self._rows, FolderRows):
             self._rows.make_room(self.max_bytes, trainer.world_size)
         is_on_device = isinstance(self._rows, MemoryRows) and pl_module.device.type == "cuda"
+        hashing = _ON_DEVICE if is_on_device else Hash()
         self._stages.begin(lambda: str(trainer.state.stage.value) if trainer.state.stage is not None else "")
-        self._chain = FeatureChain(
-            whole,
-            links,
-            rows=self._rows,
-            hashing=_ON_DEVICE if is_on_device else Hash(),
-            dtype=self.dtype,
-            stages=self._stages,
-            say=_say,
-        )
-        self._chain.__enter__()
+        options: dict[str, Any] = {"hashing": hashing, "dtype": self.dtype, "stages": self._stages, "say": _say}
+        self._chain = FeatureChain(whole, links, rows=self._rows, **options).__enter__()
 
     def _notice_idleness(self, trainer: Trainer, chain: FeatureChain) -> None:
         if not chain.was_called and self._idle is None and chain.stats().covers:
             self._idle = f"it was never called in training epoch {trainer.current_epoch}"
-            sentence = (
+            _say(
                 f"{chain.name}: of no use, because {self._idle}: only calls of the module itself are answered, not of "
                 "its other methods, of modules in it, nor any in code that is compiled around it. Name the modules "
                 "that are called."
             )
-            _say(sentence)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return without_fit(self, _chain=None, _rows=None, _stages=Stages())
-
-
-def _say(sentence: str) -> None:
-    _log.info("FeatureCache: %s", sentence)
+        return without_fit(self, _chain=None, _rows=None, _stages=Stages(Counts))

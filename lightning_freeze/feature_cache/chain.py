@@ -30,7 +30,7 @@ from lightning_freeze.feature_cache.keys import Keys, NotPerSample, read_keys
 from lightning_freeze.feature_cache.later import Later, Link, real
 from lightning_freeze.feature_cache.memory import Call, Memory, Rows
 from lightning_freeze.feature_cache.state import State
-from lightning_freeze.feature_cache.stats import FeatureStats, Stages
+from lightning_freeze.feature_cache.stats import Counts, FeatureStats, Stages
 
 
 class FeatureChain:
@@ -39,24 +39,7 @@ class FeatureChain:
     Args:
         whole: The name and the module whose outputs are wanted; None for links alone.
         links: Modules that run one after the other, by name. If there is a whole, they are all that runs in it.
-        rows: Where rows are kept.
-        hashing: Hashes tensors; by default on the host.
-        dtype: Keep wider floating numbers in this dtype; outputs are rounded to it, whether remembered or not.
-        stages: What has been done so far.
         say: Takes each sentence about what is off and why, once.
-
-    Raises:
-        ValueError: When it is entered, if another chain answers for one of the modules.
-
-    Example:
-        >>> from lightning_freeze.feature_cache.arguments import sequential_links
-        >>> from lightning_freeze.feature_cache.rows import MemoryRows
-        >>> net = nn.Sequential(nn.Linear(2, 300), nn.ReLU()).requires_grad_(False)
-        >>> x = torch.randn(4, 2)
-        >>> with FeatureChain(("net", net), sequential_links("net", net), rows=MemoryRows(100_000)) as chain:
-        ...     outputs = [net(x) for _ in range(3)]
-        >>> torch.equal(outputs[0], outputs[2]), chain.stats().hits
-        (True, 4)
     """
 
     def __init__(
@@ -73,15 +56,15 @@ class FeatureChain:
         hashing = Hash() if hashing is None else hashing
         say = lru_cache(maxsize=None)(say)  # each sentence once
 
-        def link(name: str, module: nn.Module) -> Link:
+        def link(place: int, name: str, module: nn.Module) -> Link:
             memory = Memory(module, rows, hashing, dtype, lambda sentence: say(f"{name}: {sentence}"))
-            return Link(name, module, State(name, module, hashing), memory, hashing)
+            return Link(place, name, module, State(name, module, hashing), memory, hashing)
 
         self.was_called = self._is_busy = False
         self._depth = len(links)  # up to where they are remembered in this pass
-        self._rows, self._say, self._stages = rows, say, Stages() if stages is None else stages
-        self._whole = link(*whole) if whole is not None else None
-        self._links = [link(name, module) for name, module in links.items()]
+        self._rows, self._say, self._stages = rows, say, Stages(Counts) if stages is None else stages
+        self._whole = link(-1, *whole) if whole is not None else None
+        self._links = [link(place, *named) for place, named in enumerate(links.items())]
         self._interceptors: list[Interceptor] = []
         self._last = self._look()
 
@@ -162,28 +145,30 @@ class FeatureChain:
         return self._links if self._whole is None else [self._whole, *self._links]
 
     def _call(self, link: Link, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        begin = time.perf_counter()
-        place = self._links.index(link) if link is not self._whole else -1
+        def plain() -> Any:
+            real_args, real_kwargs = real((args, kwargs))
+            return run(*real_args, **real_kwargs)
+
+        begin, counts = time.perf_counter(), self._stages.now()
         self.was_called = self.was_called or not self._is_busy
-        is_off = self._stages.now().off is not None or (self._whole is not None and self._whole.memory.broken)
+        is_off = counts.off is not None or (self._whole is not None and self._whole.memory.broken)
         if self._is_busy or is_off or is_observed():
-            return run(*real(args, read=True), **real(kwargs, read=True))
-        if place <= 0:
+            return plain()
+        if link.place <= 0:
             self._depth = len(self._links)
-        if place > self._depth or (why := link.reason()) is not None:
-            if place <= self._depth:
-                self._announce(place, str(why))
-            output = run(*real(args, read=True), **real(kwargs, read=True))
+        if link.place > self._depth or (why := link.reason()) is not None:
+            if link.place <= self._depth:
+                self._announce(link.place, str(why))
+            output = plain()
             if link is self._whole:
                 self.settle()  # nobody but those who keep it holds what was between links now
             return output
         try:
-            output = self._answer(link, place, run, *tree_flatten((args, kwargs)))
+            output = self._answer(link, run, *tree_flatten((args, kwargs)))
         except NotPerSample as reason:
-            link.memory.refused = str(reason)
-            self._say(f"{link.name}: such calls are not cached: {reason}.")
-            return self._run(run, real(args, read=True), real(kwargs, read=True))
-        self._stages.now().all_seconds += time.perf_counter() - begin
+            link.memory.refuse(reason)
+            return self._run(plain)
+        counts.all_seconds += time.perf_counter() - begin
         return output
 
     def _announce(self, place: int, why: str) -> None:
@@ -194,9 +179,9 @@ class FeatureChain:
             self._say(f"{self.name}: off, because {why}.")
         self._depth = place if place >= 0 else self._depth
 
-    def _answer(self, link: Link, place: int, run: Run, leaves: list[Any], spec: TreeSpec) -> Any:
+    def _answer(self, link: Link, run: Run, leaves: list[Any], spec: TreeSpec) -> Any:
         for later in (leaf for leaf in leaves if type(leaf) is Later and leaf.link.follows is None):
-            later.link.follows = later.is_known and place > 0 and self._links[place - 1] is later.link
+            later.link.follows = later.is_known and link.place == later.link.place + 1
         leaves = [leaf.value() if type(leaf) is Later and not leaf.is_known else leaf for leaf in leaves]
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor) and type(leaf) is not Later]
         keys = read_keys(leaves, spec, hashing=link.hashing, state=link.state.key, chained=_keys_of)
@@ -204,10 +189,11 @@ class FeatureChain:
 
         def compute(size: int | None = None) -> Any:
             some = [_sized(leaf, size if i in keys.places else None) for i, leaf in enumerate(leaves)]
-            return self._run(run, *tree_unflatten(some, spec))
+            args, kwargs = tree_unflatten(some, spec)
+            return self._run(partial(run, *args, **kwargs))
 
-        is_last = place in (-1, len(self._links) - 1)
-        if is_last or link.follows is False or self._links[place + 1].reason() is not None:
+        is_last = link.place in (-1, len(self._links) - 1)
+        if is_last or link.follows is False or self._links[link.place + 1].reason() is not None:
             return link.memory.answer(Call(keys, compute, given, link.state.key, self._stages.now()))
         # Later on, what is written in inference mode is not looked for.
         seen = given if link.follows is None else [tensor for tensor in given if not tensor.is_inference()]
@@ -218,11 +204,11 @@ class FeatureChain:
         link.laters.append(weakref.ref(later))
         return later
 
-    def _run(self, run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run(self, run: Callable[[], Any]) -> Any:
         """Run a link, and whatever it calls."""
         before, self._is_busy = self._is_busy, True
         try:
-            return run(*args, **kwargs)
+            return run()
         finally:
             self._is_busy = before
 

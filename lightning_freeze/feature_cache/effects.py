@@ -15,19 +15,7 @@ from lightning_freeze.feature_cache.interceptor import OWN_ATTRIBUTES, tree_leav
 
 
 class SideEffects:
-    """Compares what there was before a run with what there is after it.
-
-    Args:
-        given: All tensors that the module is given.
-        module: To see which tensors it keeps in attributes; None to leave that out.
-        hashing: Hashes tensors that do not count what is written to them.
-
-    Example:
-        >>> x = torch.zeros(2)
-        >>> before = SideEffects([x], None, Hash())
-        >>> before.found(nn.functional.dropout(x))
-        'it draws random numbers'
-    """
+    """Compares what there was before a run with what there is after it, of a module also the tensors in attributes."""
 
     def __init__(self, given: Sequence[Tensor], module: nn.Module | None, hashing: Hash) -> None:
         self._given, self._module, self._hash = given, module, hashing

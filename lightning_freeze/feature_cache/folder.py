@@ -15,13 +15,11 @@ from torch import Tensor
 from lightning_freeze.feature_cache.rows import Entry
 from lightning_freeze.tensors import shared_bytes
 
-_APPLICATION = 0x4C465A46
 _PAGE = 4096
 _SETUP = f"""
 PRAGMA page_size = {_PAGE};
 PRAGMA journal_mode = TRUNCATE;
 PRAGMA synchronous = OFF;
-PRAGMA application_id = {_APPLICATION};
 CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, batch INTEGER, place INTEGER, row BLOB, checksum BLOB);
 """
 _FIND = "SELECT batch, place, row, checksum FROM rows WHERE key = ?"
@@ -32,14 +30,6 @@ class FolderRows:
     """Rows in a folder that one run uses at a time; what other runs have left there is checked before it serves.
 
     The run keeps a write transaction open, which SQLite grants to one process a file, also after a run was killed.
-
-    Args:
-        path: The folder; it is made if there is none.
-        rank: Of this process.
-
-    Raises:
-        ValueError: If the folder holds something else, or cannot be made or written to.
-        RuntimeError: If another run uses it.
     """
 
     remedy = "dtype=torch.float16, or removing features of other weights from the folder"
@@ -49,9 +39,12 @@ class FolderRows:
         self.error: str | None = None  # why nothing is written any more
         self._file = path / f"features-{rank}.sqlite"
         self._others: dict[Path, sqlite3.Connection] = {}
-        self._forgotten: set[bytes] = set()
         try:
-            self._check_folder()
+            path.mkdir(parents=True, exist_ok=True)
+            if not all(file.name.startswith("features-") and ".sqlite" in file.name for file in path.iterdir()):
+                raise ValueError(
+                    f'storage="{path}" holds something that is no feature store. Name a folder of its own.'
+                )
             self._own = self._open()
         except (OSError, sqlite3.OperationalError) as error:
             if "locked" in str(error):
@@ -109,12 +102,6 @@ class FolderRows:
         self.count += len(kept)
         return len(kept)
 
-    def forget(self, family: bytes) -> None:
-        """Forget the rows of one family; those in files of other ranks are passed over."""
-        self._forgotten.add(family)
-        with suppress(sqlite3.Error):
-            self._own.execute("DELETE FROM rows WHERE substr(key, 1, 16) = ?", (family,))
-
     def free(self, family: bytes) -> None:
         """Leave the rows of one family for later runs."""
 
@@ -132,22 +119,10 @@ class FolderRows:
                 connection.commit()
             connection.close()
 
-    def _check_folder(self) -> None:
-        path = self.path
-        if path.exists() and not path.is_dir():
-            raise ValueError(f'storage="{path}" is a file. Name a folder.')
-        path.mkdir(parents=True, exist_ok=True)
-        if not all(file.name.startswith("features-") and ".sqlite" in file.name for file in path.iterdir()):
-            raise ValueError(f'storage="{path}" holds something that is no feature store. Name a folder of its own.')
-
     def _open(self) -> sqlite3.Connection:
         self._file.touch()
         connection = _connect(self._file)
         try:
-            connection.execute("PRAGMA journal_mode = TRUNCATE")
-            owner = connection.execute("PRAGMA application_id").fetchone()[0]
-            if self._file.stat().st_size and owner != _APPLICATION:
-                raise ValueError(f"{self._file} is a database of something else. Name a folder of its own.")
             connection.executescript(_SETUP)
             connection.execute("BEGIN IMMEDIATE")
             self.count = connection.execute("SELECT COUNT(*) FROM rows").fetchone()[0]
@@ -167,8 +142,7 @@ class FolderRows:
         return self._open()
 
     def _entry(self, key: bytes, size: int, row_bytes: int) -> Entry | None:
-        others = () if key[:16] in self._forgotten else self._others.values()
-        for connection in (self._own, *others):
+        for connection in (self._own, *self._others.values()):
             try:
                 found = connection.execute(_FIND, (key,)).fetchall()
             except sqlite3.OperationalError:  # somebody is writing there right now

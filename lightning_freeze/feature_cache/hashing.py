@@ -21,13 +21,7 @@ _AT_ONCE = 1 << 22  # words that are multiplied at once: their products fit into
 
 
 class Hash:
-    """Hashes tensors on the host, with xxh3.
-
-    Example:
-        >>> first, second, third = Hash().samples([torch.tensor([0.0, -0.0, 0.0])], [])
-        >>> first == second, first == third
-        (False, True)
-    """
+    """Hashes tensors on the host, with xxh3."""
 
     def samples(self, columns: Sequence[Tensor], shared: Sequence[Tensor]) -> list[bytes]:
         """Return 16 bytes for each entry along the first dimension of ``columns``, in which ``shared`` counts, too."""
@@ -52,11 +46,6 @@ class DeviceHash(Hash):
 
     Rows are split into blocks of words of 32 bits; each block becomes four words, one a set of coefficients, and what
     has become of a row's blocks is hashed the same way. Two rows of one length collide by a chance of about 2⁻¹²⁸.
-
-    Example:
-        >>> first, second, third = DeviceHash().samples([torch.tensor([0.0, -0.0, 0.0])], [])
-        >>> first == second, first == third
-        (False, True)
     """
 
     def __init__(self) -> None:

@@ -61,20 +61,6 @@ class Interceptor:
 
     It is where ``module.compile()`` puts a compiled call. PyTorch leaves that out of copies and pickles, and what
     exports or compiles the module reads its ``forward``, which is as it was.
-
-    Args:
-        module: Any module.
-        call: Takes what would have run, ``args`` and ``kwargs``.
-
-    Raises:
-        ValueError: If the module's calls are intercepted already.
-
-    Example:
-        >>> net = nn.Linear(2, 1)
-        >>> interceptor = Interceptor(net, lambda run, args, kwargs: "an answer")
-        >>> net(torch.zeros(1, 2)), "forward" in vars(net)
-        ('an answer', False)
-        >>> interceptor.remove()
     """
 
     def __init__(self, module: nn.Module, call: Callable[[Run, tuple[Any, ...], dict[str, Any]], Any]) -> None:

@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor, nn
 
 from lightning_freeze.feature_cache.hashing import Hash
-from lightning_freeze.feature_cache.interceptor import TreeSpec
+from lightning_freeze.feature_cache.interceptor import TreeSpec, tree_leaves
 
 #: What may stand in arguments and outputs beside tensors: equal values have equal text, in every run.
 _PLAIN = (bool, int, float, complex, str, bytes, slice, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -43,22 +43,11 @@ def read_keys(
 ) -> Keys:
     """Return the keys of a call's samples; the first dimension of the first tensor is the batch.
 
-    Args:
-        leaves: Tensors and plain values among the arguments. A tensor of another length is shared by all samples.
-        spec: How they stand in ``(args, kwargs)``.
-        hashing: Hashes tensors.
-        state: What is called, as bytes.
-        chained: Returns the keys by which a tensor is known already, if it is.
+    A tensor of another length is shared by all samples. ``state`` says what is called; ``chained`` returns the keys by
+    which a tensor is known already, if it is.
 
     Raises:
         NotPerSample: If there is no batch, or no key can be made of an argument, or it requires grad.
-
-    Example:
-        >>> from lightning_freeze.feature_cache.interceptor import tree_flatten
-        >>> leaves, spec = tree_flatten(((torch.zeros(4, 7),), {"mask": torch.ones(4, 1), "scale": 2}))
-        >>> keys = read_keys(leaves, spec, hashing=Hash())
-        >>> len(keys.samples), sorted(keys.places)
-        (4, [0, 1])
     """
     known = {i: keys for i, leaf in enumerate(leaves) if (keys := chained(leaf)) is not None}
     size = 0
@@ -70,8 +59,6 @@ def read_keys(
     if size == 0:
         raise NotPerSample("it is called without a tensor that has a batch dimension")
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in known}
-    if len(tensors) + len(known) < len(leaves) and _has_plain_list(size, *spec.unflatten(leaves)):
-        raise NotPerSample(f"it is called with {size} samples and a list of {size} plain values, which may be theirs")
     places = [i for i, leaf in tensors.items() if leaf.dim() and leaf.shape[0] == size]
     shared = [leaf for i, leaf in tensors.items() if i not in places]
     texts = [known[i].family.hex() if i in known else _text(leaf, int(i in places)) for i, leaf in enumerate(leaves)]
@@ -82,6 +69,9 @@ def read_keys(
         columns.append(hashing.samples([tensors[i] for i in places], shared))
     elif shared:
         columns.append([b"".join(hashing.tensors(shared))] * size)
+    args, kwargs = spec.unflatten(leaves) if len(tensors) + len(known) < len(leaves) else ((), {})
+    if any(sum(map(is_plain, tree_leaves(arg))) >= size > 1 for arg in (*args, *kwargs.values())):
+        columns.append([place.to_bytes(4, "big") for place in range(size)])  # plain values may be one for each sample
     pairs = zip(*columns, strict=True)
     samples = columns[0] if len(columns) == 1 else [xxhash.xxh3_128_digest(b"".join(pair)) for pair in pairs]
     is_rounded = any(on for _, on, _ in casts) or any(map(is_half, tensors.values()))
@@ -101,12 +91,7 @@ def _kinds() -> list[str]:
 
 
 def why_no_key(tensor: Tensor) -> str | None:
-    """Return what a tensor is if its bytes are not all that it is, else None.
-
-    Example:
-        >>> why_no_key(torch.eye(2)), why_no_key(torch.eye(2).to_sparse())
-        (None, 'a tensor that is sparse, quantized or without data')
-    """
+    """Return what a tensor is if its bytes are not all that it is, else None."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return f"a {type(tensor).__name__}, which is more than its bytes"
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
@@ -132,17 +117,6 @@ def _check(leaf: Any) -> None:
             raise NotPerSample("its input requires grad")
     elif not is_plain(leaf):
         raise NotPerSample(f"it is called with a {type(leaf).__name__}, of which no key can be made")
-
-
-def _has_plain_list(size: int, *nests: Any) -> bool:
-    """Whether there is a list or tuple of so many plain values somewhere."""
-    for nest in nests:
-        inside = list(nest.values()) if isinstance(nest, dict) else nest
-        if not isinstance(inside, list | tuple):
-            continue
-        if (inside is nest and len(nest) == size and all(map(is_plain, nest))) or _has_plain_list(size, *inside):
-            return True
-    return False
 
 
 def _text(leaf: Any, first: int) -> str:

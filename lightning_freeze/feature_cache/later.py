@@ -22,6 +22,7 @@ from lightning_freeze.feature_cache.state import State
 class Link:
     """One module, and whether the next one, and nobody else, gets what it gives (None: not known yet)."""
 
+    place: int  # in the chain, -1 for what they all are in
     name: str
     module: nn.Module
     state: State
@@ -38,7 +39,7 @@ class Link:
         """Compute what somebody still holds of what it gave, who may read it at any time."""
         laters, self.laters = self.laters, []
         for reference in laters:
-            real(reference(), read=True)
+            real(reference())
 
 
 class Later(Tensor):
@@ -54,14 +55,7 @@ class Later(Tensor):
 
     @staticmethod
     def of(link: Link, keys: Keys, run: Callable[[int | None], Tensor], marks: Callable[[], Any]) -> Later:
-        """Return a placeholder.
-
-        Args:
-            link: What gives it.
-            keys: Of its samples.
-            run: Returns the tensor; of a batch of so many samples if it is given a number.
-            marks: Returns what is other once that can no longer be computed.
-        """
+        """Return what stands for ``run()``; ``marks`` returns what is other once that can no longer be computed."""
         later = empty_of(Later)
         later.link, later.keys, later.read = link, keys, False
         later._run, later._marks, later._value = run, marks, None
@@ -98,18 +92,17 @@ class Later(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Compute every placeholder before anything else is done with it."""
-        args, kwargs = real((args, kwargs or {}), read=True)
+        args, kwargs = real((args, kwargs or {}))
         return func(*args, **kwargs)
 
 
-def real(nest: Any, *, read: bool = False) -> Any:
+def real(nest: Any) -> Any:
     """Return a nest with tensors in the places of placeholders, which have been read then."""
 
     def one(leaf: Any) -> Any:
         if type(leaf) is not Later:
             return leaf
-        if read:
-            leaf.read, leaf.link.follows = True, False
+        leaf.read, leaf.link.follows = True, False
         return leaf.value()
 
     return tree_map(one, nest)

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -24,14 +24,15 @@ from lightning_freeze.feature_cache.folder import FolderRows
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.keys import Keys, NotPerSample
 from lightning_freeze.feature_cache.outputs import OutputForm, difference, encode
-from lightning_freeze.feature_cache.proof import Batches, Family
 from lightning_freeze.feature_cache.rows import Entry, MemoryRows
 from lightning_freeze.feature_cache.stats import Counts
 
 Rows: TypeAlias = MemoryRows | FolderRows
 
+_ENOUGH = 256  # numbers that have to be equal, over all comparisons, before bits count as the same
 _ROUNDING = 16  # machine epsilons, of the largest number, by which a kernel may differ from itself
-_KEPT_STATES, _MOST_STATES = 4, 8
+_FIRST_PROOF, _RARER = 128, 4  # the batch answered from memory that is computed all the same, and the growth of that
+_KEPT_STATES, _MOST_STATES, _MOST_PADS = 4, 8, 4
 
 
 @dataclass
@@ -48,6 +49,50 @@ class Call:
     def size(self) -> int:
         """The number of samples."""
         return len(self.keys.samples)
+
+
+@dataclass
+class Batches:
+    """What is known of batches of one size, by what has been computed a second time."""
+
+    size: int
+    form: OutputForm | None = None
+    row_bytes: int = 0
+    runs: int = 0
+    same: int = 0  # numbers that were equal when a batch was computed again
+    mixed: int = 0  # and when samples were computed in another batch than before
+    alike: float = 0  # and in a larger batch; -inf if one was not
+
+    def are_together(self, found: Sequence[Entry | None]) -> bool:
+        """Whether rows are those of one batch, in its order."""
+        first = found[0].batch if found[0] is not None else 0
+        return all(e is not None and e[:3] == (first, place, self.size) for place, e in enumerate(found))
+
+
+@dataclass
+class Family:
+    """What is known of calls that have all in common but samples and the size of the batch."""
+
+    proven: set[int]  # fits whose rows were seen to be right
+    wrong: set[int] = field(default_factory=set)  # and to be wrong, as its code has changed
+    batches: dict[int, Batches] = field(default_factory=dict)  # by size
+    alike: set[int] = field(default_factory=set)  # sizes whose rows are the same, bit by bit, and serve each other
+    pads: int = 0
+    answers: int = 0
+    next_proof: int = _FIRST_PROOF
+
+    def serves(self, batches: Batches, found: Sequence[Entry | None]) -> bool:
+        """Whether rows are known to be what the module gives in the batch that they make up now."""
+        sizes = self.alike if batches.size in self.alike else {batches.size}
+        is_known = batches.same >= _ENOUGH and batches.are_together(found)
+        if not is_known and all(self.batches[size].mixed < _ENOUGH for size in sizes):
+            return False
+        if not {entry.fit for entry in found if entry is not None} <= self.proven:
+            return False
+        self.answers += 1
+        is_proof = self.answers >= self.next_proof
+        self.next_proof *= _RARER if is_proof else 1
+        return not is_proof
 
 
 class Memory:
@@ -79,12 +124,19 @@ class Memory:
             return form.decode(self._rows.read(found, form.tensors[0].device))  # type: ignore[arg-type]
         return self._compute(call, family, batches, found)
 
+    def refuse(self, reason: NotPerSample) -> None:
+        """Note that calls are not cached, and why."""
+        self.refused = str(reason)
+        self._say(f"such calls are not cached: {reason}.")
+
     def close(self) -> None:
         """Forget everything."""
-        for families in self._states.values():
-            for family in families:
-                self._rows.free(family)
-        self._states.clear()
+        while self._states:
+            self._forget(next(iter(self._states)))
+
+    def _forget(self, state: bytes) -> None:
+        for family in self._states.pop(state):
+            self._rows.free(family)
 
     def _family(self, call: Call) -> Family:
         if call.state not in self._states:
@@ -93,19 +145,20 @@ class Memory:
             if self._moves > _MOST_STATES:
                 self._break("its weights are written to again and again")
             for old in list(self._states)[: 1 - _KEPT_STATES]:
-                for family in self._states.pop(old):
-                    self._rows.free(family)
+                self._forget(old)
         families = self._states[call.state] = self._states.pop(call.state, {})
         return families.setdefault(call.keys.family, Family({self._batch >> 32}))
 
     def _find(self, call: Call, family: Family, batches: Batches) -> list[Entry | None]:
+        def rows_of(size: int) -> list[Entry | None]:
+            entries = self._rows.find(call.keys.family, call.keys.samples, size, batches.row_bytes)
+            return [None if e is None or e.fit in family.wrong else e for e in entries] if family.wrong else entries
+
         if batches.form is None:
             return [None] * call.size
-        key, samples, row_bytes = call.keys.family, call.keys.samples, batches.row_bytes
-        found = self._rows.find(key, samples, call.size, row_bytes)
-        for size in family.alike - {call.size} if call.size in family.alike and None in found else ():
-            others = self._rows.find(key, samples, size, row_bytes)
-            found = [one or other for one, other in zip(found, others, strict=True)]
+        found = rows_of(batches.size)
+        for size in family.alike if batches.size in family.alike and None in found else ():
+            found = [one or other for one, other in zip(found, rows_of(size), strict=True)]
         return found
 
     def _compute(self, call: Call, family: Family, batches: Batches, found: list[Entry | None]) -> Any:
@@ -121,8 +174,7 @@ class Memory:
         try:
             form, rows = encode(output, call.size, self._dtype)
         except NotPerSample as reason:
-            self.refused = str(reason)
-            self._say(f"such calls are not cached: {reason}.")
+            self.refuse(reason)
             return output
         if self._dtype is not None:
             rounded = form.decode(rows.clone())
@@ -134,35 +186,36 @@ class Memory:
             found = self._find(call, family, batches)
         elif form != batches.form:
             return self._break("the shape of what it gives, or a plain value in it, depends on the batch", output)
-        self._compare(call, family, batches, found, rows)
+        found = self._compare(call, family, batches, found, rows)
         if self.broken is None:
-            self._keep(call, rows, [i for i, entry in enumerate(found) if entry is None])
+            self._keep(call, rows, found)
             self._pad(call, family, batches, rows)
         return output
 
-    def _compare(self, call: Call, family: Family, batches: Batches, found: list[Entry | None], rows: Tensor) -> None:
-        """Learn from samples that were there before and have been computed again."""
+    def _compare(
+        self, call: Call, family: Family, batches: Batches, found: list[Entry | None], rows: Tensor
+    ) -> list[Entry | None]:
+        """Learn from samples that were there before and have been computed again; return those that are right."""
         form: Any = batches.form
         entries = {i: entry for i, entry in enumerate(found) if entry is not None}
         if not entries:
-            return
+            return found
         old = rows.clone()
         old[list(entries)] = self._rows.read(list(entries.values()), rows.device)
         same = (old == rows).all(1).tolist()
-        origins = {entry.batch >> 32 for entry in entries.values()}
-        if not all(same[i] or entry.batch >> 32 in family.proven for i, entry in entries.items()):
+        if wrong := {entry.fit for i, entry in entries.items() if not same[i]} - family.proven:
             self._say("features of an earlier fit are not what it gives now, and are computed anew.")
-            self._rows.forget(call.keys.family)
-            found[:] = [None] * len(found)
-            return
-        family.proven |= origins
+            family.wrong |= wrong
+            return [None if entry is None or entry.fit in wrong else entry for entry in found]
+        family.proven |= {entry.fit for entry in entries.values()}
         if not all(same):
             self._note_difference(call.counts, difference(form.decode(old), form.decode(rows)), form)
-        numbers = int(torch.count_nonzero(rows[list(entries)])) // 4  # zeros are equal everywhere
+        numbers = _numbers(rows[list(entries)])
         if batches.are_together(found):
             batches.same += numbers
         else:
             batches.mixed += numbers
+        return found
 
     def _note_difference(self, counts: Counts, worst: float, form: OutputForm) -> None:
         """Say by how much two computations of the same differ; if not as kernels do, nothing is remembered any more."""
@@ -181,21 +234,26 @@ class Memory:
 
     def _pad(self, call: Call, family: Family, batches: Batches, rows: Tensor) -> None:
         """Compute a short batch in the size of others, too, and find out whether its bits are the same there."""
-        if (other := family.larger(batches)) is None or other.form is None:
+        largest = max((one for one in family.batches.values() if one.form is not None), key=lambda one: one.size)
+        form: Any = largest.form
+        if largest.size <= call.size or family.pads >= _MOST_PADS or {largest.size, call.size} <= family.alike:
             return
-        is_half = call.keys.is_rounded or any(min(f.dtype.itemsize, f.stored.itemsize) < 4 for f in other.form.tensors)
-        found = self._rows.find(call.keys.family, call.keys.samples, other.size, other.row_bytes)
-        if (is_half or batches.alike < 0) and None not in found:
+        if call.keys.is_rounded or any(min(one.dtype.itemsize, one.stored.itemsize) < 4 for one in form.tensors):
+            batches.alike = -math.inf  # rounding hides where kernels differ
+        found = self._find(call, family, largest)
+        if batches.alike < 0 and None not in found:
             return
         family.pads += 1
         with suppress(Exception):  # nobody but us has asked for such a batch
-            form, padded = encode(call.run(other.size), other.size, self._dtype)
-            if form == other.form:
-                self._keep(call, padded, [i for i, entry in enumerate(found) if entry is None])
-                is_same = torch.equal(padded[: call.size], rows)
-                family.compare(batches, other, int(torch.count_nonzero(rows)) // 4 if is_same and not is_half else -1)
+            padded_form, padded = encode(call.run(largest.size), largest.size, self._dtype)
+            if padded_form == form:
+                self._keep(call, padded, found)
+                batches.alike += _numbers(rows) if torch.equal(padded[: call.size], rows) else -math.inf
+                family.alike |= {batches.size, largest.size} if batches.alike >= _ENOUGH else set()
 
-    def _keep(self, call: Call, rows: Tensor, new: list[int]) -> None:
+    def _keep(self, call: Call, rows: Tensor, found: list[Entry | None]) -> None:
+        """Keep the rows of samples that are not there."""
+        new = [i for i, entry in enumerate(found) if entry is None]
         self._batch += 1
         kept = self._rows.put(call.keys.family, call.keys.samples, self._batch, rows, new) if new else 0
         call.counts.left_out += len(new) - kept
@@ -217,3 +275,8 @@ class Memory:
         self.close()
         self._say(f"off, because {why}.")
         return output
+
+
+def _numbers(rows: Tensor) -> int:
+    """Return how many numbers there are, about; zeros are equal everywhere."""
+    return int(torch.count_nonzero(rows)) // 4

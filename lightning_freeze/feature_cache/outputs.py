@@ -75,19 +75,8 @@ class OutputForm:
 def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[OutputForm, Tensor]:
     """Return the form of an output and one row of bytes for each sample, on the device of its first tensor.
 
-    Args:
-        output: What a module returned for a batch of ``size`` samples.
-        size: How many entries each tensor in it has.
-        dtype: Keep wider floating numbers in this dtype.
-
     Raises:
         NotPerSample: If not every tensor in it has one entry for each sample, or one requires grad.
-
-    Example:
-        >>> form, rows = encode({"a": torch.ones(2, 3), "b": None}, 2, torch.float16)
-        >>> rows.shape, form.decode(rows)
-        (torch.Size([2, 6]), {'a': tensor([[1., 1., 1.],
-                [1., 1., 1.]]), 'b': None})
     """
     leaves, spec = tree_flatten(output)
     places = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves)))}
@@ -111,12 +100,7 @@ def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[Ou
 
 
 def difference(a: Any, b: Any) -> float:
-    """Return the largest difference of two outputs in parts of the largest number, infinite if they have no numbers.
-
-    Example:
-        >>> difference(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 5.0])), difference(torch.ones(1), torch.ones(1))
-        (0.2, 0.0)
-    """
+    """Return the largest difference of two outputs in parts of the largest number, infinite if they have no numbers."""
     worst = 0.0
     for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
         if isinstance(x, Tensor) and not torch.equal(x, y):

@@ -22,26 +22,19 @@ _SHARE = 4  # of the device's memory that is free at first, and of what is left,
 class Entry(NamedTuple):
     """A row that is there: the batch in which it was computed, and the place of its sample."""
 
-    batch: int  # a number, whose upper 32 bits say in which fit
+    batch: int  # a number
     place: int
     size: int
     where: Any  # for the rows to find it
 
+    @property
+    def fit(self) -> int:
+        """The fit in which it was computed."""
+        return self.batch >> 32
+
 
 class MemoryRows:
-    """Rows in blocks that never move, so that nothing is copied twice and no budget is exceeded on the way.
-
-    Args:
-        limit: The most bytes to take.
-
-    Example:
-        >>> rows = MemoryRows(100_000)
-        >>> rows.put(b"net", [b"first", b"second"], 7, torch.arange(8, dtype=torch.uint8).view(2, 4), [0, 1])
-        2
-        >>> entries = rows.find(b"net", [b"second", b"third"], 2, 4)
-        >>> entries[0].batch, entries[1], rows.read(entries[:1], torch.device("cpu"))
-        (7, None, tensor([[4, 5, 6, 7]], dtype=torch.uint8))
-    """
+    """Rows in blocks that never move, so that nothing is copied twice and no budget is exceeded on the way."""
 
     error = None  # it is there as long as the process
     remedy = "or dtype=torch.float16,"
@@ -109,8 +102,6 @@ class MemoryRows:
         for key in [key for key in self._tables if key[0] == family]:
             self._drop(key)
 
-    forget = free
-
     def end_epoch(self) -> None:
         """Note that an epoch is over: rows that nobody asks for in the next one make room for others."""
         self._epoch += 1
@@ -169,12 +160,7 @@ def _moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def available_memory() -> int:
-    """Return the bytes of memory that this process can still take, as the system and its container see it.
-
-    Example:
-        >>> available_memory() > 1_000_000
-        True
-    """
+    """Return the bytes of memory that this process can still take, as the system and its container see it."""
     limits = []
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

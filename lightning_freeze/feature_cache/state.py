@@ -24,22 +24,13 @@ from lightning_freeze.feature_cache.keys import is_half, why_no_key
 
 _training, _code, _trains = attrgetter("training"), attrgetter("code"), attrgetter("requires_grad")
 
-# Where classes that are random in train mode keep the probability, by the names torch, torchvision and timm use.
-_PROBABILITIES = ("p", "drop_prob", "dropout")
-_RANDOM_NAMES = ("Dropout", "DropPath", "StochasticDepth", "DropBlock")
+# Where classes that are random in train mode keep how much, by the names torch, torchvision and timm use.
+_PROBABILITIES = ("p", "drop_prob", "dropout", "upper")
+_RANDOM_NAMES = ("Dropout", "DropPath", "StochasticDepth", "DropBlock", "RReLU")
 
 
 def why_not_reusable(name: str, module: nn.Module) -> str | None:
-    """Return why a module's outputs must not be reused, or None if nothing that can be seen speaks against it.
-
-    Args:
-        name: How the module is called in the sentence.
-        module: Any module.
-
-    Example:
-        >>> why_not_reusable("net", nn.Sequential(nn.Linear(2, 2), nn.Dropout()).requires_grad_(False))
-        'net.1 (Dropout, p=0.5) is in train mode: its output is random'
-    """
+    """Return why a module's outputs must not be reused, or None if nothing that can be seen speaks against it."""
     for below, parameter in module.named_parameters(name):
         if parameter.requires_grad:
             return f"{below} trains"
@@ -67,8 +58,6 @@ def _why_not_layer(name: str, layer: nn.Module) -> str | None:
             return f"{name} ({kind}) has no running statistics: its output depends on the batch"
         if layer.running_mean is not None and layer.training:
             return f"{name} ({kind}) is in train mode: its running statistics move"
-    if layer.training and isinstance(layer, nn.RReLU):
-        return f"{name} ({kind}) is in train mode: its output is random"
     is_random = isinstance(layer, nn.MultiheadAttention | nn.RNNBase) or any(part in kind for part in _RANDOM_NAMES)
     for attribute in _PROBABILITIES if layer.training and is_random else ():
         p = getattr(layer, attribute, None)
@@ -83,25 +72,10 @@ class State:
     The content of a tensor is read where PyTorch's version counter or the address moved. A write through
     ``tensor.data`` moves neither and is seen after :meth:`recheck`.
 
-    Args:
-        name: How the module is called in sentences.
-        module: The module.
-        hashing: Hashes its tensors.
-
     Attributes:
         why: Why outputs may not be reused, None if they may.
         key: Of everything, the same in every run, if they may.
         has_half: Whether one of its tensors has less than 32 bits a number.
-
-    Example:
-        >>> net = nn.Linear(2, 2).requires_grad_(False)
-        >>> state = State("net", net, Hash())
-        >>> key = state.read().key
-        >>> net.load_state_dict(net.state_dict()), state.read().key == key
-        (<All keys matched successfully>, True)
-        >>> _ = nn.init.zeros_(net.bias)
-        >>> state.read().key == key, state.why
-        (False, None)
     """
 
     def __init__(self, name: str, module: nn.Module, hashing: Hash) -> None:
@@ -124,15 +98,15 @@ class State:
         if parts is None or not parts.hold():
             parts = self._parts = _Parts(self._named[1])
             self._digests.clear()  # another tensor may have the id and the address of one that is gone
-        form, functions, writes = parts.marks()
         old_form, old_functions, old_writes = self._marks
-        self._marks = form, functions, writes
+        form, functions, writes = self._marks = parts.marks()
         if has_changed := form != old_form or functions != old_functions:
             if old_functions and functions != old_functions:
                 self._program = secrets.token_bytes(16)  # functions have no text that says all that they do
             self.why = why_not_reusable(*self._named)
             self.has_half = any(map(is_half, parts.tensors))
-            self._text = parts.text() + self._program
+            kinds = [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in parts.layers]
+            self._text = f"{self._named[1]!r}{kinds}{form[:2]}".encode() + self._program
         if self.why is None and (has_changed or writes != old_writes or not self._digests):
             self.key = xxhash.xxh3_128_digest(self._text + self._contents(parts.tensors))
         return self
@@ -150,9 +124,9 @@ class _Parts:
     """The layers and tensors of a module, and cheap marks of what can move about them."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self._layers = module, list(module.modules())
+        self.layers = list(module.modules())
         # What TorchScript keeps are no dictionaries.
-        plain = [layer for layer in self._layers if not isinstance(layer, torch.jit.ScriptModule)]
+        plain = [layer for layer in self.layers if not isinstance(layer, torch.jit.ScriptModule)]
         self._graphs = [layer for layer in plain if isinstance(layer, fx.GraphModule)]
         self.tensors: list[Tensor] = [*dict.fromkeys(chain(module.parameters(), module.buffers()))]
         self._counted = [t for t in self.tensors if not t.is_inference() and why_no_key(t) is None]
@@ -170,22 +144,16 @@ class _Parts:
         return len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
 
     def marks(self) -> tuple[Any, Any, Any]:
-        """Return modes and flags, the functions that calls run, and marks of writes but those through ``.data``."""
+        """Return modes, code and flags; the functions that calls run; marks of writes but those through ``.data``."""
         form = (
-            list(map(_training, self._layers)),
-            list(map(bool, self._hooks)),
+            list(map(_training, self.layers)),
             list(map(_code, self._graphs)),
+            list(map(bool, self._hooks)),
             list(map(_trains, self.tensors)),
         )
         own = list(map(dict.get, self._own, repeat("forward")))
         functions = own + list(map(getattr, self._classes, repeat("forward"), repeat(None)))
         return form, functions, (list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted)))
-
-    def text(self) -> bytes:
-        """Return classes, settings, modes and the code of graphs."""
-        kinds = [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in self._layers]
-        modes, codes = list(map(_training, self._layers)), list(map(_code, self._graphs))
-        return f"{self._module!r}{kinds}{modes}{codes}".encode()
 
     def _gather(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._dicts)))

@@ -49,14 +49,15 @@ class Counts:
 
     hits: int = 0
     misses: int = 0
-    known: int = 0  # samples that had been there before, whether or not what was there could serve
+    known: int = 0  # samples of this epoch that had been there before, whether or not what was there could serve
     run_seconds: float = 0.0  # in the modules for the misses
     all_seconds: float = 0.0  # keys and checks included
     difference: float = 0.0
     off: str | None = None  # why nothing is remembered in this stage any more
-    left_out: int = 0  # samples for which there was no room in this epoch
+    left_out: int = 0  # samples of this epoch for which there was no room
+    last_epoch: tuple[int, int] = (0, 0)  # its hits and misses
     _epochs: int = 0
-    _before: tuple[int, int, int] = (0, 0, 0)
+    _before: tuple[int, int] = (0, 0)
 
     @property
     def seconds_saved(self) -> float:
@@ -67,8 +68,9 @@ class Counts:
 
     def end_epoch(self, stage: str, refused: str | None, row_bytes: float) -> str | None:
         """Return why nothing is remembered any more, if samples have not come back though they could have."""
-        hits, known, samples = (now - before for now, before in zip(self._so_far(), self._before, strict=True))
-        self._before, left_out, self.left_out = self._so_far(), self.left_out, 0
+        hits, misses = self.last_epoch = self.hits - self._before[0], self.misses - self._before[1]
+        samples, known, left_out = hits + misses, self.known, self.left_out
+        self._before, self.known, self.left_out = (self.hits, self.misses), 0, 0
         if self._epochs >= 1 and samples and self.off is None:
             if known < _WORTH * samples:
                 self.off = refused or (
@@ -86,47 +88,33 @@ class Counts:
 
     def restart(self) -> None:
         """Do not count on samples to come back of which nothing is known any more."""
-        self._epochs = -1 if self._so_far()[2] > self._before[2] else 0
-
-    def _so_far(self) -> tuple[int, int, int]:
-        return self.hits, self.known, self.hits + self.misses
+        self._epochs = -1 if (self.hits, self.misses) != self._before else 0
 
 
-class Stages:
+class Stages(defaultdict[str, Counts]):
     """What has been done in training, validation and so on, as ``name`` says what is going on now."""
 
-    def __init__(self, name: Callable[[], str] = str) -> None:
-        self.name = name
-        self._counts: defaultdict[str, Counts] = defaultdict(Counts)
-
-    def __getitem__(self, stage: str) -> Counts:
-        return self._counts[stage]
+    name: Callable[[], str] = str
 
     def now(self) -> Counts:
         """Return the counts of what is going on now."""
-        return self._counts[self.name()]
+        return self[self.name()]
 
     def begin(self, name: Callable[[], str]) -> None:
         """Go on in another fit, where samples may come back again."""
         self.name = name
-        for counts in self._counts.values():
+        for counts in self.values():
             counts.off = None
             counts.restart()
 
     def off(self, refused: str | None = None) -> str | None:
         """Return why nothing is remembered in training any more; without training, in any stage, all calls refused."""
-        used = {stage: counts for stage, counts in self._counts.items() if counts.misses and "sanity" not in stage}
+        used = {stage: counts for stage, counts in self.items() if counts.misses and "sanity" not in stage}
         training = [counts.off for stage, counts in used.items() if stage.startswith("train")]
         reasons = training or [counts.off for counts in used.values()]
         return refused if not used else reasons[0] if all(reasons) else None
 
     def stats(self, **now: Any) -> FeatureStats:
         """Return the sums over all stages, with what holds ``now``."""
-        counts = self._counts.values()
-        return FeatureStats(
-            hits=sum(one.hits for one in counts),
-            misses=sum(one.misses for one in counts),
-            seconds_saved=sum(one.seconds_saved for one in counts),
-            difference=max((one.difference for one in counts), default=0.0),
-            **now,
-        )
+        sums = {name: sum(getattr(one, name) for one in self.values()) for name in ("hits", "misses", "seconds_saved")}
+        return FeatureStats(difference=max((one.difference for one in self.values()), default=0.0), **sums, **now)

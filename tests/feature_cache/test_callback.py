@@ -374,7 +374,7 @@ def test_max_bytes_holds_for_folders(tmp_path: Path) -> None:
     [
         ({"module": 3}, TypeError, 'a dotted name such as "backbone"'),
         ({"module": []}, ValueError, "names nothing"),
-        ({"module": ["a", "a"]}, ValueError, "twice"),
+        ({"module": ["a", "a"]}, ValueError, "or inside it"),
         ({"module": ["a", "a.b"]}, ValueError, "inside"),
         ({"max_bytes": -1}, ValueError, "at least 1"),
         ({"max_bytes": "1GB"}, TypeError, "a whole number"),

@@ -28,6 +28,8 @@ def frozen(net: nn.Module, training: bool = False) -> nn.Module:
         (lambda: EfficientNet.from_name("efficientnet-lite0"), r"BatchNorm2d\) is in train mode"),
         (lambda: nn.LSTM(3, 4, 2, dropout=0.3), r"net \(LSTM, dropout=0.3\)"),
         (lambda: nn.InstanceNorm2d(3, track_running_stats=True), r"running statistics move"),
+        (lambda: nn.TransformerEncoderLayer(6, 2, 4), r"net.self_attn \(MultiheadAttention, dropout=0.1\)"),
+        (lambda: nn.RReLU(), r"\(RReLU, upper="),
     ],
 )
 def test_real_networks_in_train_mode_say_which_layer_forbids_it(make: Any, in_train: str) -> None:
@@ -40,6 +42,10 @@ def test_real_networks_in_train_mode_say_which_layer_forbids_it(make: Any, in_tr
 @pytest.mark.parametrize("make", [lambda: nn.LayerNorm(3), lambda: nn.GroupNorm(1, 3), lambda: nn.InstanceNorm2d(3)])
 def test_norms_of_one_sample_may_be_in_train_mode(make: Any) -> None:
     assert why_not_reusable("net", frozen(make(), training=True)) is None
+
+
+def test_a_norm_without_statistics_depends_on_the_batch() -> None:
+    assert "depends on the batch" in str(why_not_reusable("net", frozen(nn.BatchNorm1d(3, track_running_stats=False))))
 
 
 def test_dropout_of_nothing_may_be_in_train_mode() -> None:

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_freeze import FeatureCache
 from lightning_freeze.feature_cache.folder import FolderRows
@@ -92,45 +91,6 @@ def test_a_full_disk_costs_speed_only(end: int, tmp_path: Path, caplog: pytest.L
     assert again.stats.hits >= 1024
 
 
-class Texts(Dataset[Any]):
-    """Of many lengths, each of which is a form of its own; four of each, which make a batch."""
-
-    def __len__(self) -> int:
-        return 4 * 50
-
-    def __getitem__(self, index: int) -> Any:
-        return torch.randn(2, 3 + index // 4, generator=torch.Generator().manual_seed(index)), index % 3
-
-
-class Reader(Frozen):
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv1d(2, 64, 3), nn.ReLU()).requires_grad_(False)
-        self.neck = nn.Linear(64, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.neck(self.backbone(x).mean(2))))
-
-
-def test_many_forms_leave_the_user_files_to_open(tmp_path: Path) -> None:
-    """A system lets a process have so many files open, by default 256 or 1,024."""
-    cache = FeatureCache("backbone", storage=tmp_path / "features")
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    results = []
-    try:
-        for callbacks in ([], [cache]):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
-            torch.manual_seed(0)
-            net = Reader()
-            trainer(callbacks=callbacks, max_epochs=3).fit(net, DataLoader(Texts(), 4))
-            results.append(net)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
-    check_same(*results)
-    assert cache.stats.hits > 150
-    assert len(list((tmp_path / "features").iterdir())) <= 2
-
-
 def test_a_folder_full_of_features_of_other_weights_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for seed in (1, 0):
         torch.manual_seed(seed)
@@ -181,8 +141,7 @@ def test_a_folder_can_be_in_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyP
 # A folder that is gone
 
 
-@pytest.mark.parametrize("step", [0, 3, 6, 8, 23])
-@pytest.mark.parametrize("make", [Frozen, Narrow])
+@pytest.mark.parametrize(("step", "make"), [(0, Frozen), (3, Frozen), (3, Narrow), (6, Frozen), (23, Narrow)])
 def test_a_folder_can_be_removed_in_mid_fit(
     step: int, make: type[Frozen], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

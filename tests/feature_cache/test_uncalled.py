@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
 from lightning.pytorch import Callback
 from torch import Tensor, nn
@@ -117,19 +116,6 @@ def test_no_false_alarm_where_they_are_answered(caplog: pytest.LogCaptureFixture
     cache, said = run(caplog, Walking(), schedule, max_epochs=4)
     assert not said
     assert cache.stats.hits > 24
-
-
-def test_features_of_a_timm_model(caplog: pytest.LogCaptureFixture) -> None:
-    class Vision(Frozen):
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone = timm.create_model("resnet10t", in_chans=2).requires_grad_(False)
-            self.neck = nn.Linear(512, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.neck(self.backbone.forward_features(x).mean((2, 3))))
-
-    assert len(run(caplog, Vision())[1]) == 1
 
 
 def test_a_module_that_is_called_later_is_cached_then(caplog: pytest.LogCaptureFixture) -> None:

@@ -136,7 +136,8 @@ def thawed(
 
 def test_gradual_unfreezing_with_a_list_of_layers() -> None:
     def make() -> Any:
-        return Classifier(resnet18(), 512), *loaders(12, 32)
+        net = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=32)
+        return Classifier(net, 32), *loaders(12, 32)
 
     covers, cache = thawed(make, LAYERS, 10, phases=GRADUAL)
     assert covers[::2] == [4, 4, 4, 3, 3, 3, 2, 2, 2, 4]
@@ -204,13 +205,3 @@ def test_so_they_are_at_64_pixels(name: str, threads: int, precision: Any) -> No
 @pytest.mark.parametrize("name", ["resnet18", "efficientnet-lite0"])
 def test_so_they_are_with_other_loops(name: str, options: dict[str, Any]) -> None:
     check(name, samples=44, size=32, **options)
-
-
-@pytest.mark.parametrize("name", ["resnet18", "efficientnet-lite0"])
-def test_where_bits_depend_on_the_batch_size_they_differ_by_rounding_only(name: str) -> None:
-    """The bound on what would happen if features served other batch sizes without a look; they do not."""
-    net = BACKBONES[name][0]().eval().requires_grad_(False)
-    x = torch.randn(16, 3, 32, 32)
-    whole = net(x)
-    worst = max(float((net(x[:size]) - whole[:size]).abs().max() / whole.abs().max()) for size in (1, 2, 5, 8))
-    assert worst < 1e-5
