@@ -112,10 +112,9 @@ class Stops(torch.autograd.Function):
 #: Muon is new in torch 2.9.
 needs_muon = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 
-#: On a CPU; torch 2.6 has it on GPUs only.
-needs_fsdp2 = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="this torch has no FSDP2 on a CPU"
-)
+#: torch 2.6 has FSDP2 on GPUs only.
+FSDP2_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
+needs_fsdp2 = pytest.mark.skipif(not FSDP2_ON_CPU, reason="this torch has no FSDP2 on a CPU")
 
 
 def averaging(name: str = "WeightAveraging") -> Any:

@@ -42,7 +42,5 @@ def _work(rank: int, function: Callable[..., Any], tmp_path: Path, args: tuple[A
     os.environ |= {name: str(value) for name, value in variables.items()}
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=rank, world_size=WORLD)
-    try:
-        torch.save(function(*args), tmp_path / f"result-{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+    # The group ends with the process: destroying one, torch 2.6 may wait forever for a thread that waits for the GIL.
+    torch.save(function(*args), tmp_path / f"result-{rank}.pt")

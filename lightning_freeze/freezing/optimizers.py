@@ -16,7 +16,7 @@ from torch.optim import LBFGS, Optimizer
 from lightning_freeze._distributed import ZeroRedundancyOptimizer
 from lightning_freeze.freezing.adoption import Adoption
 from lightning_freeze.freezing.step_view import Scale, StepView, factor_at
-from lightning_freeze.freezing.trial import try_scales
+from lightning_freeze.freezing.trial import state_anew, try_scales
 
 OptimizerState = Literal["keep", "drop", "offload"]
 
@@ -73,12 +73,8 @@ class PhasedOptimizer:
         except ValueError:
             self._adoption.release()
             raise
-        # Counters that a constructor made are not made again by a step, as tensors are.
-        self._made = {
-            parameter: dict(state)
-            for parameter in members([optimizer])
-            if (state := optimizer.state.get(parameter)) and not any(isinstance(v, Tensor) for v in state.values())
-        }
+        # What a constructor made, a step may not make anew: counters, all of Adagrad in torch 2.6.
+        self._made = [parameter for parameter in members([optimizer]) if optimizer.state.get(parameter)]
 
     def apply(self, phase: int, trains: Collection[int], factor: Callable[[Scale], float] = factor_at) -> None:
         """Follow a phase, given by its index in ``scales``, what trains, and what says which factor a scale is."""
@@ -92,8 +88,8 @@ class PhasedOptimizer:
                 self._offload(parameter)
             else:
                 self.optimizer.state.pop(parameter, None)
-                if parameter in self._made:
-                    self.optimizer.state[parameter] = dict(self._made[parameter])
+        if bare := [p for p in self._made if id(p) in trains and not self.optimizer.state.get(p)]:
+            self.optimizer.state.update(state_anew(self.optimizer, bare).items())
 
     def state(self) -> dict[str, Any]:
         """Return what the optimizer's own ``state_dict()`` does not have, for a checkpoint."""

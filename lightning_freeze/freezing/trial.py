@@ -99,6 +99,25 @@ def state_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Pa
     return None
 
 
+def state_anew(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> dict[nn.Parameter, Any]:
+    """Return the state that the constructor makes for parameters of the optimizer, where it makes one.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> adagrad = torch.optim.Adagrad(net.parameters(), initial_accumulator_value=0.5)
+        >>> state_anew(adagrad, [net.weight])[net.weight]["sum"]
+        tensor([[0.5000, 0.5000]])
+    """
+    wanted = set(parameters)
+    groups = [{**group, "params": [p for p in group["params"] if p in wanted]} for group in optimizer.param_groups]
+    for group in groups:
+        group.pop("param_names", None)
+    with suppress(Exception):  # whatever the class raises, it cannot be asked so
+        other = _another(optimizer, [group for group in groups if group["params"]])
+        return {p: other.state[p] for p in wanted if other.state.get(p)}
+    return {}
+
+
 def _size(state: Mapping[str, Any]) -> int:
     return sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
 

@@ -241,8 +241,7 @@ def _draw_time(axes: Axes, plan: Plan) -> None:
 
 def _draw_phases(axes: Axes, plan: Plan) -> None:
     """Write the names of phases above them: across where there is room, else upright, as many as there is."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
+    figure = axes.figure.figure  # the whole, also around a subfigure
     texts = {
         index: axes.annotate(
             _phase_text(plan, index), ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from lightning_freeze import FreezeSchedule, GradientAudit, MetricLogger, NormLogger, Phase
 from tests.nets import Net, Probe, loader, moved, snapshot, trainer
@@ -229,7 +230,7 @@ def fit(
         for k, v in s.items()
         if isinstance(v, Tensor) and k != "step" and v.device != p.device
     ]
-    seen.left += ["a hook around steps"] * len(torch.optim.optimizer._global_optimizer_pre_hooks)
+    seen.left += ["a hook around steps"] * len(_global_optimizer_pre_hooks)
     return seen
 
 

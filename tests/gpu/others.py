@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_freeze import FeatureCache, FreezeBatchNorm, FreezeSchedule, MetricLogger, NormLogger, Phase
 from tests.gpu.fits import NotHereError, Seeded, adamw, sgd, trainer_on
-from tests.nets import Net, Probe, data, loader, moved, same, snapshot
+from tests.nets import FSDP2_ON_CPU, Net, Probe, data, loader, moved, same, snapshot
 
 
 class Even(Net):
@@ -295,7 +295,7 @@ CHECKS: dict[str, Callable[[str], Any]] = {
     "compile, the backbone": compiled(whole=False),
     "compile, the LightningModule": compiled(whole=True),
     "FSDP of one process": sharded(fsdp, "Lightning allows FSDPStrategy on a GPU only"),
-    "FSDP2 of one process": sharded(fsdp2),
+    "FSDP2 of one process": sharded(fsdp2, "" if FSDP2_ON_CPU else "this torch has FSDP2 on a GPU only"),
     "FeatureCache, float32": cached("32-true"),
     "FeatureCache, bf16-mixed": cached("bf16-mixed"),
     "FeatureCache, 16-mixed": cached("16-mixed"),

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_freeze import NormLogger
-from tests.nets import Net, Probe, adamw, loader, same, snapshot, trainer
+from tests.nets import Net, Probe, adamw, loader, needs_fsdp2, same, snapshot, trainer
 from tests.replicas import on_two_processes
 
 
@@ -643,6 +643,7 @@ def sharded_rows(sharded: bool) -> list[dict[str, float]]:
     return rows
 
 
+@needs_fsdp2
 def test_norms_of_dtensors_are_those_of_the_whole(tmp_path: Path) -> None:
     expected = sharded_rows(False)
     for rows in on_two_processes(sharded_rows, tmp_path, True):
