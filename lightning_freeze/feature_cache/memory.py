@@ -13,7 +13,7 @@ import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -24,14 +24,13 @@ from lightning_freeze.feature_cache.folder import FolderRows
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.keys import Keys, NotPerSample
 from lightning_freeze.feature_cache.outputs import OutputForm, difference, encode
+from lightning_freeze.feature_cache.proof import ENOUGH, Batches, Family
 from lightning_freeze.feature_cache.rows import Entry, MemoryRows
 from lightning_freeze.feature_cache.stats import Counts
 
 Rows: TypeAlias = MemoryRows | FolderRows
 
-_ENOUGH = 256  # numbers that have to be equal, over all comparisons, before bits count as the same
 _ROUNDING = 16  # machine epsilons, of the largest number, by which a kernel may differ from itself
-_FIRST_PROOF, _RARER = 128, 4  # the batch answered from memory that is computed all the same, and the growth of that
 _KEPT_STATES, _MOST_STATES, _MOST_PADS = 4, 8, 4
 
 
@@ -49,50 +48,6 @@ class Call:
     def size(self) -> int:
         """The number of samples."""
         return len(self.keys.samples)
-
-
-@dataclass
-class Batches:
-    """What is known of batches of one size, by what has been computed a second time."""
-
-    size: int
-    form: OutputForm | None = None
-    row_bytes: int = 0
-    runs: int = 0
-    same: int = 0  # numbers that were equal when a batch was computed again
-    mixed: int = 0  # and when samples were computed in another batch than before
-    alike: float = 0  # and in a larger batch; -inf if one was not
-
-    def are_together(self, found: Sequence[Entry | None]) -> bool:
-        """Whether rows are those of one batch, in its order."""
-        first = found[0].batch if found[0] is not None else 0
-        return all(e is not None and e[:3] == (first, place, self.size) for place, e in enumerate(found))
-
-
-@dataclass
-class Family:
-    """What is known of calls that have all in common but samples and the size of the batch."""
-
-    proven: set[int]  # fits whose rows were seen to be right
-    wrong: set[int] = field(default_factory=set)  # and to be wrong, as its code has changed
-    batches: dict[int, Batches] = field(default_factory=dict)  # by size
-    alike: set[int] = field(default_factory=set)  # sizes whose rows are the same, bit by bit, and serve each other
-    pads: int = 0
-    answers: int = 0
-    next_proof: int = _FIRST_PROOF
-
-    def serves(self, batches: Batches, found: Sequence[Entry | None]) -> bool:
-        """Whether rows are known to be what the module gives in the batch that they make up now."""
-        sizes = self.alike if batches.size in self.alike else {batches.size}
-        is_known = batches.same >= _ENOUGH and batches.are_together(found)
-        if not is_known and all(self.batches[size].mixed < _ENOUGH for size in sizes):
-            return False
-        if not {entry.fit for entry in found if entry is not None} <= self.proven:
-            return False
-        self.answers += 1
-        is_proof = self.answers >= self.next_proof
-        self.next_proof *= _RARER if is_proof else 1
-        return not is_proof
 
 
 class Memory:
@@ -249,7 +204,7 @@ class Memory:
             if padded_form == form:
                 self._keep(call, padded, found)
                 batches.alike += _numbers(rows) if torch.equal(padded[: call.size], rows) else -math.inf
-                family.alike |= {batches.size, largest.size} if batches.alike >= _ENOUGH else set()
+                family.alike |= {batches.size, largest.size} if batches.alike >= ENOUGH else set()
 
     def _keep(self, call: Call, rows: Tensor, found: list[Entry | None]) -> None:
         """Keep the rows of samples that are not there."""

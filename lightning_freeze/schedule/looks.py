@@ -48,6 +48,7 @@ class Looks:
         # Validation's results replace what was there by new objects; a name that it did not log keeps the old one.
         new = {name: value for name, value in metrics.items() if value is not self.stale.get(name)}
         self.by_validation |= new.keys()
+        self.stale = {}  # which would keep what was logged alive
         if until is not None:
             self._look(progress, self._agreed(new.get(until.monitor)), self.trainer.current_epoch)
             self._make_way(progress, progress.plateau.why)
