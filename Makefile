@@ -24,8 +24,8 @@ help: ## Show this list
 
 $(VENV)/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH) $(VISION)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH) $(VISION)
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 setup: $(VENV)/installed ## Create .venv and install the package with all extras
@@ -65,7 +65,7 @@ gpu: ## Check laws 1 to 8 on a GPU, then benchmark; under 8 minutes, downloads n
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu
 
 compatibility: setup ## Write docs/compatibility.md; some 300 optimizers and 190 networks, an hour on 2 cores
-	$(BIN)/python -m pip install --quiet --editable '.[compatibility]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[compatibility]'
 	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m tests.compatibility --jobs $(WORKERS)
 
 lint: setup ## Check style
