@@ -10,9 +10,9 @@ Each way has the same epochs and optimizer. Its learning rate is the one of thre
 that the result does not use. Run it with ``python examples/ulmfit_rates.py``; it ends with a table and a picture.
 
 On the digits, mean and standard deviation of five seeds: head only 69.5 % ± 1.1, full fine-tuning 92.8 ± 3.1, gradual
-unfreezing 91.1 ± 2.9, with discriminative rates 78.4 ± 3.6, with ramps 72.1 ± 2.4. So in fits of 72 steps ULMFiT's rates
-do not help: the lowest layers, which meet images of another kind, learn at a 46th of the rate. Both chose the largest of
-the three rates, so a larger one may be better. The text has not been run in full.
+unfreezing 91.1 ± 2.9, with discriminative rates 78.4 ± 3.6, with ramps 72.1 ± 2.4. So in fits of 72 steps the rates of
+ULMFiT do not help: the lowest layers, which meet images of another kind, learn at a 46th of the rate. Both of these
+ways chose the largest of the three rates, so a larger one may be better. The text has not been run in full.
 """
 
 from __future__ import annotations
