@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_freeze._lightning import LightningModule, LRSchedulerConfig, configured, scheduler_configs
 from lightning_freeze.freezing.holder import ledger_of
 from lightning_freeze.schedule.plan import Plan, trainer_of
-from lightning_freeze.schedule.schedulers import make_scheduler, scheduled_options, set_options, without_scheduler
+from lightning_freeze.schedule.schedulers import make_scheduler, restart, scheduled_options, set_all, without_scheduler
 
 Point = tuple[float, float | None]  # a position, and a scale there
 
@@ -108,7 +108,7 @@ def _simulated(
     plan: Plan, optimizers: Sequence[Optimizer], configs: list[LRSchedulerConfig], each: float, per_epoch: float
 ) -> Iterator[float]:
     """Yield the learning rate of all groups, step by step, as :class:`PhaseSchedulers` has it in a fit."""
-    first = rest = list(map(scheduled_options, optimizers))
+    first = rest = {one: scheduled_options(one) for one in optimizers}
     states = [copy.deepcopy(config.scheduler.state_dict()) for config in configs]
     begins, running = {round(begin / each): index for index, (begin, _) in plan.reached.items()}, configs
     for tick in range(math.ceil(plan.end / each - 1e-6)):
@@ -116,18 +116,15 @@ def _simulated(
             phase, (begin, end) = plan.phases[begins[tick]], plan.reached[begins[tick]]
             if running is not configs:
                 running = configs
-                for optimizer, options in zip(optimizers, rest, strict=True):
-                    set_options(optimizer, options)
-            if phase.lr_scheduler is not None:
-                rest = list(map(scheduled_options, optimizers))
-                anew = phase.lr_scheduler == "restart"
-                for optimizer, options in zip(optimizers, first, strict=True):
-                    set_options(optimizer, options if anew else map(without_scheduler, options))
-                for config, state in zip(configs, states, strict=True) if anew else ():
-                    config.scheduler.load_state_dict(copy.deepcopy(state))
-                if not anew:
-                    made = [make_scheduler(phase, optimizer, round((end - begin) / each)) for optimizer in optimizers]
-                    running = scheduler_configs(plan.model, made)
+                set_all(rest)
+            if phase.lr_scheduler == "restart":
+                restart(configs, states)
+                set_all(first)
+            elif phase.lr_scheduler is not None:
+                rest = {one: scheduled_options(one) for one in optimizers}
+                set_all({one: map(without_scheduler, options) for one, options in first.items()})
+                made = [make_scheduler(phase, optimizer, round((end - begin) / each)) for optimizer in optimizers]
+                running = scheduler_configs(plan.model, made)
         (rate,) = {float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups}
         yield rate
         for config in running:

@@ -65,12 +65,14 @@ def phase_trains(
     return left
 
 
-def phase_scales(module: nn.Module, phase: Phase) -> dict[int, float | Ramp]:
-    """Return the learning rate scale of each parameter that has one in a phase, by identity."""
+def phase_scales(module: nn.Module, phase: Phase, owner: Mapping[str, Any] | None = None) -> dict[int, float | Ramp]:
+    """Return the learning rate scale of each parameter that has one in a phase, by identity.
+
+    ``owner`` is what :func:`scale_owners` returns, if it is known.
+    """
     if not phase.scales:
         return {}
-    parameters = named_unique_parameters(module)
-    owner = scale_owners(module, phase)
+    parameters, owner = named_unique_parameters(module), scale_owners(module, phase) if owner is None else owner
     scales = {select: one if isinstance(one, Ramp) else float(one) for select, one in phase.scales.items()}
     return {id(parameters[name]): scales[select] for name, select in owner.items()}
 
@@ -113,17 +115,18 @@ def resolve_phases(
     """
     sleeping = asleep(module, phases, came_frozen)
     trains = [phase_trains(module, phase, sleeping, held) for phase in phases]
-    everything, holds, scaled = frozenset(map(id, module.parameters())), [], []
+    everything, holds, scaled, scales = frozenset(map(id, module.parameters())), [], [], []
     for phase, selected in zip(phases, trains, strict=True):
         active = frozenset(map(id, selected.values()))
         stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
         holds.append(Hold(everything - active, tuple(stay), active))
-        owners = [(name, select) for name, select in scale_owners(module, phase).items() if name in selected]
+        owner = scale_owners(module, phase)
+        owners = [(name, select) for name, select in owner.items() if name in selected]
         if phase.scales and not owners:
             named = listed(map(selector_text, phase.scales))
             raise ValueError(f"Phase {phase.label!r} trains nothing that its lr_scale names ({named}): train it, too.")
         scaled.append({selector_text(select): selected[name] for name, select in reversed(owners)})
-    scales = [phase_scales(module, phase) for phase in phases]
+        scales.append(phase_scales(module, phase, owner))
     return Resolved(came_frozen, set(held), trains, scales, scaled, holds)
 
 

@@ -85,6 +85,18 @@ def set_options(optimizer: Optimizer, options: Iterable[Options]) -> None:
                 group[option] = copy.deepcopy(value)
 
 
+def set_all(options: Mapping[Optimizer, Iterable[Options]]) -> None:
+    """Set the options of several optimizers."""
+    for optimizer, own in options.items():
+        set_options(optimizer, own)
+
+
+def restart(configs: Iterable[LRSchedulerConfig], states: Iterable[Options]) -> None:
+    """Have schedulers begin anew, from the states that they had at first."""
+    for config, state in zip(configs, states, strict=True):
+        config.scheduler.load_state_dict(copy.deepcopy(state))
+
+
 def without_scheduler(options: Options) -> Options:
     """Return options with the learning rate that a group had before a scheduler was made for it."""
     others = {option: value for option, value in options.items() if option != "initial_lr"}
@@ -104,10 +116,6 @@ class _Rates:
         optimizers = optimizers_of(trainer)
         traces = {one: {name: vars(one)[name] for name in _TRACES if name in vars(one)} for one in optimizers}
         return cls(list(trainer.lr_scheduler_configs), {one: scheduled_options(one) for one in optimizers}, traces)
-
-    def set(self) -> None:
-        for optimizer, options in self.options.items():
-            set_options(optimizer, options)
 
 
 class PhaseSchedulers:
@@ -158,13 +166,11 @@ class PhaseSchedulers:
             self._first = _Rates.of(self.trainer)
         if phase.lr_scheduler in (None, "restart"):
             if anew and phase.lr_scheduler == "restart":
-                for config, state in zip(self._first.configs, self._states, strict=True):
-                    config.scheduler.load_state_dict(copy.deepcopy(state))
-                self._first.set()
+                restart(self._first.configs, self._states)
+                set_all(self._first.options)
             return
         self._rest = _Rates.of(self.trainer)
-        for optimizer, options in self._first.options.items():
-            set_options(optimizer, map(without_scheduler, options))
+        set_all({one: map(without_scheduler, options) for one, options in self._first.options.items()})
         steps = phase_length(self.trainer, phase, at).phase
         assert steps is not None  # else it was refused
         made = [make_scheduler(phase, optimizer, steps) for optimizer in self._driven()]
@@ -183,7 +189,7 @@ class PhaseSchedulers:
             return
         if self.trainer.lr_scheduler_configs == self._own:  # else somebody has exchanged them too
             self.trainer.strategy.lr_scheduler_configs[:] = self._rest.configs
-        self._rest.set()
+        set_all(self._rest.options)
         for optimizer, traces in self._rest.traces.items():
             for name in _TRACES:
                 vars(optimizer).pop(name, None)
