@@ -49,6 +49,7 @@ class Course:
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         """Find out which phase holds and apply it, before optimizers and loops are restored."""
         refuse_sharded(self.trainer.strategy, self.phases)
+        report.refuse_averages(self.trainer, self.phases)
         self.fit.begin(self.trainer)
         self.fit.ledger.steps.before.insert(0, self._follow)
         self._find(saved)  # how many steps the fit takes is not known before the data is there
@@ -58,12 +59,15 @@ class Course:
         """Go on from what a checkpoint held; tuners restore one in the middle of a fit too."""
         self._find(saved, steps_in_all(self.trainer))
         refuse_unknown(self.trainer, self.progress.phases)
-        self.fit.schedulers.check(self.progress.phases, (self.trainer.current_epoch, self.trainer.global_step))
+        at = self.trainer.current_epoch, self.trainer.global_step
+        if at[1] == 0:
+            self.fit.schedulers.take_as_first()
+        self.fit.schedulers.check(self.progress.phases, lambda phase: phase_length(self.trainer, phase, at).phase)
         if saved is not None:
             report.another_schedule(self.trainer, self.phases, saved, self.progress.index)
             self.fit.load_state(saved.get("optimizers", []))
         self.apply()
-        self.fit.schedulers.begin(self.progress.phase, self.progress.history[-1][:2])
+        self.fit.schedulers.begin(self.progress.phase, self.length.phase)
 
     def start(self) -> None:
         """Begin the phase that holds if it is new; end the fit if the last phase was over."""
@@ -172,7 +176,7 @@ class Course:
         if not followed and self.fit.follow(self.trainer):
             _log.info("the Trainer's optimizers have been exchanged; the schedule goes on with the new ones")
             self.fit.apply(self.progress.index, self.factor)
-            self.fit.schedulers.begin(self.progress.phase, self.progress.history[-1][:2])
+            self.fit.schedulers.begin(self.progress.phase, self.length.phase)
 
     def _find(self, saved: Mapping[str, Any] | None, total: int | None = None) -> None:
         self.progress = begin_or_go_on(
@@ -207,7 +211,7 @@ class Course:
         self._end_phase(why)
         progress.begin_next(epoch, self.step, why)
         self.apply()
-        self.fit.schedulers.begin(progress.phase, progress.history[-1][:2], anew=True)
+        self.fit.schedulers.begin(progress.phase, self.length.phase, anew=True)
         count_anew(self.trainer)
         self._tell_start()
         return True

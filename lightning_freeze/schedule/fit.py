@@ -60,7 +60,7 @@ class Fit:
         if list(map(id, optimizers)) == [id(phased.optimizer) for phased in self.optimizers]:
             return False
         self._release_optimizers()
-        self.schedulers = PhaseSchedulers(trainer)
+        self.schedulers = _schedulers(trainer)
         adopt = self._to_adopt(optimizers)
         sparse = _sparse(self.ledger.module) if adopt else []
         with self.ledger.steps.paused():  # throw-away optimizers step, and some fail
@@ -176,7 +176,11 @@ def begin_fit(
     resolve = partial(
         resolve_phases, ledger.module, came_frozen=came_frozen, held=held, mode=mode, left_alone=left_alone
     )
-    return Fit(phases, ledger, resolve(phases), policy, PhaseSchedulers(trainer), resolve)
+    return Fit(phases, ledger, resolve(phases), policy, _schedulers(trainer), resolve)
+
+
+def _schedulers(trainer: Trainer) -> PhaseSchedulers:
+    return PhaseSchedulers(trainer.lightning_module, optimizers_of(trainer), trainer.strategy.lr_scheduler_configs)
 
 
 def _sparse(module: nn.Module) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,10 +10,10 @@ from itertools import pairwise
 
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import LightningModule, LRSchedulerConfig, configured, scheduler_configs
+from lightning_freeze._lightning import LightningModule, LRSchedulerConfig, configured
 from lightning_freeze.freezing.holder import ledger_of
 from lightning_freeze.schedule.plan import Plan, trainer_of
-from lightning_freeze.schedule.schedulers import make_scheduler, restart, scheduled_options, set_all, without_scheduler
+from lightning_freeze.schedule.schedulers import PhaseSchedulers
 
 Point = tuple[float, float | None]  # a position, and a scale there
 
@@ -108,26 +107,14 @@ def _simulated(
     plan: Plan, optimizers: Sequence[Optimizer], configs: list[LRSchedulerConfig], each: float, per_epoch: float
 ) -> Iterator[float]:
     """Yield the learning rate of all groups, step by step, as :class:`PhaseSchedulers` has it in a fit."""
-    first = rest = {one: scheduled_options(one) for one in optimizers}
-    states = [copy.deepcopy(config.scheduler.state_dict()) for config in configs]
-    begins, running = {round(begin / each): index for index, (begin, _) in plan.reached.items()}, configs
+    schedulers = PhaseSchedulers(plan.model, optimizers, configs)  # type: ignore[arg-type]
+    begins = {round(begin / each): index for index, (begin, _) in plan.reached.items()}
     for tick in range(math.ceil(plan.end / each - 1e-6)):
         if tick in begins:
-            phase, (begin, end) = plan.phases[begins[tick]], plan.reached[begins[tick]]
-            if running is not configs:
-                running = configs
-                set_all(rest)
-            if phase.lr_scheduler == "restart":
-                restart(configs, states)
-                set_all(first)
-            elif phase.lr_scheduler is not None:
-                rest = {one: scheduled_options(one) for one in optimizers}
-                set_all({one: map(without_scheduler, options) for one, options in first.items()})
-                made = [make_scheduler(phase, optimizer, round((end - begin) / each)) for optimizer in optimizers]
-                running = scheduler_configs(plan.model, made)
+            schedulers.begin(plan.phases[begins[tick]], plan.length_of(begins[tick]).phase, anew=True)
         (rate,) = {float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups}
         yield rate
-        for config in running:
+        for config in configs:
             done, before = (tick + 1, tick) if config.interval == "step" else _epochs(tick, per_epoch)
             if done > before and done % config.frequency == 0 and not config.reduce_on_plateau:
                 config.scheduler.step()  # type: ignore[call-arg]

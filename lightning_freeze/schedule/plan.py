@@ -190,14 +190,15 @@ class Plan:
     def ramp_end(self, index: int, ramp: Ramp) -> float:
         """Return where a ramp of a phase ends."""
         self.length.check(f"{ramp} takes", epochs=ramp.epochs, steps=ramp.steps)
-        return self.reached[index][0] + (self._length(index).of(ramp) or 0) / self.length.size
+        return self.reached[index][0] + (self.length_of(index).of(ramp) or 0) / self.length.size
 
     def at(self, index: int, factor: Factor, position: float) -> float:
         """Return what a scale of a phase is at a position of the fit."""
         steps = (position - self.reached[index][0]) * self.length.size
-        return planned_factor(factor, steps, self._length(index))
+        return planned_factor(factor, steps, self.length_of(index))
 
-    def _length(self, index: int) -> Length:
+    def length_of(self, index: int) -> Length:
+        """Return how long a phase lasts at most."""
         fit, step = self.length, round(self.reached[index][0] * self.length.size)
         begin = (int(step / fit.per_epoch), step)
         return planned_length(self.phases[index], begin, epoch=fit.per_epoch, total=fit.total)

@@ -6,10 +6,18 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lightning_freeze._lightning import BaseFinetuning, Callback, MisconfigurationException, Trainer, callbacks_of
+from lightning_freeze._lightning import (
+    BaseFinetuning,
+    Callback,
+    MisconfigurationException,
+    StochasticWeightAveraging,
+    Trainer,
+    callbacks_of,
+)
 from lightning_freeze.freezing.eval_mode import is_held
 from lightning_freeze.functional import scalars
 from lightning_freeze.logs import get_logger
+from lightning_freeze.schedule.arguments import shown_value
 from lightning_freeze.schedule.fit import Fit
 from lightning_freeze.schedule.length import steps_per_epoch
 from lightning_freeze.schedule.looks import stoppers
@@ -35,6 +43,16 @@ def refuse_rivals(trainer: Trainer, kind: type[Callback]) -> None:
                 f"The Trainer has FreezeSchedule and {type(callback).__name__}, and each would undo what the other "
                 "does. Leave one of them out."
             )
+
+
+def refuse_averages(trainer: Trainer, phases: Sequence[Phase]) -> None:
+    """Refuse a scheduler of a phase's own where StochasticWeightAveraging puts another in its place."""
+    own = [phase for phase in phases if phase.lr_scheduler is not None]
+    if own and any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(trainer)):
+        raise MisconfigurationException(
+            f"Phase {own[0].label!r} has lr_scheduler={shown_value(own[0].lr_scheduler)}, and "
+            "StochasticWeightAveraging puts a scheduler of its own in its place. Leave one out."
+        )
 
 
 def fit_begins(trainer: Trainer, schedule: Callback, progress: Progress, fit: Fit) -> None:

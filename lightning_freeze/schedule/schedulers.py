@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pkgutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lightning_freeze._lightning import (
-    LRSchedulerConfig,
-    MisconfigurationException,
-    StochasticWeightAveraging,
-    Trainer,
-    callbacks_of,
-    optimizers_of,
-    scheduler_configs,
-)
+from lightning_freeze._lightning import LightningModule, LRSchedulerConfig, MisconfigurationException, scheduler_configs
 from lightning_freeze.freezing.step_view import is_rate
 from lightning_freeze.schedule.arguments import shown_value
-from lightning_freeze.schedule.length import phase_length
 from lightning_freeze.schedule.phases import Phase
 
 Options = dict[str, Any]
@@ -35,7 +26,139 @@ _TRACES = ("step", "_opt_called")
 _STEPS = ("steps", "total_steps", "T_max", "total_iters", "num_training_steps")
 
 
-def make_scheduler(phase: Phase, optimizer: Optimizer, steps: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Rates:
+    """Schedulers, what they set in optimizers, and the traces that they leave there."""
+
+    configs: list[LRSchedulerConfig]
+    options: dict[Optimizer, list[Options]]
+    traces: dict[Optimizer, Options]
+
+    @classmethod
+    def of(cls, optimizers: Sequence[Optimizer], configs: Iterable[LRSchedulerConfig]) -> _Rates:
+        traces = {one: {name: vars(one)[name] for name in _TRACES if name in vars(one)} for one in optimizers}
+        return cls(list(configs), {one: _scheduled_options(one) for one in optimizers}, traces)
+
+
+class PhaseSchedulers:
+    """Puts a phase's own schedulers in the place of the user's, which rest until the phase is over.
+
+    Args:
+        module: What has configured them.
+        optimizers: Its optimizers.
+        configs: Its schedulers: the list itself by which they are stepped.
+
+    Attributes:
+        saved: What a checkpoint holds of the current phase's schedulers, for each optimizer, until they take it over.
+    """
+
+    def __init__(
+        self, module: LightningModule, optimizers: Sequence[Optimizer], configs: list[LRSchedulerConfig]
+    ) -> None:
+        self.optimizers = optimizers
+        self.saved: list[Options] = []
+        self._module, self._configs = module, configs
+        self._states = [copy.deepcopy(config.scheduler.state_dict()) for config in configs]
+        self._rest: _Rates | None = None
+        self._own: list[LRSchedulerConfig] = []
+        self.take_as_first()
+
+    def take_as_first(self) -> None:
+        """Take the rates that there are as those that the optimizers were given: tuners set some before the fit."""
+        self.end()
+        self._first = _Rates.of(self.optimizers, self._configs)
+
+    def check(self, phases: Sequence[Phase], steps: Callable[[Phase], int | None]) -> None:
+        """Make the schedulers of all phases once, so that what one refuses is found at fit start."""
+        for phase in phases:
+            where = f"Phase {phase.label!r} has lr_scheduler={shown_value(phase.lr_scheduler)}"
+            if phase.lr_scheduler == "restart" and not self._first.configs:
+                raise MisconfigurationException(f"{where}, but configure_optimizers returns no scheduler.")
+            try:
+                self.begin(phase, steps(phase))
+            except Exception as error:
+                raise MisconfigurationException(f"{where}, which cannot be made: {error}") from error
+            finally:
+                self.end()
+
+    def begin(self, phase: Phase, steps: int | None, *, anew: bool = False) -> None:
+        """Have the schedulers of a phase's own go on, or else the user's.
+
+        ``steps`` is how many the phase lasts at most, ``anew`` whether it begins here and now.
+        """
+        self.end()
+        saved, self.saved = self.saved, []
+        if phase.lr_scheduler in (None, "restart"):
+            if anew and phase.lr_scheduler == "restart":
+                for config, state in zip(self._first.configs, self._states, strict=True):
+                    config.scheduler.load_state_dict(copy.deepcopy(state))
+                _set_all(self._first.options)
+            return
+        assert steps is not None  # else it was refused
+        self._rest = _Rates.of(self.optimizers, self._configs)
+        _set_all({one: map(_without_scheduler, options) for one, options in self._first.options.items()})
+        made = [_make_scheduler(phase, optimizer, steps) for optimizer in self._driven()]
+        self._configs[:] = self._own = scheduler_configs(self._module, made)
+        for optimizer in self.optimizers:  # else torch warns where one is exchanged, which is seen in its first step
+            vars(optimizer)["_opt_called"] = True
+        for number, optimizer in enumerate(self.optimizers if saved else []):
+            for config, state in zip(self._own_of(optimizer), saved[number]["schedulers"], strict=False):
+                config.scheduler.load_state_dict(state)
+            _set_options(optimizer, saved[number]["options"])
+
+    def end(self) -> None:
+        """Have the user's schedulers go on from where they began to rest."""
+        if self._rest is None:
+            return
+        if self._configs == self._own:  # else somebody has exchanged them too
+            self._configs[:] = self._rest.configs
+        _set_all(self._rest.options)
+        for optimizer, traces in self._rest.traces.items():
+            for name in _TRACES:
+                vars(optimizer).pop(name, None)
+            vars(optimizer).update(traces)
+        self._rest, self._own = None, []
+
+    def state(self) -> list[Options]:
+        """Return, for each optimizer, what a checkpoint has to hold of the phase's own schedulers; empty without."""
+        if self._rest is None:
+            return self.saved
+        return [
+            {
+                "schedulers": [config.scheduler.state_dict() for config in self._own_of(optimizer)],
+                "options": _scheduled_options(optimizer),
+            }
+            for optimizer in self.optimizers
+        ]
+
+    def as_the_users(self, checkpoint: dict[str, Any]) -> None:
+        """Have a checkpoint hold the user's schedulers and options, as they rest."""
+        if self._rest is None:
+            return
+        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in self._rest.configs]
+        for state, options in zip(checkpoint["optimizer_states"], self._rest.options.values(), strict=True):
+            # FSDP gathers states on one process only.
+            for number, (group, own) in enumerate(zip(state.get("param_groups", []), options, strict=False)):
+                others = {key: value for key, value in group.items() if not is_scheduled(key)}
+                state["param_groups"][number] = {**others, **own}
+
+    def _driven(self) -> Sequence[Optimizer]:
+        """Return the optimizers that get a scheduler, in the order in which the user's code finds schedulers."""
+        if self._module.automatic_optimization:
+            return self.optimizers
+        driven = [config.scheduler.optimizer for config in self._first.configs]
+        if not driven or len(set(driven)) < len(driven):
+            raise ValueError(
+                "in manual optimization your training_step steps what self.lr_schedulers() returns, so "
+                "configure_optimizers has to return one scheduler for each optimizer that a phase's shall drive."
+            )
+        return driven
+
+    def _own_of(self, optimizer: Optimizer) -> list[LRSchedulerConfig]:
+        return [config for config in self._own if config.scheduler.optimizer is optimizer]
+
+
+def _make_scheduler(phase: Phase, optimizer: Optimizer, steps: int) -> dict[str, Any]:
     """Return the scheduler of a phase's own for an optimizer, as ``configure_optimizers`` may return one."""
     own = phase.lr_scheduler
     if isinstance(own, Mapping):
@@ -65,7 +188,7 @@ def is_scheduled(option: str) -> bool:
     return is_rate(option) or option in ("betas", "weight_decay") or option.endswith("momentum")
 
 
-def scheduled_options(optimizer: Optimizer) -> list[Options]:
+def _scheduled_options(optimizer: Optimizer) -> list[Options]:
     """Return, for each group, a copy of the options that schedulers set."""
     return [
         {option: copy.deepcopy(value) for option, value in group.items() if is_scheduled(option)}
@@ -73,8 +196,8 @@ def scheduled_options(optimizer: Optimizer) -> list[Options]:
     ]
 
 
-def set_options(optimizer: Optimizer, options: Iterable[Options]) -> None:
-    """Set, for each group, what :func:`scheduled_options` has returned, and remove other options of the kind."""
+def _set_options(optimizer: Optimizer, options: Iterable[Options]) -> None:
+    """Set, for each group, what :func:`_scheduled_options` has returned, and remove other options of the kind."""
     for group, own in zip(optimizer.param_groups, options, strict=False):
         for option in [option for option in group if is_scheduled(option) and option not in own]:
             del group[option]
@@ -85,151 +208,13 @@ def set_options(optimizer: Optimizer, options: Iterable[Options]) -> None:
                 group[option] = copy.deepcopy(value)
 
 
-def set_all(options: Mapping[Optimizer, Iterable[Options]]) -> None:
+def _set_all(options: Mapping[Optimizer, Iterable[Options]]) -> None:
     """Set the options of several optimizers."""
     for optimizer, own in options.items():
-        set_options(optimizer, own)
+        _set_options(optimizer, own)
 
 
-def restart(configs: Iterable[LRSchedulerConfig], states: Iterable[Options]) -> None:
-    """Have schedulers begin anew, from the states that they had at first."""
-    for config, state in zip(configs, states, strict=True):
-        config.scheduler.load_state_dict(copy.deepcopy(state))
-
-
-def without_scheduler(options: Options) -> Options:
+def _without_scheduler(options: Options) -> Options:
     """Return options with the learning rate that a group had before a scheduler was made for it."""
     others = {option: value for option, value in options.items() if option != "initial_lr"}
     return others if len(others) == len(options) else {**others, "lr": options["initial_lr"]}
-
-
-@dataclass(frozen=True)
-class _Rates:
-    """The schedulers of a Trainer, what they set in its optimizers, and the traces that they leave there."""
-
-    configs: list[LRSchedulerConfig]
-    options: dict[Optimizer, list[Options]]
-    traces: dict[Optimizer, Options]
-
-    @classmethod
-    def of(cls, trainer: Trainer) -> _Rates:
-        optimizers = optimizers_of(trainer)
-        traces = {one: {name: vars(one)[name] for name in _TRACES if name in vars(one)} for one in optimizers}
-        return cls(list(trainer.lr_scheduler_configs), {one: scheduled_options(one) for one in optimizers}, traces)
-
-
-class PhaseSchedulers:
-    """Puts a phase's own schedulers in the place of the user's, which rest until the phase is over.
-
-    The Trainer has its optimizers and schedulers as ``configure_optimizers`` left them. ``saved`` is what a checkpoint
-    holds of the current phase's schedulers, for each optimizer, until they take it over.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.optimizers = optimizers_of(trainer)
-        self.saved: list[Options] = []
-        self._first = _Rates.of(trainer)
-        self._states = [copy.deepcopy(config.scheduler.state_dict()) for config in self._first.configs]
-        self._rest: _Rates | None = None
-        self._own: list[LRSchedulerConfig] = []
-
-    def check(self, phases: Sequence[Phase], at: tuple[int, int]) -> None:
-        """Make the schedulers of all phases once, so that what one refuses is found at fit start."""
-        for phase in phases:
-            if phase.lr_scheduler is None:
-                continue
-            where = f"Phase {phase.label!r} has lr_scheduler={shown_value(phase.lr_scheduler)}"
-            if any(isinstance(callback, StochasticWeightAveraging) for callback in callbacks_of(self.trainer)):
-                raise MisconfigurationException(
-                    f"{where}, and StochasticWeightAveraging puts a scheduler of its own in its place. Leave one out."
-                )
-            if phase.lr_scheduler == "restart":
-                if not self._first.configs:
-                    raise MisconfigurationException(f"{where}, but configure_optimizers returns no scheduler.")
-                continue
-            try:
-                self.begin(phase, at)
-            except Exception as error:
-                raise MisconfigurationException(f"{where}, which cannot be made: {error}") from error
-            finally:
-                self.end()
-
-    def begin(self, phase: Phase, at: tuple[int, int], *, anew: bool = False) -> None:
-        """Have the schedulers of a phase's own go on, or else the user's.
-
-        ``at`` is the epoch and the optimizer step at which it has begun, ``anew`` whether that is here and now.
-        """
-        self.end()
-        saved, self.saved = self.saved, []
-        if self.trainer.global_step == 0:  # tuners set rates before the first step
-            self._first = _Rates.of(self.trainer)
-        if phase.lr_scheduler in (None, "restart"):
-            if anew and phase.lr_scheduler == "restart":
-                restart(self._first.configs, self._states)
-                set_all(self._first.options)
-            return
-        self._rest = _Rates.of(self.trainer)
-        set_all({one: map(without_scheduler, options) for one, options in self._first.options.items()})
-        steps = phase_length(self.trainer, phase, at).phase
-        assert steps is not None  # else it was refused
-        made = [make_scheduler(phase, optimizer, steps) for optimizer in self._driven()]
-        self._own = scheduler_configs(self.trainer.lightning_module, made)
-        self.trainer.strategy.lr_scheduler_configs[:] = self._own
-        for optimizer in self.optimizers:  # else torch warns where one is exchanged, which is seen in its first step
-            vars(optimizer)["_opt_called"] = True
-        for number, optimizer in enumerate(self.optimizers if saved else []):
-            for config, state in zip(self._own_of(optimizer), saved[number]["schedulers"], strict=False):
-                config.scheduler.load_state_dict(state)
-            set_options(optimizer, saved[number]["options"])
-
-    def end(self) -> None:
-        """Have the user's schedulers go on from where they began to rest."""
-        if self._rest is None:
-            return
-        if self.trainer.lr_scheduler_configs == self._own:  # else somebody has exchanged them too
-            self.trainer.strategy.lr_scheduler_configs[:] = self._rest.configs
-        set_all(self._rest.options)
-        for optimizer, traces in self._rest.traces.items():
-            for name in _TRACES:
-                vars(optimizer).pop(name, None)
-            vars(optimizer).update(traces)
-        self._rest, self._own = None, []
-
-    def state(self) -> list[Options]:
-        """Return, for each optimizer, what a checkpoint has to hold of the phase's own schedulers; empty without."""
-        if self._rest is None:
-            return self.saved
-        return [
-            {
-                "schedulers": [config.scheduler.state_dict() for config in self._own_of(optimizer)],
-                "options": scheduled_options(optimizer),
-            }
-            for optimizer in self.optimizers
-        ]
-
-    def as_the_users(self, checkpoint: dict[str, Any]) -> None:
-        """Have a checkpoint hold the user's schedulers and options, as they rest."""
-        if self._rest is None:
-            return
-        checkpoint["lr_schedulers"] = [config.scheduler.state_dict() for config in self._rest.configs]
-        for state, options in zip(checkpoint["optimizer_states"], self._rest.options.values(), strict=True):
-            # FSDP gathers states on one process only.
-            for number, (group, own) in enumerate(zip(state.get("param_groups", []), options, strict=False)):
-                others = {key: value for key, value in group.items() if not is_scheduled(key)}
-                state["param_groups"][number] = {**others, **own}
-
-    def _driven(self) -> list[Optimizer]:
-        """Return the optimizers that get a scheduler, in the order in which the user's code finds schedulers."""
-        if self.trainer.lightning_module.automatic_optimization:
-            return self.optimizers
-        driven = [config.scheduler.optimizer for config in self._first.configs]
-        if not driven or len(set(driven)) < len(driven):
-            raise ValueError(
-                "in manual optimization your training_step steps what self.lr_schedulers() returns, so "
-                "configure_optimizers has to return one scheduler for each optimizer that a phase's shall drive."
-            )
-        return driven
-
-    def _own_of(self, optimizer: Optimizer) -> list[LRSchedulerConfig]:
-        return [config for config in self._own if config.scheduler.optimizer is optimizer]
