@@ -71,11 +71,12 @@ class _Split:
 
     def hide(self, group: Group) -> None:
         """Write into the user's group what the step has changed in the first part."""
-        factor, before = self.factors[0], self.before
+        before = self.before
         for option, value in self.parts[0].items():
-            scale = factor if is_rate(option) else 1.0
-            # What a step makes of a rate of 0 says nothing of the user's.
-            if before.get(option, self) is value or option in _MEMBERS or not scale:
+            if before.get(option, self) is value or option in _MEMBERS:
+                continue
+            scale = self.factors[0] if is_rate(option) else 1.0
+            if not scale:  # what a step makes of a rate of 0 says nothing of the user's
                 continue
             group[option] = value if scale == 1.0 else value / scale
             if not isinstance(value, Tensor):
