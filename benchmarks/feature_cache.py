@@ -7,7 +7,8 @@ and epochs with random augmentation, where nothing ever comes back, with the cac
 two epochs, then it is off. Ratios are minimum / median / maximum over the rounds. What ten epochs could gain at most is
 that of extracting features in the first epoch and training on them by hand in the nine others.
 
-Run it with `python benchmarks/feature_cache.py`; `--nets resnet18 --rounds 10` looks closer at one network.
+Run it with `python benchmarks/feature_cache.py`; `--nets resnet18 --rounds 10` looks closer at one network, and
+`--against 8f35310` times the FeatureCache of another commit beside this one: that is the last with 0.1.0's.
 
 `--device cuda` is another measurement: ResNet-50 and ViT-B/16 at 224 pixels in float32 and in bf16, batches of 256 that
 are already on the host, pinned, so that no loader hides what the cache costs: uncached, cached, by hand with images
@@ -17,12 +18,19 @@ copied to the device, too, and by hand without. The device is waited for at both
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -138,7 +146,7 @@ def epochs(
     data: Dataset[Any],
     count: int,
     batch: int | None,
-    cache: bool,
+    cache: type[Callback] | None = None,
     device: str = "cpu",
     precision: Any = "32-true",
 ) -> list[float]:
@@ -149,7 +157,7 @@ def epochs(
         accelerator=device,
         devices=1,
         precision=precision,
-        callbacks=[clock, *([FeatureCache("backbone")] if cache else [])],
+        callbacks=[clock, *([cache("backbone")] if cache else [])],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -168,6 +176,21 @@ def extracted(net: Classifier, data: TensorDataset, batch: int) -> TensorDataset
     return TensorDataset(features, data.tensors[1])
 
 
+def cache_of(commit: str) -> type[Callback]:
+    """Return the FeatureCache of another commit, whose package gets a name of its own."""
+    folder = Path(tempfile.mkdtemp())
+    packed = subprocess.run(["git", "archive", commit, "lightning_freeze"], check=True, capture_output=True).stdout
+    with tarfile.open(fileobj=BytesIO(packed)) as files:
+        files.extractall(folder, filter="data")
+    package = (folder / "lightning_freeze").rename(folder / "lightning_freeze_then")
+    for file in package.rglob("*.py"):
+        file.write_text(file.read_text().replace("lightning_freeze", package.name))
+    sys.path.insert(0, str(folder))
+    cache: type[Callback] = importlib.import_module(package.name).FeatureCache
+    logging.getLogger(package.name).setLevel(logging.ERROR)
+    return cache
+
+
 def spread(values: Sequence[float]) -> str:
     return f"{min(values):7.2f} /{statistics.median(values):7.2f} /{max(values):7.2f}"
 
@@ -181,14 +204,19 @@ def measure(name: str, options: argparse.Namespace) -> None:
     with_images = TensorDataset(*by_hand.tensors, images)
     ratios: dict[str, list[float]] = {}
     times: dict[str, list[float]] = {}
-    epochs(net, data, 1, options.batch, cache=False)  # warm up
+    steps = options.samples // options.batch
+    epochs(net, data, 1, options.batch)  # warm up
     for _ in range(options.rounds):
-        uncached = epochs(net, data, 3, options.batch, cache=False)
-        first, second, *cached = epochs(net, data, 10, options.batch, cache=True)
-        limit = epochs(Classifier(None, width), by_hand, 10, options.batch, cache=False)[1:]
-        loading = epochs(Classifier(None, width), with_images, 10, options.batch, cache=False)[1:]
+        uncached = epochs(net, data, 3, options.batch)
+        first, second, *cached = epochs(net, data, 10, options.batch, cache=FeatureCache)
+        then = None if options.then is None else sum(epochs(net, data, 10, options.batch, options.then))
+        limit = epochs(Classifier(None, width), by_hand, 10, options.batch)[1:]
+        loading = epochs(Classifier(None, width), with_images, 10, options.batch)[1:]
         augmented = Augmented(data)
-        both = [epochs(net, augmented, 1, options.batch, cache=cache)[0] for cache in (False, True, True, False)]
+        both = [
+            epochs(net, augmented, 1, options.batch, cache=cache)[0]
+            for cache in (None, FeatureCache, FeatureCache, None)
+        ]
         middle = {
             "uncached": statistics.median(uncached),
             "cached, 1st": first,
@@ -207,9 +235,12 @@ def measure(name: str, options: argparse.Namespace) -> None:
             "ten epochs could at most be": 10 * middle["uncached"] / (middle["uncached"] + 9 * middle["by hand"]),
             "speed of the limit reached": middle["by hand"] / middle["cached, 3rd-10th"],
             "the same with images loaded": middle["by hand, images loaded"] / middle["cached, 3rd-10th"],
+            "ms a step more than that": 1e3 * (middle["cached, 3rd-10th"] - middle["by hand, images loaded"]) / steps,
             "speed kept if nothing hits": middle["augmented, uncached"] / middle["augmented, all-miss"],
         }.items():
             ratios.setdefault(key, []).append(value)
+        if then is not None:
+            ratios.setdefault("ten epochs of then take as long", []).append(then / (first + second + sum(cached)))
     print(f"{name}")
     print("  ms an epoch: " + ", ".join(f"{key} {1e3 * statistics.median(value):.0f}" for key, value in times.items()))
     for key, values in ratios.items():
@@ -234,10 +265,10 @@ def measure_on(device: str, name: str, precision: Any, options: argparse.Namespa
     ratios: dict[str, list[float]] = {}
     for _ in range(options.rounds):
         common = {"batch": None, "device": device, "precision": precision}
-        uncached = statistics.median(epochs(net, Batches(batches), 4, cache=False, **common)[1:])
-        cached = statistics.median(epochs(net, Batches(batches), 10, cache=True, **common)[2:])
+        uncached = statistics.median(epochs(net, Batches(batches), 4, **common)[1:])
+        cached = statistics.median(epochs(net, Batches(batches), 10, cache=FeatureCache, **common)[2:])
         hand = [
-            statistics.median(epochs(Classifier(None, width), Batches(data), 10, cache=False, **common)[2:])
+            statistics.median(epochs(Classifier(None, width), Batches(data), 10, **common)[2:])
             for data in (features, with_images)
         ]
         for key, value in {
@@ -262,7 +293,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1024)
     parser.add_argument("--batch", type=int, help="32, and 256 on another device")
     parser.add_argument("--batches", type=int, default=16, help="on another device")
+    parser.add_argument("--against", metavar="COMMIT", help="time its FeatureCache, too")
     options = parser.parse_args()
+    options.then = cache_of(options.against) if options.against else None
     warnings.filterwarnings("ignore")
     for logger in ("lightning.pytorch", "lightning_freeze"):
         logging.getLogger(logger).setLevel(logging.ERROR)
