@@ -75,11 +75,15 @@ lint: setup ## Check style
 types: setup ## Check types
 	$(BIN)/mypy
 
-wheel: setup ## Build the wheel and do the main jobs with it in a clean environment, without any extra
-	rm -rf dist build/clean
+build/clean/installed:
+	$(PYTHON) -m venv --clear build/clean
+	build/clean/bin/python -m pip install --quiet --no-compile $(TORCH)
+	touch $@
+
+wheel: setup build/clean/installed ## Build the wheel and do the main jobs with it in a clean environment, without any extra
+	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
-	$(PYTHON) -m venv build/clean
-	build/clean/bin/python -m pip install --quiet --no-compile $(TORCH) dist/*.whl
+	build/clean/bin/python -m pip install --quiet --no-compile dist/*.whl
 	build/clean/bin/python -W ignore tests/main_job.py
 	rm -rf build/clean
 
