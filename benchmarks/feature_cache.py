@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lightning_freeze import FeatureCache
+from lightning_freeze.feature_cache.hashing import Hash
 
 
 def resnet(name: str) -> nn.Module:
@@ -176,6 +177,16 @@ def extracted(net: Classifier, data: TensorDataset, batch: int) -> TensorDataset
     return TensorDataset(features, data.tensors[1])
 
 
+def hashing(net: Classifier, images: Tensor, batch: int) -> float:
+    """Return the seconds that the hashes of an epoch take alone: of its samples, and of all weights once."""
+    assert net.backbone is not None
+    begin = time.perf_counter()
+    for part in images.split(batch):
+        Hash().samples([part], [])
+    Hash().tensors([*net.backbone.parameters(), *net.backbone.buffers()])
+    return time.perf_counter() - begin
+
+
 def cache_of(commit: str) -> type[Callback]:
     """Return the FeatureCache of another commit, whose package gets a name of its own."""
     folder = Path(tempfile.mkdtemp())
@@ -236,6 +247,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
             "speed of the limit reached": middle["by hand"] / middle["cached, 3rd-10th"],
             "the same with images loaded": middle["by hand, images loaded"] / middle["cached, 3rd-10th"],
             "ms a step more than that": 1e3 * (middle["cached, 3rd-10th"] - middle["by hand, images loaded"]) / steps,
+            "the hashes alone, ms a step": 1e3 * hashing(net, images, options.batch) / steps,
             "speed kept if nothing hits": middle["augmented, uncached"] / middle["augmented, all-miss"],
         }.items():
             ratios.setdefault(key, []).append(value)
