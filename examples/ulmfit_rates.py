@@ -21,9 +21,14 @@ import argparse
 import importlib
 import inspect
 import logging
+import os
 import statistics
+import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +62,7 @@ class Task:
         labels: A class a sample, of dtype int64 and shape ``(samples,)``.
         train: How many samples are for training; the others are for validation.
         rates: Learning rates to choose from.
+        epochs: How long a fit lasts.
     """
 
     backbone: Callable[[], nn.Module]
@@ -66,6 +72,7 @@ class Task:
     labels: Tensor
     train: int
     rates: Sequence[float]
+    epochs: int
 
     def loaders(self, seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
         """Return loaders of a random split."""
@@ -138,7 +145,7 @@ def digits() -> Task:
         ["backbone._conv_head", "backbone._bn1"],
         "head",
     ]
-    return Task(backbone, 1280, layers, images[:800], torch.tensor(labels)[:800], 200, (1e-3, 3e-3, 1e-2, 3e-2))
+    return Task(backbone, 1280, layers, images[:800], torch.tensor(labels)[:800], 200, (1e-3, 3e-3, 1e-2, 3e-2), 12)
 
 
 def text() -> Task:
@@ -168,7 +175,8 @@ def text() -> Task:
         tokens["input_ids"],
         torch.tensor(labels),
         200,
-        (3e-4, 1e-3, 3e-3, 1e-2),
+        (5e-4, 2e-3, 8e-3),
+        8,
     )
 
 
@@ -206,14 +214,27 @@ def ways(layers: Sequence[Any]) -> dict[str, list[Phase]]:
     }
 
 
-def accuracy(task: Task, phases: list[Phase], lr: float, seed: int, epochs: int) -> float:
+TASKS = {"digits": digits, "text": text}
+
+
+@cache
+def made(name: str) -> Task:
+    """Return a task, made once in a process."""
+    return TASKS[name]()
+
+
+def accuracy(name: str, way: str, lr: float, seed: int, epochs: int) -> float:
     """Return the validation accuracy after a fit."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    torch.set_num_threads(1)
     seed_everything(seed, verbose=False)
+    task = made(name)
     model = Classifier(task, lr)
     train, val = task.loaders(seed)
     trainer = Trainer(
         max_epochs=epochs,
-        callbacks=[FreezeSchedule(phases, verbose=False)],
+        callbacks=[FreezeSchedule(ways(task.layers)[way], verbose=False)],
         accelerator="auto",
         devices=1,
         logger=False,
@@ -228,19 +249,24 @@ def accuracy(task: Task, phases: list[Phase], lr: float, seed: int, epochs: int)
 
 
 def compare(
-    task: Task, rates: Sequence[float], epochs: int, seeds: int, title: str
+    name: str, rates: Sequence[float], epochs: int, seeds: int, jobs: int
 ) -> dict[str, tuple[float, list[float]]]:
-    """Return, for each way, its learning rate and the accuracy of each seed."""
-    schedules = ways(task.layers)
-    tried = {(name, lr): 0.0 for name in schedules for lr in rates}
-    if len(rates) > 1:
-        for name, lr in track(tried, f"{title}: learning rates"):
-            tried[name, lr] = sum(accuracy(task, schedules[name], lr, 1_000 + seed, epochs) for seed in range(2))
-    results = {}
-    for name, phases in track(schedules.items(), f"{title}: {seeds} seeds each"):
-        lr = max(rates, key=lambda lr: tried[name, lr])
-        results[name] = (lr, [accuracy(task, phases, lr, seed, epochs) for seed in range(seeds)])
-    return results
+    """Return, for each way, its learning rate and the accuracy of each seed; ``jobs`` fits run at a time."""
+    chosen = list(ways(made(name).layers))
+    with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
+
+        def run(cases: list[tuple[str, float, int]], what: str) -> dict[tuple[str, float, int], float]:
+            found = {case: pool.submit(accuracy, name, *case, epochs) for case in cases}
+            return {case: one.result() for case, one in track(found.items(), f"{name}: {what}")}
+
+        tries = [(way, lr, seed) for way in chosen for lr in rates for seed in (1_000, 1_001) if len(rates) > 1]
+        tried = run(tries, "learning rates") if tries else {}
+        scores = {
+            (way, lr): sum(a for case, a in tried.items() if case[:2] == (way, lr)) for way in chosen for lr in rates
+        }
+        best = {way: max(rates, key=lambda lr, way=way: scores[way, lr]) for way in chosen}  # type: ignore[misc]
+        found = run([(way, best[way], seed) for way in chosen for seed in range(seeds)], f"{seeds} seeds each")
+    return {way: (best[way], [found[way, best[way], seed] for seed in range(seeds)]) for way in chosen}
 
 
 def spread(values: Sequence[float]) -> str:
@@ -268,19 +294,18 @@ def picture(results: dict[str, dict[str, tuple[float, list[float]]]]) -> Figure:
 
 
 def main() -> None:
-    tasks = {"digits": digits, "text": text}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=list(tasks), default=list(tasks))
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--epochs", type=int, help="in each task; 12 on the digits and 8 on text if not given")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rates", nargs="+", type=float, help="learning rates to choose from, in each task")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="fits at a time, each on one thread")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the picture")
     args = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
-    made = {name: tasks[name]() for name in args.tasks}
     results = {
-        name: compare(task, args.rates or task.rates, args.epochs, args.seeds, name) for name, task in made.items()
+        name: compare(name, args.rates or made(name).rates, args.epochs or made(name).epochs, args.seeds, args.jobs)
+        for name in args.tasks
     }
     for name, found in results.items():
         table = Table("way", "learning rate", "validation accuracy", title=f"{name}: {args.seeds} seeds")
