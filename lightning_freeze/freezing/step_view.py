@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # What of a parameter group belongs to its members.
-_MEMBERS = frozenset({"params", "param_names"})
+MEMBERS = frozenset({"params", "param_names"})
 
 Group = dict[str, Any]
 
@@ -60,7 +60,7 @@ class _Split:
         seen = self.seen
         for option, value in group.items():
             # What is unchanged stays each part's own: its running sums.
-            if seen.get(option, self) is not value and option not in _MEMBERS:
+            if seen.get(option, self) is not value and option not in MEMBERS:
                 if not isinstance(value, Tensor):  # one can change in place, so it is taken over at every step
                     seen[option] = value
                 rate = is_rate(option) and value is not None
@@ -73,7 +73,7 @@ class _Split:
         """Write into the user's group what the step has changed in the first part."""
         before = self.before
         for option, value in self.parts[0].items():
-            if before.get(option, self) is value or option in _MEMBERS:
+            if before.get(option, self) is value or option in MEMBERS:
                 continue
             scale = self.factors[0] if is_rate(option) else 1.0
             if not scale:  # what a step makes of a rate of 0 says nothing of the user's
@@ -84,7 +84,7 @@ class _Split:
 
     def own(self) -> list[Group]:
         """Return, for each part, what its steps have written: running sums, not what it took from the user's group."""
-        taken = {option for part in self.parts for option in part if option in _MEMBERS or is_rate(option)}
+        taken = {option for part in self.parts for option in part if option in MEMBERS or is_rate(option)}
         return [
             {o: value for o, value in part.items() if o not in taken and value is not self.seen.get(o)}
             for part in self.parts
@@ -120,7 +120,7 @@ class StepView:
                 places.setdefault(tuple(scale.get(id(parameter), 1.0) for scale in scales), []).append(place)
             if any(scale != 1.0 for own in places for scale in own):
                 _check_rate(optimizer, index)
-                own = [{k: [group[k][p] for p in at] for k in _MEMBERS & group.keys()} for at in places.values()]
+                own = [{k: [group[k][p] for p in at] for k in MEMBERS & group.keys()} for at in places.values()]
                 self._splits[index] = _Split(own, list(places))
         self.begin(0)
 

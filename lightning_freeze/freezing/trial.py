@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_freeze.freezing.step_view import MEMBERS, is_rate
 from lightning_freeze.words import listed
 
 
@@ -73,6 +74,33 @@ def try_scales(optimizer: Optimizer, index: int, phases: Iterable[Collection[flo
             raise ValueError(
                 f"lr_scale makes groups of different learning rates, which {type(optimizer).__name__} refuses: {error} "
                 "Leave lr_scale out."
+            ) from error
+
+
+def try_frozen(optimizer: Optimizer) -> None:
+    """Step two small tensors in each kind of its groups, one of which is frozen, then trains, then is frozen again.
+
+    Raises:
+        ValueError: If the optimizer refuses that, or moves what has no gradient.
+    """
+    kinds = {}
+    for group in optimizer.param_groups:
+        # A rate of 0, where a warmup begins, would move nothing.
+        own = {o: v for o, v in group.items() if o not in MEMBERS and (not is_rate(o) or (o == "lr" and v))}
+        kinds[str({o: v for o, v in own.items() if o not in ("lr", "name")})] = own, group["params"]
+    for options, parameters in kinds.values():
+        try:
+            _step_twins(optimizer, options, parameters[0], [2, 2])
+        except Exception:  # whatever the class raises, it cannot be asked so
+            continue
+        try:
+            if _step_twins(optimizer, options, parameters[0], [1, 2, 1]):
+                raise ValueError("it moves what has no gradient.")
+        except Exception as error:
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot step while some of its parameters are frozen: {error} Let its "
+                "step() pass by what has no gradient before anything else, with `if p.grad is None: continue`, use "
+                "another optimizer, or give it only what always trains."
             ) from error
 
 
@@ -166,6 +194,22 @@ def _step(
 def _moved(optimizer: Optimizer) -> int:
     """Return how many of the tensors, which were zero, a step has moved."""
     return sum(bool(p.any()) for group in optimizer.param_groups for p in group["params"])
+
+
+def _step_twins(optimizer: Optimizer, options: Mapping[str, Any], like: nn.Parameter, steps: Iterable[int]) -> bool:
+    """Step a group of two tensors, as many of which have a gradient as each of ``steps`` says.
+
+    Returns whether one without a gradient moved.
+    """
+    twins = [nn.Parameter(torch.ones((2,) * like.ndim, dtype=like.dtype, device=like.device)) for _ in range(2)]
+    other, moved = _another(optimizer, [{"params": twins, **options}]), False
+    for number in steps:
+        for place, twin in enumerate(twins):
+            twin.grad = torch.ones_like(twin) if place < number else None
+        before = twins[1].detach().clone()
+        other.step()
+        moved |= number < len(twins) and not torch.equal(before, twins[1])
+    return moved
 
 
 def _another(optimizer: Optimizer, parameters: Any) -> Optimizer:

@@ -212,10 +212,9 @@ class FreezeSchedule(Holder):
             refuse_new_statistics(trainer, pl_module, type(self).__name__)
         super().on_fit_start(trainer, pl_module)
         is_fresh = self._loaded is not None or (trainer.current_epoch, trainer.global_step) == (0, 0)
-        who, policy, before = self.state_key, self.optimizer_state, None if is_fresh else self._progress
-        fit = begin_fit(self.phases, self.ledger, trainer, self.frozen_mode, policy, who)
-        self.phases, self._optimizers = fit.phases, []
-        self._course = Course(self.phases, fit, trainer, who, self.verbose, before)
+        fit = begin_fit(self.phases, self.ledger, trainer, self.frozen_mode, self.optimizer_state, self.state_key)
+        self.phases, self._optimizers, before = fit.phases, [], None if is_fresh else self._progress
+        self._course = Course(self.phases, fit, trainer, self.state_key, self.verbose, before)
         self._course.begin(self._loaded)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,6 +237,7 @@ class FreezeSchedule(Holder):
         if self._loaded is not None:
             self._restore()
         self.course.begin_batch(pl_module, batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

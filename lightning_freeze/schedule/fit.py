@@ -72,6 +72,7 @@ class Fit:
                 if phased.view:
                     self.ledger.steps.before.append(phased.view.show)
                     self.ledger.steps.after.append(phased.view.hide)
+        self.ledger.try_optimizers(frozenset().union(*(hold.frozen for hold in self.resolved.holds)))
         return True
 
     def apply(self, index: int, factor: Callable[[Scale], float]) -> None:

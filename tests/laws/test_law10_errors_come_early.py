@@ -152,21 +152,62 @@ class FillsIn(torch.optim.SGD):
         loss = None if closure is None else closure()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
+                self.before(group, p)
         super().step()
         return loss
 
+    def before(self, group: dict[str, Any], p: nn.Parameter) -> None:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
 
-@pytest.mark.parametrize("first", ["head", "*"])
-def test_an_optimizer_that_gives_gradients_to_what_is_frozen(first: str) -> None:
-    """Weight decay and momentum would move it; found in the first step in which anything is frozen."""
-    net = Net(lambda params: FillsIn(params, lr=0.1, momentum=0.9, weight_decay=0.1))
-    schedule = FreezeSchedule([Phase(first, steps=2), Phase("head")], verbose=False)
-    run = trainer(callbacks=[schedule])
-    with pytest.raises(MisconfigurationException, match=r"FillsIn gives a gradient .* so moves 10 frozen"):
-        run.fit(net, loader())
-    assert run.global_step == (0 if first == "head" else 2)
+
+class Decays(FillsIn):
+    """KellerJordan/Muon 54: the decay comes before the look at the gradient."""
+
+    def before(self, group: dict[str, Any], p: nn.Parameter) -> None:
+        p.data.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+class NeedsAll(FillsIn):
+    """Asks every parameter for its gradient."""
+
+    def before(self, group: dict[str, Any], p: nn.Parameter) -> None:
+        p.grad.data.clamp_(-1, 1)  # type: ignore[union-attr]
+
+
+class KnowsFirst(FillsIn):
+    """Measures in its first step what has a gradient then, as SGD-SaI does."""
+
+    def before(self, group: dict[str, Any], p: nn.Parameter) -> None:
+        known = group.setdefault("known", {id(q) for q in group["params"] if q.grad is not None})
+        if p.grad is not None and id(p) not in known:
+            raise KeyError("gain")
+
+
+@pytest.mark.parametrize("kind", [FillsIn, Decays, NeedsAll, KnowsFirst])
+@pytest.mark.parametrize(
+    "holder",
+    [
+        lambda: FreezeSchedule([Phase("head", steps=2), Phase("*")]),
+        lambda: FreezeSchedule([Phase("*", steps=2), Phase("head")]),
+        FreezeBatchNorm,
+    ],
+)
+def test_an_optimizer_that_cannot_pass_by_what_is_frozen(holder: Any, kind: type[FillsIn]) -> None:
+    """It would move that, or fail in mid-fit; found at fit start, also if it freezes later only."""
+
+    def groups(params: Any) -> torch.optim.Optimizer:
+        return kind([{"params": list(params), "lr": 0.1, "weight_decay": 0.1}], momentum=0.9)
+
+    says = f"{kind.__name__} cannot step while some of its parameters are frozen: .*if p.grad is None: continue"
+    refused(ValueError, says, holder(), net=NoBatch(groups))
+
+
+def test_an_optimizer_that_cannot_pass_by_may_have_what_always_trains() -> None:
+    schedule = FreezeSchedule([Phase(["*", "!backbone"])], verbose=False)
+    net = Net()
+    net.make_optimizer = lambda _: FillsIn([*net.neck.parameters(), *net.head.parameters()], lr=0.1)
+    trainer(callbacks=[schedule]).fit(net, loader())
 
 
 def test_adoption_by_several_optimizers_is_ambiguous() -> None:
