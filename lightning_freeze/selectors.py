@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_freeze.patterns import expressions, nearest, sliced, split_slice
-from lightning_freeze.words import closest
+from lightning_freeze.words import check_takes, closest
 
 Predicate: TypeAlias = Callable[[str, Any], bool]
 
@@ -191,6 +191,8 @@ def as_patterns(select: Selector) -> list[str | Predicate]:
             )
         if not isinstance(pattern, str) and not callable(pattern):
             raise TypeError(f"{_KINDS}, not {pattern!r} in {select!r}.")
+        if callable(pattern):
+            check_takes(selector_text(pattern), pattern, "name", "parameter")
     return patterns
 
 

@@ -34,7 +34,13 @@ def try_adoption(
     try:
         for ndim, is_sparse in known:
             _step(optimizer, [{}], shape=(2,) * ndim, sparse=is_sparse)
-    except Exception:  # whatever the class raises at what it was given, it cannot be asked so
+    except Exception as error:  # whatever the class raises at what it was given, it cannot be asked so
+        if any(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"The schedule trains what {type(optimizer).__name__} was not given: {listed(parameters)}. It makes "
+                "state for its parameters when it is built, so none can be added later. Give it all parameters in "
+                "configure_optimizers; a phase says from when on they train."
+            ) from error
         return {}
     try:
         other = _another(optimizer, list(parameters.values()))

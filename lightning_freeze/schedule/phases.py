@@ -14,7 +14,7 @@ from lightning_freeze._lightning import LightningModule, Trainer
 from lightning_freeze.schedule.arguments import built, number, plain_options, unpacked, without_defaults
 from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import Selector, as_patterns, selector_text
-from lightning_freeze.words import one_of
+from lightning_freeze.words import check_takes, one_of
 
 # A scheduler, or what configure_optimizers may return in its place: {"scheduler": …, "interval": "epoch"}.
 SchedulerFactory: TypeAlias = Callable[[Optimizer, int], Any]
@@ -139,8 +139,9 @@ class Phase:
         if self.fraction is not None and not 0 < self.fraction <= 1:
             shown = f"Phase(fraction={self.fraction!r}): fraction"
             raise ValueError(f"{shown} is a share of the fit: above 0 and at most 1.")
-        is_function = callable(self.until) and not isinstance(self.until, type)
-        if not (self.until is None or isinstance(self.until, Plateau) or is_function):
+        if callable(self.until) and not isinstance(self.until, type):
+            check_takes(f"Phase(until={function_name(self.until)})", self.until, "trainer", "pl_module")
+        elif not (self.until is None or isinstance(self.until, Plateau)):
             raise TypeError(
                 f"Phase(until={self.until!r}): until is a Plateau, for example Plateau('val_loss'), or a function "
                 "(trainer, pl_module) -> bool."

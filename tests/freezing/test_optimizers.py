@@ -411,3 +411,37 @@ def test_an_optimizer_whose_state_has_more_than_parameters_is_followed() -> None
     phased = Phased(CountsInState(net.parameters()), optimizer_state="drop")
     phased.train(net, [net.bias])
     phased.release()
+
+
+class Marks(torch.optim.SGD):
+    """Notes for each parameter how to step it when it is built, as Moonlight's Muon; how to build it, nobody knows."""
+
+    def __init__(self, lr: float, matrices: Any, others: Any) -> None:
+        super().__init__([*matrices, *others], lr=lr)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["use_muon"] = parameter.ndim == 2
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert {self.state[p]["use_muon"] for p in self.param_groups[0]["params"]} <= {True, False}
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                self.state[parameter]["moment"] = torch.zeros(1)
+
+
+def test_what_the_constructor_has_noted_is_not_dropped() -> None:
+    net = nn.Linear(2, 1)
+    phased = Phased(Marks(0.1, [net.weight], [net.bias]), optimizer_state="drop")
+    for trains in ([net.bias, net.weight], [net.bias], [net.weight]):
+        phased.train(net, trains)
+        net(torch.ones(1, 2)).sum().backward()
+        phased.optimizer.step()
+        has = {name: sorted(phased.optimizer.state[p]) for name, p in net.named_parameters()}
+        both, mark = ["moment", "use_muon"], ["use_muon"]
+        assert has == {name: both if any(p is q for q in trains) else mark for name, p in net.named_parameters()}
+
+
+def test_nothing_is_added_to_an_optimizer_that_notes_something_when_it_is_built(two: Any) -> None:
+    net, phased = two
+    with pytest.raises(ValueError, match=r"not given: 1\.weight\. It makes state for its parameters when it is built"):
+        phased(Marks(0.1, [net[0].weight], []), adopt={"1.weight": net[1].weight})

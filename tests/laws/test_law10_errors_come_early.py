@@ -68,6 +68,17 @@ def refused(error: type[Exception], match: str, *callbacks: Any, net: Net | None
         (lambda: Phase("head", epochs=True), TypeError, "epochs is a whole number"),
         (lambda: Phase("head", until="val_loss"), TypeError, "until is a Plateau"),
         (lambda: Phase("head", until=Plateau), TypeError, "until is a Plateau"),
+        (
+            lambda: Phase("head", until=lambda run: True),
+            TypeError,
+            r"is called with \(trainer, pl_module\), .* too many",
+        ),
+        (
+            lambda: Phase(lambda parameter: True),
+            TypeError,
+            r"is called with \(name, parameter\), which it does not take",
+        ),
+        (lambda: Phase("*", lr_scale={(lambda a, b, c: True): 0.1}), TypeError, "missing a required argument: 'c'"),
         (lambda: Phase(""), ValueError, "say what trains"),
         (lambda: Phase([]), ValueError, "say what trains"),
         (lambda: Phase("*", lr_scale=0.0), ValueError, "above 0 and finite"),
