@@ -121,6 +121,7 @@ class Ledger:
 
     def look_again(self) -> None:
         """Put right what hooks of the module have done at an epoch's start, which run after those of callbacks."""
+        reshard(self.strategy, self.module)  # else parameters that are gathered would look like new ones
         off = {id(p) for p in self.parameters.values() if not p.requires_grad} & self.trains & self._touched
         self._warn(
             "other code has switched off requires_grad of %d parameter(s) that shall train: %s. They train all the "

@@ -445,3 +445,41 @@ def test_nothing_is_added_to_an_optimizer_that_notes_something_when_it_is_built(
     net, phased = two
     with pytest.raises(ValueError, match=r"not given: 1\.weight\. It makes state for its parameters when it is built"):
         phased(Marks(0.1, [net[0].weight], []), adopt={"1.weight": net[1].weight})
+
+
+def _reversed(groups: list[Any]) -> None:
+    groups.reverse()
+
+
+def _first_taken_out(groups: list[Any]) -> None:
+    del groups[0]
+
+
+def _member_moved(groups: list[Any]) -> None:
+    groups[2]["params"].append(groups[0]["params"].pop())
+
+
+def _groups_joined(groups: list[Any]) -> None:
+    groups[2]["params"].extend(groups.pop(0)["params"])
+
+
+@pytest.mark.parametrize("edit", [_reversed, _first_taken_out, _member_moved, _groups_joined])
+def test_scales_hold_in_groups_that_the_user_edits_in_mid_fit(edit: Any) -> None:
+    """By position, a scale would go to other parameters, and some would not step at all."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    sgd = torch.optim.SGD([{"params": list(layer.parameters())} for layer in net], lr=1.0)
+    phased = Phased(sgd, scales=[{id(p): 0.1 for p in net[0].parameters()}])
+    phased.apply(0, set(map(id, net.parameters())))
+    edited = False
+    for _ in range(3):
+        before = {p: p.detach().clone() for p in net.parameters()}
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        sgd.step()
+        for p in net.parameters():
+            rate = 0.0 if id(p) not in members(sgd) else 0.1 if any(p is one for one in net[0].parameters()) else 1.0
+            torch.testing.assert_close(before[p] - p, torch.full_like(p, rate))
+        if not edited:
+            edit(sgd.param_groups)
+            edited = True
+    phased.release()
