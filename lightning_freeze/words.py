@@ -36,6 +36,11 @@ def listed(names: Iterable[str], separator: str = ", ", *, most: int = 5) -> str
     return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+def quoted(names: Sequence[str]) -> str:
+    """Return names as they stand in a list of selectors, at most three of them."""
+    return ", ".join(f'"{name}"' for name in names[:3]) + (", …" if len(names) > 3 else "")
+
+
 def counted(number: int, unit: str) -> str:
     """Return a number of units as text.
 

@@ -20,10 +20,10 @@ from lightning_freeze.freezing.gradients import FrozenGradients
 from lightning_freeze.freezing.optimizers import members
 from lightning_freeze.freezing.steps import Steps
 from lightning_freeze.freezing.trial import try_frozen
-from lightning_freeze.functional import can_train, set_trainable
+from lightning_freeze.functional import can_train, set_trainable, topmost
 from lightning_freeze.logs import get_logger
 from lightning_freeze.selectors import named_unique_parameters
-from lightning_freeze.words import listed
+from lightning_freeze.words import listed, quoted
 
 _log = get_logger(__name__)
 
@@ -125,8 +125,9 @@ class Ledger:
         off = {id(p) for p in self.parameters.values() if not p.requires_grad} & self.trains & self._touched
         self._warn(
             "other code has switched off requires_grad of %d parameter(s) that shall train: %s. They train all the "
-            "same: take out the code that freezes them, or leave them out of the phase.",
+            'same. To keep them frozen, take them away from the phases: ["*", %s].',
             self._names(off),
+            quoted([f"!{name}" for name in topmost(self.module, off)]),
         )
         self._warn(
             "%d parameter(s) are in the module that were not when the fit began: %s. No phase decides whether they "
@@ -193,7 +194,7 @@ class Ledger:
     def _names(self, keys: Collection[int]) -> list[str]:
         return [name for name, parameter in self.parameters.items() if id(parameter) in keys] if keys else []
 
-    def _warn(self, message: str, names: Sequence[str]) -> None:
+    def _warn(self, message: str, names: Sequence[str], *arguments: str) -> None:
         if names and message not in self._done:
             self._done.add(message)
-            _log.warning(message, len(names), listed(names))
+            _log.warning(message, len(names), listed(names), *arguments)

@@ -66,6 +66,7 @@ class Course:
         if saved is not None:
             report.another_schedule(self.trainer, self.phases, saved, self.progress.index)
             self.fit.load_state(saved.get("optimizers", []))
+        self.fit.ledger.look_again()  # the module's own on_fit_start has run since
         self.apply()
         self.fit.schedulers.begin(self.progress.phase, self.length.phase)
 

@@ -195,6 +195,24 @@ def test_what_is_switched_off_between_epochs_trains_in_the_next(
     ] * late
 
 
+def test_what_the_module_freezes_after_the_phase_has_begun_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Late(Switched):
+        def on_fit_start(self) -> None:
+            self.neck.requires_grad_(False)
+
+    nets = [Switched(), Late()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net in nets:
+        torch.manual_seed(0)
+        trainer(callbacks=[FreezeSchedule([Phase("*")], verbose=False)], max_epochs=1).fit(net, loader())
+    assert moved(snapshot(nets[0]), snapshot(nets[1])) == set()
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_freeze")]
+    assert said == (
+        "other code has switched off requires_grad of 2 parameter(s) that shall train: neck.weight, neck.bias. They "
+        'train all the same. To keep them frozen, take them away from the phases: ["*", "!neck"].'
+    )
+
+
 class Stages(nn.Sequential):
     """As mmdetection's ResNet: its train() freezes its first stages again."""
 
