@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,6 +13,14 @@ from torch.optim import Optimizer
 
 from lightning_freeze.freezing.step_view import MEMBERS, is_rate
 from lightning_freeze.words import listed
+
+
+@contextmanager
+def _without_random_numbers() -> Iterator[None]:
+    """Leave the random numbers of the fit as they are: some optimizers add noise."""
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng([torch.cuda.current_device()] if used else []):
+        yield
 
 
 def try_adoption(
@@ -110,6 +118,7 @@ def try_frozen(optimizer: Optimizer) -> None:
             ) from error
 
 
+@_without_random_numbers()
 def state_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> tuple[int, int] | None:
     """Return the bytes of state for a parameter in a group: of an optimizer just built, and after its first step.
 
@@ -170,6 +179,7 @@ def saves_with_hooks(optimizer: Optimizer) -> bool:
     return False
 
 
+@_without_random_numbers()
 def _step(
     optimizer: Optimizer,
     options: list[dict[str, Any]],
@@ -202,6 +212,7 @@ def _moved(optimizer: Optimizer) -> int:
     return sum(bool(p.any()) for group in optimizer.param_groups for p in group["params"])
 
 
+@_without_random_numbers()
 def _step_twins(optimizer: Optimizer, options: Mapping[str, Any], like: nn.Parameter, steps: Iterable[int]) -> bool:
     """Step a group of two tensors, as many of which have a gradient as each of ``steps`` says.
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LambdaLR
 
 from lightning_freeze import Ramp
 from lightning_freeze.freezing.step_view import factor_at
-from lightning_freeze.freezing.trial import try_adoption
+from lightning_freeze.freezing.trial import state_bytes, try_adoption, try_frozen
 from tests.nets import adamw, members, needs_muon, same, sgd
 from tests.phased import Phased
 
@@ -483,3 +483,24 @@ def test_scales_hold_in_groups_that_the_user_edits_in_mid_fit(edit: Any) -> None
             edit(sgd.param_groups)
             edited = True
     phased.release()
+
+
+class Noisy(torch.optim.SGD):
+    """Adds noise, as Langevin dynamics and private training do."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.norm() >= 0:  # which cannot be asked without a value
+                    p.data.add_(torch.randn_like(p), alpha=0.01)
+
+
+def test_what_is_asked_at_fit_start_leaves_random_numbers_alone(two: Any) -> None:
+    net, phased = two
+    before = torch.get_rng_state()
+    optimizer = Noisy(net[0].parameters(), lr=0.1)
+    phased(optimizer, adopt={"1.weight": net[1].weight}, scales=[{id(net[0].weight): 0.1}])
+    try_frozen(optimizer)
+    assert state_bytes(optimizer, optimizer.param_groups[0], net[0].weight) is not None
+    assert torch.equal(before, torch.get_rng_state())
