@@ -99,8 +99,9 @@ def try_frozen(optimizer: Optimizer) -> None:
     """
     kinds = {}
     for group in optimizer.param_groups:
-        # A rate of 0, where a warmup begins, would move nothing.
-        own = {o: v for o, v in group.items() if o not in MEMBERS and (not is_rate(o) or (o == "lr" and v))}
+        own = {o: v for o, v in group.items() if o not in MEMBERS and not is_rate(o)}
+        if rate := group.get("lr") or group.get("initial_lr"):  # a rate of 0, where a warmup begins, moves nothing
+            own["lr"] = rate
         kinds[str({o: v for o, v in own.items() if o not in ("lr", "name")})] = own, group["params"]
     for options, parameters in kinds.values():
         try:

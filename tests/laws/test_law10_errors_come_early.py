@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau, chain_thaw, gradual_unfreezing
 from tests.nets import Net, loader, trainer
@@ -159,6 +160,10 @@ def test_lbfgs() -> None:
 class FillsIn(torch.optim.SGD):
     """As Muon as it was published, to step alike on all ranks: what has no gradient gets one of zeros."""
 
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        assert all(group["lr"] for group in groups)  # none is made up where a group has none
+        super().__init__(groups, momentum=0.9)
+
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         loss = None if closure is None else closure()
         for group in self.param_groups:
@@ -208,16 +213,18 @@ def test_an_optimizer_that_cannot_pass_by_what_is_frozen(holder: Any, kind: type
     """It would move that, or fail in mid-fit; found at fit start, also if it freezes later only."""
 
     def groups(params: Any) -> torch.optim.Optimizer:
-        return kind([{"params": list(params), "lr": 0.1, "weight_decay": 0.1}], momentum=0.9)
+        return kind([{"params": list(params), "lr": 0.1, "weight_decay": 0.1}])
 
     says = f"{kind.__name__} cannot step while some of its parameters are frozen: .*if p.grad is None: continue"
-    refused(ValueError, says, holder(), net=NoBatch(groups))
+    net = NoBatch(groups, lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, step / 2)))  # a warmup
+    refused(ValueError, says, holder(), net=net)
 
 
 def test_an_optimizer_that_cannot_pass_by_may_have_what_always_trains() -> None:
     schedule = FreezeSchedule([Phase(["*", "!backbone"])], verbose=False)
     net = Net()
-    net.make_optimizer = lambda _: FillsIn([*net.neck.parameters(), *net.head.parameters()], lr=0.1)
+    always = [*net.neck.parameters(), *net.head.parameters()]
+    net.make_optimizer = lambda _: FillsIn([{"params": always, "lr": 0.1, "weight_decay": 0.1}])
     trainer(callbacks=[schedule]).fit(net, loader())
 
 
