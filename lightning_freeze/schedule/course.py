@@ -82,7 +82,7 @@ class Course:
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
-        automatic = pl_module.automatic_optimization
+        automatic, self.looks.trained = pl_module.automatic_optimization, True
         if not automatic or self.progress.may_end_in_epoch:
             stepped = self.step != self.progress.seen
             # Where the user steps, only a step in the last batch tells that no accumulation window is open.
@@ -134,7 +134,7 @@ class Course:
         progress.unlooked = self.looks.epoch_value(progress)
         self._end_last()
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.looks.check(self.phases, range(len(self.phases)))
+            self.looks.check(progress, self.phases, range(len(self.phases)))
         report.fit_ends(self.trainer, self.phases, progress)
 
     def agreed(self) -> dict[str, Any]:

@@ -26,8 +26,8 @@ Mode: TypeAlias = Literal["min", "max"]
 class Plateau:
     """The end of a phase: a metric has stopped getting better, or is good enough.
 
-    A value is taken after each validation run that logs the metric, or after each training epoch if validation does
-    not log it; with several processes it is their mean. A value that is not finite is no improvement, and a warning
+    A value is taken after each validation run that logs the metric or, if none does, after each training epoch that
+    logs it; with several processes it is their mean. A value that is not finite is no improvement, and a warning
     tells of it. ``EarlyStopping`` beside it counts anew in each phase.
 
     Args:

@@ -104,17 +104,44 @@ def test_after_every_epoch(tmp_path: Path, name: str) -> None:
     assert check_every_stop(tmp_path, schedule, setup, every, max_epochs=5, val_check_interval=3) >= 2
 
 
-def test_a_metric_of_training_whose_best_weights_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("monitor", "limit"), [("late", {"max_epochs": 8}), ("early", {"max_steps": 48})])
+def test_a_metric_of_training_whose_best_weights_come_back(tmp_path: Path, monitor: str, limit: dict[str, int]) -> None:
+    """With ``max_steps`` Lightning ends an epoch once more, without a batch, when it resumes from its end."""
+    values = [3.0, 2.0, 4.0, 5.0, 1.0, 3.0, 3.0, 3.0]
+
     class Trains(SeededNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("early", values[self.current_epoch], on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
         def on_train_epoch_end(self) -> None:
-            self.log("late", [3.0, 2.0, 4.0, 5.0, 1.0, 3.0, 3.0, 3.0][self.current_epoch])
+            self.log("late", values[self.current_epoch])
 
     def schedule() -> FreezeSchedule:
-        until = Plateau("late", patience=2, restore_best=True)
+        until = Plateau(monitor, patience=2, restore_best=True)
         return FreezeSchedule([Phase("*", until=until), Phase(["head", "neck"], until=until)], verbose=False)
 
     every = {"save_on_train_epoch_end": True}
-    assert check_every_stop(tmp_path, schedule, {"net": Trains}, every, max_epochs=8) == 7
+    assert check_every_stop(tmp_path, schedule, {"net": Trains}, every, **{"max_epochs": -1, **limit}) == 7
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_epoch_end"])
+def test_a_metric_that_is_logged_every_second_epoch(tmp_path: Path, hook: str) -> None:
+    """An epoch that does not log it is no look, and no reason to miss it in a process that has not seen it."""
+
+    def log(self: LightningModule) -> None:
+        if self.current_epoch % 2 == 0:
+            self.log("score", 5.0 + self.current_epoch)
+
+    net = type("Scores", (SeededNet,), {hook: log})
+
+    def schedule() -> FreezeSchedule:
+        until = Plateau("score", patience=1)
+        phases = [Phase("head", until=until), Phase("*", epochs=1), Phase("neck", until=until)]
+        return FreezeSchedule(phases, verbose=False)
+
+    every = {"save_on_train_epoch_end": True}
+    assert check_every_stop(tmp_path, schedule, {"net": net}, every, max_epochs=9) == 7
 
 
 def test_early_stopping_counts_anew_after_a_resume_too(tmp_path: Path) -> None:
