@@ -131,7 +131,7 @@ class Course:
     def end(self) -> None:
         """End the last phase with the fit."""
         progress = self.progress
-        progress.unlooked = self.looks.epoch_value(progress)
+        self.agreed()
         self._end_last()
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.looks.check(progress, self.phases, range(len(self.phases)))
@@ -140,9 +140,9 @@ class Course:
     def agreed(self) -> dict[str, Any]:
         """Return what of the progress the ranks have to agree on before it is saved."""
         progress = self.progress
-        progress.unlooked = self.looks.epoch_value(progress)
+        progress.unlooked, progress.logged = self.looks.epoch_value(progress), self.looks.logged(progress, self.phases)
         progress.asked = greatest(self.trainer.strategy, progress.asked) > 0
-        return {"unlooked": progress.unlooked, "asked": progress.asked}
+        return {name: getattr(progress, name) for name in ("unlooked", "logged", "asked")}
 
     def apply(self, *, modes: bool = True) -> None:
         """Bring everything in line with the phase; doing it twice changes nothing."""

@@ -89,10 +89,7 @@ class Looks:
         metrics = self.trainer.callback_metrics
         for number in numbers:
             until = phases[number].plateau
-            if until is None or until.monitor in progress.logged:
-                continue
-            if not self.trainer.strategy.reduce_boolean_decision(until.monitor not in metrics):
-                progress.logged.append(until.monitor)
+            if until is None or until.monitor in self.logged(progress, [phases[number]]):
                 continue
             logged = sorted(name for name in map(str, metrics) if not name.startswith("freeze/"))
             # With several dataloaders, and for each step and each epoch, Lightning puts something behind a name.
@@ -107,6 +104,12 @@ class Looks:
                 "%s %s If it is not logged in that phase either, the fit ends there with an error.",
                 *(numbered(phases, number), missing),
             )
+
+    def logged(self, progress: Progress, phases: Sequence[Phase]) -> list[str]:
+        """Return the metrics of plateaus that have been logged so far, the same on all ranks."""
+        is_missing, metrics = self.trainer.strategy.reduce_boolean_decision, self.trainer.callback_metrics
+        names = dict.fromkeys(phase.plateau.monitor for phase in phases if phase.plateau is not None)
+        return [name for name in names if name in progress.logged or not is_missing(name not in metrics)]
 
     def _agreed(self, value: Any) -> float | None:
         return mean_over_ranks(self.trainer.strategy, None if value is None else float(value))
@@ -130,8 +133,6 @@ class Looks:
         until = progress.phase.plateau
         if until is None or value is None:
             return
-        if until.monitor not in progress.logged:
-            progress.logged.append(until.monitor)
         if not math.isfinite(value) and self.warned_in != progress.index:
             self.warned_in = progress.index
             _log.warning(
