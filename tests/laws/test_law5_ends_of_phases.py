@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_freeze import FreezeSchedule, Phase, Plateau
@@ -142,6 +143,40 @@ def test_a_metric_that_is_logged_every_second_epoch(tmp_path: Path, hook: str) -
 
     every = {"save_on_train_epoch_end": True}
     assert check_every_stop(tmp_path, schedule, {"net": net}, every, max_epochs=9) == 7
+
+
+@pytest.mark.parametrize(
+    ("hook", "breaks"), [("on_phase_start", False), ("on_phase_end", False), ("on_phase_end", True)]
+)
+@pytest.mark.parametrize("steps", [-1, 28])
+def test_saved_by_a_hook_where_a_phase_begins_with_an_epoch(
+    tmp_path: Path, hook: str, breaks: bool, steps: int
+) -> None:
+    """Lightning by itself goes on with the epoch after the one that begins."""
+    limit = {"max_epochs": 5, "max_steps": steps}
+
+    class Saves(Callback):
+        def on_exception(self, trainer: Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "3.ckpt")
+
+    def save(self: Any, trainer: Trainer, *_: Any) -> None:
+        if breaks and trainer.current_epoch == 3:
+            raise RuntimeError("out of memory")
+        trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def schedule() -> FreezeSchedule:
+        until = Plateau("score", patience=1, restore_best=True)
+        return FreezeSchedule([Phase("head", epochs=1), Phase("*", until=until), Phase("neck")], verbose=False)
+
+    whole = fit(tmp_path, schedule(), {"net": Looks}, **limit)
+    assert [begin[0] for begin in whole["callback"]["history"]] == [0, 1, 3]
+    setattr(Saves, hook, save)
+    with pytest.raises(RuntimeError) if breaks else contextlib.nullcontext():
+        fit(tmp_path, schedule(), {"net": Looks}, checkpoint=Saves(), **limit)
+    for epoch in (1, 3):
+        resumed = fit(tmp_path, schedule(), {"net": Looks}, resume=tmp_path / f"{epoch}.ckpt", **limit)
+        del resumed["rates"]
+        assert [name for name in resumed if not same(resumed[name], whole[name])] == []
 
 
 def test_early_stopping_counts_anew_after_a_resume_too(tmp_path: Path) -> None:
