@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer, resume_with_epoch, without_fit
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, without_fit
 from lightning_freeze.freezing.callback import refuse_new_statistics
 from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.optimizers import OptimizerState
@@ -193,7 +193,6 @@ class FreezeSchedule(Holder):
             self._course.fit.schedulers.as_the_users(checkpoint)
             state.update(self._course.agreed())
         state["trained"] = weights_to_keep(pl_module, trainer.strategy, self.trained)
-        resume_with_epoch(checkpoint)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore weights that a trainable-only checkpoint lacks; refuse what version 0.1.0 adopted."""
