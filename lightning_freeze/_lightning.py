@@ -167,12 +167,15 @@ def without_fit(callback: Callback, **instead: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(callback).items() if name not in left_out} | instead
 
 
-def resume_with_epoch(checkpoint: Mapping[str, Any]) -> None:
-    """Have a checkpoint that is written in ``on_train_epoch_start`` resume with the epoch that begins.
+def resume_with_epoch(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Have a checkpoint that was written in ``on_train_epoch_start`` resume with the epoch that began.
 
     Lightning would take the batches of the epoch before for those of this one, and go on with the next.
     """
-    for count in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+    now = trainer.fit_loop.epoch_progress.current
+    if now.ready > now.started:  # type: ignore[attr-defined]  # a tuner restores what it has saved in the same hook
+        return
+    for count in checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).values():
         if count["ready"] > count["started"] > 0:  # as it was when the epoch before had ended
             count.update(ready=count["started"], completed=count["started"] - 1)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of, resume_with_epoch
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of
 from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.freezing.strategies import check_strategy
 
@@ -62,8 +62,7 @@ class Holder(Callback):
                 self.ledger.gradients.lend(trainer.optimizers)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Save modules among the hyperparameters as after the fit, and an epoch that begins as still to come."""
-        resume_with_epoch(checkpoint)
+        """Save modules among the hyperparameters as they are after the fit."""
         if self._ledger is not None:
             saved = checkpoint.get(pl_module.CHECKPOINT_HYPER_PARAMS_KEY, {})
             self._ledger.as_after_fit(saved, pl_module.hparams)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer, without_fit
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, resume_with_epoch, without_fit
 from lightning_freeze.freezing.callback import refuse_new_statistics
 from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.optimizers import OptimizerState
@@ -196,6 +196,7 @@ class FreezeSchedule(Holder):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore weights that a trainable-only checkpoint lacks; refuse what version 0.1.0 adopted."""
+        resume_with_epoch(trainer, checkpoint)
         if self._course is not None:  # a tuner restores in mid-fit; the file has the user's schedulers
             self._course.fit.schedulers.end()
         restore(checkpoint, checkpoint.get("callbacks", {}).get(self.state_key), pl_module)
@@ -212,10 +213,9 @@ class FreezeSchedule(Holder):
             refuse_new_statistics(trainer, pl_module, type(self).__name__)
         super().on_fit_start(trainer, pl_module)
         is_fresh = self._loaded is not None or (trainer.current_epoch, trainer.global_step) == (0, 0)
-        who, policy, before = self.state_key, self.optimizer_state, None if is_fresh else self._progress
-        fit = begin_fit(self.phases, self.ledger, trainer, self.frozen_mode, policy, who)
-        self.phases, self._optimizers = fit.phases, []
-        self._course = Course(self.phases, fit, trainer, who, self.verbose, before)
+        fit = begin_fit(self.phases, self.ledger, trainer, self.frozen_mode, self.optimizer_state, self.state_key)
+        self.phases, self._optimizers, before = fit.phases, [], None if is_fresh else self._progress
+        self._course = Course(self.phases, fit, trainer, self.state_key, self.verbose, before)
         self._course.begin(self._loaded)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
