@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer, without_fit
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, resume_with_epoch, without_fit
 from lightning_freeze.freezing.callback import refuse_new_statistics
 from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.optimizers import OptimizerState
@@ -196,6 +196,7 @@ class FreezeSchedule(Holder):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore weights that a trainable-only checkpoint lacks; refuse what version 0.1.0 adopted."""
+        resume_with_epoch(trainer, checkpoint)
         if self._course is not None:  # a tuner restores in mid-fit; the file has the user's schedulers
             self._course.fit.schedulers.end()
         restore(checkpoint, checkpoint.get("callbacks", {}).get(self.state_key), pl_module)

@@ -87,7 +87,7 @@ class Course:
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
-        automatic = pl_module.automatic_optimization
+        automatic, self.looks.trained = pl_module.automatic_optimization, True
         if not automatic or self.progress.may_end_in_epoch:
             stepped = self.step != self.progress.seen
             # Where the user steps, only a step in the last batch tells that no accumulation window is open.
@@ -136,18 +136,18 @@ class Course:
     def end(self) -> None:
         """End the last phase with the fit."""
         progress = self.progress
-        progress.unlooked = self.looks.epoch_value(progress)
+        self.agreed()
         self._end_last()
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.looks.check(self.phases, range(len(self.phases)))
+            self.looks.check(progress, self.phases, range(len(self.phases)))
         report.fit_ends(self.trainer, self.phases, progress)
 
     def agreed(self) -> dict[str, Any]:
         """Return what of the progress the ranks have to agree on before it is saved."""
         progress = self.progress
-        progress.unlooked = self.looks.epoch_value(progress)
+        progress.unlooked, progress.logged = self.looks.epoch_value(progress), self.looks.logged(progress, self.phases)
         progress.asked = greatest(self.trainer.strategy, progress.asked) > 0
-        return {"unlooked": progress.unlooked, "asked": progress.asked}
+        return {name: getattr(progress, name) for name in ("unlooked", "logged", "asked")}
 
     def apply(self, *, modes: bool = True) -> None:
         """Bring everything in line with the phase; doing it twice changes nothing."""
