@@ -185,16 +185,19 @@ class FeatureChain:
         leaves = [leaf.value() if type(leaf) is Later and not leaf.is_known else leaf for leaf in leaves]
         given = [leaf for leaf in leaves if isinstance(leaf, Tensor) and type(leaf) is not Later]
         keys = read_keys(leaves, spec, hashing=link.hashing, state=link.state.key, chained=_keys_of)
-        keys.is_rounded = keys.is_rounded or link.state.has_half
+        keys.is_rounded = keys.is_rounded or link.state.parts.has_half
 
         def compute(size: int | None = None) -> Any:
             some = [_sized(leaf, size if i in keys.places else None) for i, leaf in enumerate(leaves)]
             args, kwargs = tree_unflatten(some, spec)
-            return self._run(partial(run, *args, **kwargs))
+            output = self._run(partial(run, *args, **kwargs))
+            link.state.note_run()
+            return output
 
         is_last = link.place in (-1, len(self._links) - 1)
         if is_last or link.follows is False or self._links[link.place + 1].reason() is not None:
-            return link.memory.answer(Call(keys, compute, given, link.state.key, self._stages.now()))
+            states = [before.state for before in self._links[: max(0, link.place)]] + [link.state]
+            return link.memory.answer(Call(keys, compute, given, states, self._stages.now()))
         # Later on, what is written in inference mode is not looked for.
         seen = given if link.follows is None else [tensor for tensor in given if not tensor.is_inference()]
         later = Later.of(link, keys, compute, partial(marks_of, seen, link.hashing))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +18,10 @@ from lightning_freeze.feature_cache.interceptor import OWN_ATTRIBUTES, tree_leav
 class SideEffects:
     """Compares what there was before a run with what there is after it, of a module also the tensors in attributes."""
 
-    def __init__(self, given: Sequence[Tensor], module: nn.Module | None, hashing: Hash) -> None:
-        self._given, self._module, self._hash = given, module, hashing
+    def __init__(
+        self, given: Sequence[Tensor], module: nn.Module | None, hashing: Hash, generators: Sequence[Any] = ()
+    ) -> None:
+        self._given, self._module, self._hash, self._generators = given, module, hashing, generators
         self._before = self._read()
 
     def found(self, output: Any) -> str | None:
@@ -39,7 +42,8 @@ class SideEffects:
         devices = {leaf.device for leaf in self._given if leaf.device.type == "cuda"}
         states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         legacy: Any = np.random.get_state()
-        drawn = [state.numpy().tobytes() for state in states], random.getstate(), legacy[1].tobytes(), legacy[2:]
+        own = list(map(pickle.dumps, self._generators))
+        drawn = [state.numpy().tobytes() for state in states], random.getstate(), legacy[1].tobytes(), legacy[2:], own
         # Tensors in attributes that are neither parameters nor buffers.
         kept = {
             (i, f"{type(layer).__name__}.{name}"): [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]

@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from lightning_freeze.feature_cache.attributes import Place
 from lightning_freeze.feature_cache.effects import SideEffects
 from lightning_freeze.feature_cache.folder import FolderRows
 from lightning_freeze.feature_cache.hashing import Hash
@@ -26,6 +28,7 @@ from lightning_freeze.feature_cache.keys import Keys, NotPerSample
 from lightning_freeze.feature_cache.outputs import OutputForm, difference, encode
 from lightning_freeze.feature_cache.proof import ENOUGH, Batches, Family
 from lightning_freeze.feature_cache.rows import Entry, MemoryRows
+from lightning_freeze.feature_cache.state import State
 from lightning_freeze.feature_cache.stats import Counts
 
 Rows: TypeAlias = MemoryRows | FolderRows
@@ -41,7 +44,7 @@ class Call:
     keys: Keys
     run: Callable[[int | None], Any]  # if it is given a number, on so many samples, of which some are there twice
     given: Sequence[Tensor]
-    state: bytes  # what its outputs depend on beside arguments
+    states: Sequence[State]  # of the module and of those before it in a chain: what outputs depend on beside arguments
     counts: Counts  # what has been done in this stage
 
     @property
@@ -75,6 +78,7 @@ class Memory:
         if there == call.size and family.serves(batches, found):
             call.counts.hits += call.size
             self._moves = 0
+            _write(batches.written)
             form: Any = batches.form
             return form.decode(self._rows.read(found, form.tensors[0].device))  # type: ignore[arg-type]
         return self._compute(call, family, batches, found)
@@ -94,14 +98,15 @@ class Memory:
             self._rows.free(family)
 
     def _family(self, call: Call) -> Family:
-        if call.state not in self._states:
+        state = call.states[-1].key
+        if state not in self._states:
             self._moves += 1
             call.counts.restart()
             if self._moves > _MOST_STATES:
-                self._break("its weights are written to again and again")
+                self._break("its weights or attributes are written to again and again")
             for old in list(self._states)[: 1 - _KEPT_STATES]:
                 self._forget(old)
-        families = self._states[call.state] = self._states.pop(call.state, {})
+        families = self._states[state] = self._states.pop(state, {})
         return families.setdefault(call.keys.family, Family({self._batch >> 32}))
 
     def _find(self, call: Call, family: Family, batches: Batches) -> list[Entry | None]:
@@ -118,7 +123,8 @@ class Memory:
 
     def _compute(self, call: Call, family: Family, batches: Batches, found: list[Entry | None]) -> Any:
         # In its first run a module may set up what it keeps for good.
-        effects = SideEffects(call.given, self._module if batches.runs == 1 else None, self._hash)
+        generators = [one for state in call.states for one in state.parts.attributes.generators]
+        effects = SideEffects(call.given, self._module if batches.runs == 1 else None, self._hash, generators)
         batches.runs += 1
         begin = time.perf_counter()
         output = call.run(None)
@@ -126,6 +132,9 @@ class Memory:
         call.counts.misses += call.size
         if effect := effects.found(output):
             return self._break(effect, output)
+        batches.written = [
+            state.parts.attributes.written(known) for state, known in zip_longest(call.states, batches.written)
+        ]
         try:
             form, rows = encode(output, call.size, self._dtype)
         except NotPerSample as reason:
@@ -205,6 +214,7 @@ class Memory:
                 self._keep(call, padded, found)
                 batches.alike += _numbers(rows) if torch.equal(padded[: call.size], rows) else -math.inf
                 family.alike |= {batches.size, largest.size} if batches.alike >= ENOUGH else set()
+        _write(batches.written)
 
     def _keep(self, call: Call, rows: Tensor, found: list[Entry | None]) -> None:
         """Keep the rows of samples that are not there."""
@@ -230,6 +240,13 @@ class Memory:
         self.close()
         self._say(f"off, because {why}.")
         return output
+
+
+def _write(written: Sequence[Mapping[Place, Any]]) -> None:
+    """Put into attributes what a run would have put there."""
+    for values in written:
+        for (layer, name), value in values.items():
+            vars(layer)[name] = value
 
 
 def _numbers(rows: Tensor) -> int:

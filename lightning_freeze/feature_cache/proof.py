@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from lightning_freeze.feature_cache.attributes import Place
 from lightning_freeze.feature_cache.outputs import OutputForm
 from lightning_freeze.feature_cache.rows import Entry
 
@@ -19,6 +21,7 @@ class Batches:
     size: int
     form: OutputForm | None = None
     row_bytes: int = 0
+    written: list[dict[Place, Any]] = field(default_factory=list)  # what runs put into attributes of each link
     runs: int = 0
     same: int = 0  # numbers that were equal when a batch was computed again
     mixed: int = 0  # and when samples were computed in another batch than before
