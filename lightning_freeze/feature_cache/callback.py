@@ -55,7 +55,7 @@ class FeatureCache(Callback):
     compared, so is the first that is put together anew, and ever fewer later on. Features serve batches of another size
     only after a whole batch was seen to have the same bits in both, and never in half precision: there, a short last
     batch is computed in each epoch. Should a kernel differ from itself by rounding, ``stats.difference`` keeps by how
-    much.
+    much; if it does so only for samples in other places of a batch, only whole batches are answered.
 
     It is off, with a sentence that says why, for modules that are random, depend on the batch, write into their input,
     have forward hooks or keep tensors for others to read; where the input requires grad; for TorchScript, and weights

@@ -42,7 +42,8 @@ class Call:
     """One call of a module."""
 
     keys: Keys
-    run: Callable[[int | None], Any]  # if it is given a number, on so many samples, of which some are there twice
+    # With a number, on so many samples, of which some are there twice; the output, and the tensors that were given.
+    run: Callable[[int | None], tuple[Any, Sequence[Tensor]]]
     given: Sequence[Tensor]
     states: Sequence[State]  # of the module and of those before it in a chain: what outputs depend on beside arguments
     counts: Counts  # what has been done in this stage
@@ -70,7 +71,7 @@ class Memory:
         """Return the output, from memory if every sample is known."""
         family = self._family(call)
         if self.broken is not None:
-            return call.run(None)
+            return call.run(None)[0]
         batches = family.batches.setdefault(call.size, Batches(call.size))
         found = self._find(call, family, batches)
         there = call.size - found.count(None)
@@ -80,7 +81,7 @@ class Memory:
             self._moves = 0
             _write(batches.written)
             form: Any = batches.form
-            return form.decode(self._rows.read(found, form.tensors[0].device))  # type: ignore[arg-type]
+            return form.decode(self._rows.read(found, form.tensors[0].device), call.given)  # type: ignore[arg-type]
         return self._compute(call, family, batches, found)
 
     def refuse(self, reason: NotPerSample) -> None:
@@ -127,7 +128,7 @@ class Memory:
         effects = SideEffects(call.given, self._module if batches.runs == 1 else None, self._hash, generators)
         batches.runs += 1
         begin = time.perf_counter()
-        output = call.run(None)
+        output, given = call.run(None)
         call.counts.run_seconds += time.perf_counter() - begin
         call.counts.misses += call.size
         if effect := effects.found(output):
@@ -136,12 +137,12 @@ class Memory:
             state.parts.attributes.written(known) for state, known in zip_longest(call.states, batches.written)
         ]
         try:
-            form, rows = encode(output, call.size, self._dtype)
+            form, rows = encode(output, call.size, self._dtype, given)
         except NotPerSample as reason:
             self.refuse(reason)
             return output
         if self._dtype is not None:
-            rounded = form.decode(rows.clone())
+            rounded = form.decode(rows.clone(), given)
             if difference(output, rounded) == math.inf:
                 return self._break(f"what it gives is too large for {self._dtype}", output)
             output = rounded
@@ -172,29 +173,33 @@ class Memory:
             family.wrong |= wrong
             return [None if entry is None or entry.fit in wrong else entry for entry in found]
         family.proven |= {entry.fit for entry in entries.values()}
+        is_again = batches.are_together(found)
         if not all(same):
-            self._note_difference(call.counts, difference(form.decode(old), form.decode(rows)), form)
+            worst = difference(form.decode(old, call.given), form.decode(rows, call.given))
+            self._note_difference(call.counts, worst, form, None if is_again else batches)
         numbers = _numbers(rows[list(entries)])
-        if batches.are_together(found):
+        if is_again:
             batches.same += numbers
         else:
             batches.mixed += numbers
         return found
 
-    def _note_difference(self, counts: Counts, worst: float, form: OutputForm) -> None:
+    def _note_difference(self, counts: Counts, worst: float, form: OutputForm, mixed: Batches | None) -> None:
         """Say by how much two computations of the same differ; if not as kernels do, nothing is remembered any more."""
         counts.difference = max(counts.difference, worst)
         epsilons = [torch.finfo(one.dtype).eps for one in form.tensors if one.dtype.is_floating_point]
-        if worst <= min(0.01, _ROUNDING * max(epsilons, default=0.0)):
-            self._say(
-                "the same samples in other places of a batch give outputs that differ by rounding, up "
-                f"to {worst:.1e} of the largest; those computed first are kept."
-            )
-        else:
+        rounding = f"differ by rounding, up to {worst:.1e} of the largest"
+        if worst > min(0.01, _ROUNDING * max(epsilons, default=0.0)):
             self._break(
                 f"it gave other outputs for samples that had been there before, by {worst:.1e} of the largest: "
                 "they are random, depend on the batch, or come from code that has changed"
             )
+        elif mixed is None:
+            self._say(f"outputs for the same batch {rounding}; those computed first are kept.")
+        else:
+            mixed.mixed = -math.inf
+            self.refused = self.refused or f"outputs for the same samples in other places of a batch {rounding}"
+            self._say(f"{self.refused}: only whole batches are answered.")
 
     def _pad(self, call: Call, family: Family, batches: Batches, rows: Tensor) -> None:
         """Compute a short batch in the size of others, too, and find out whether its bits are the same there."""
@@ -209,7 +214,8 @@ class Memory:
             return
         family.pads += 1
         with suppress(Exception):  # nobody but us has asked for such a batch
-            padded_form, padded = encode(call.run(largest.size), largest.size, self._dtype)
+            output, given = call.run(largest.size)
+            padded_form, padded = encode(output, largest.size, self._dtype, given)
             if padded_form == form:
                 self._keep(call, padded, found)
                 batches.alike += _numbers(rows) if torch.equal(padded[: call.size], rows) else -math.inf

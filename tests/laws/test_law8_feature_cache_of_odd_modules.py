@@ -170,6 +170,20 @@ class LooksAtBatch(Plain):
         return self.inner(x) - x.mean(0).sum()
 
 
+class RoundsByPlace(Plain):
+    """As kernels do whose last rows of a batch are computed in another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * (1 + torch.arange(len(x)).unsqueeze(1) * 2**-23)
+
+
+class GivesInput(Plain):
+    """Encoders give it as the first of their features."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x, self.inner(x)]
+
+
 def doubled_in_training(module: nn.Module, x: Tensor) -> Tensor:
     return x * 2 if module.training else x
 
@@ -191,6 +205,13 @@ class ReadsPair(Net):
             return hidden * more
         more.mul_(3)
         return hidden  # type: ignore[no-any-return]
+
+
+class WritesInput(Net):
+    def features(self, x: Tensor) -> Tensor:
+        given, hidden = self.backbone(x)
+        given.mul_(3)
+        return hidden * x.sum(1, keepdim=True)  # type: ignore[no-any-return]
 
 
 class ReadsAll(Net):
@@ -226,6 +247,8 @@ ODD: dict[str, tuple[Callable[[], Net], str | None]] = {
     "counts": (lambda: ReadsPair(Counts()), "depends on the batch"),
     "writes in": (lambda: Net(WritesIn()), "writes into what it is given"),
     "looks at the batch": (lambda: Net(LooksAtBatch()), "depend on the batch"),
+    "rounds by place": (lambda: Net(RoundsByPlace()), "in other places of a batch differ by rounding"),
+    "gives its input": (lambda: WritesInput(GivesInput()), None),
     "mode read outside": (lambda: NoGrad(ModeReadOutside()), None),
 }
 
