@@ -404,6 +404,13 @@ def test_wrong_names_are_errors_at_the_start(module: Any) -> None:
         trainer(callbacks=[FeatureCache(module)]).fit(Frozen(), loader())
 
 
+def test_a_name_below_a_wrapper_is_suggested() -> None:
+    net = Frozen()
+    net.wrapper = nn.ModuleDict({"vit": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"Did you mean 'wrapper\.vit'"):
+        trainer(callbacks=[FeatureCache("vit")]).fit(net, loader())
+
+
 def test_containers_that_are_never_called_are_errors_at_the_start() -> None:
     net = Frozen()
     net.experts = nn.ModuleDict({"a": nn.Linear(2, 2)})
