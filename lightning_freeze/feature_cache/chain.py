@@ -57,7 +57,7 @@ class FeatureChain:
         say = lru_cache(maxsize=None)(say)  # each sentence once
 
         def link(place: int, name: str, module: nn.Module) -> Link:
-            memory = Memory(module, rows, hashing, dtype, lambda sentence: say(f"{name}: {sentence}"))
+            memory = Memory(rows, hashing, dtype, lambda sentence: say(f"{name}: {sentence}"))
             return Link(place, name, module, State(name, module, hashing), memory, hashing)
 
         self.was_called = self._is_busy = False

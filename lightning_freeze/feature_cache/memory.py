@@ -18,7 +18,7 @@ from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_freeze.feature_cache.attributes import Place
 from lightning_freeze.feature_cache.effects import SideEffects
@@ -57,12 +57,10 @@ class Call:
 class Memory:
     """Remembers what a module gave for each sample; takes what a :class:`FeatureChain` takes."""
 
-    def __init__(
-        self, module: nn.Module, rows: Rows, hashing: Hash, dtype: torch.dtype | None, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, rows: Rows, hashing: Hash, dtype: torch.dtype | None, say: Callable[[str], None]) -> None:
         self.broken: str | None = None
         self.refused: str | None = None
-        self._module, self._rows, self._hash, self._dtype, self._say = module, rows, hashing, dtype, say
+        self._rows, self._hash, self._dtype, self._say = rows, hashing, dtype, say
         self._states: dict[bytes, dict[bytes, Family]] = {}
         self._moves = 0  # states since the last answer
         self._batch = secrets.randbits(31) << 32
@@ -123,19 +121,17 @@ class Memory:
         return found
 
     def _compute(self, call: Call, family: Family, batches: Batches, found: list[Entry | None]) -> Any:
-        # In its first run a module may set up what it keeps for good.
-        generators = [one for state in call.states for one in state.parts.attributes.generators]
-        effects = SideEffects(call.given, self._module if batches.runs == 1 else None, self._hash, generators)
+        attributes = [state.parts.attributes for state in call.states]
+        effects = SideEffects(call.given, self._hash, [one for each in attributes for one in each.generators])
         batches.runs += 1
         begin = time.perf_counter()
         output, given = call.run(None)
         call.counts.run_seconds += time.perf_counter() - begin
         call.counts.misses += call.size
-        if effect := effects.found(output):
+        batches.written = [each.written(known) for each, known in zip_longest(attributes, batches.written)]
+        asides = [each.effect(is_first=batches.runs == 1) for each in attributes]
+        if effect := next(filter(None, [effects.found(output), *asides]), None):
             return self._break(effect, output)
-        batches.written = [
-            state.parts.attributes.written(known) for state, known in zip_longest(call.states, batches.written)
-        ]
         try:
             form, rows = encode(output, call.size, self._dtype, given)
         except NotPerSample as reason:
@@ -251,8 +247,8 @@ class Memory:
 def _write(written: Sequence[Mapping[Place, Any]]) -> None:
     """Put into attributes what a run would have put there."""
     for values in written:
-        for (layer, name), value in values.items():
-            vars(layer)[name] = value
+        for (owner, name), (value, _) in values.items():
+            setattr(owner, name, value)
 
 
 def _numbers(rows: Tensor) -> int:

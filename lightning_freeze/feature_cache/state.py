@@ -6,7 +6,7 @@ import inspect
 import secrets
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import chain, repeat
+from itertools import chain
 from operator import attrgetter, is_
 from types import CodeType
 from typing import Any
@@ -140,7 +140,9 @@ class _Parts:
         self.layers = list(module.modules())
         # What TorchScript keeps are no dictionaries.
         plain = [layer for layer in self.layers if not isinstance(layer, torch.jit.ScriptModule)]
-        self.attributes = Attributes(plain)
+        kinds = [type(layer) for layer in plain if not isinstance(layer, fx.GraphModule)]
+        classes = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in nn.Module.__mro__)
+        self.attributes = Attributes([*plain, *classes])
         self._graphs = [layer for layer in plain if isinstance(layer, fx.GraphModule)]
         self.tensors: list[Tensor] = [
             *dict.fromkeys(chain(module.parameters(), module.buffers(), self.attributes.tensors))
@@ -149,9 +151,6 @@ class _Parts:
         self._counted = [t for t in self.tensors if not t.is_inference() and why_no_key(t) is None]
         self._views = [part.values() for layer in plain for part in parts_of(layer)] + self.attributes.views
         self._hooks = [hooks for layer in plain for hooks in hooks_of(layer)]
-        # Not of torch.fx's modules, nor what a descriptor makes anew whenever it is read.
-        classes = dict.fromkeys(type(layer) for layer in plain if not isinstance(layer, fx.GraphModule))
-        self._classes = [c for c in classes if getattr(c, "forward", None) is getattr(c, "forward", None)]
         self._objects = self._gather()
 
     def hold(self) -> bool:
@@ -168,12 +167,8 @@ class _Parts:
             list(map(bool, self._hooks)),
             list(map(_trains, self.tensors)),
         )
-        functions = list(map(getattr, self._classes, repeat("forward"), repeat(None)))
-        return (
-            form,
-            functions + self.attributes.others,
-            (list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted))),
-        )
+        writes = list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted))
+        return form, self.attributes.others, writes
 
     def _gather(self) -> list[Any]:
         return list(chain.from_iterable(self._views))

@@ -147,6 +147,17 @@ class Twice(Plain):
         return {"last": hidden, "all": [hidden + 1, hidden]}
 
 
+class KeepsNumber(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside: dict[str, list[float]] = {"maps": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        self.aside["maps"][:] = [hidden.mean().item()]
+        return hidden
+
+
 class Cuts(Plain):
     """As padding is cut to the longest of the batch."""
 
@@ -241,6 +252,7 @@ ODD: dict[str, tuple[Callable[[], Net], str | None]] = {
     "draws from NumPy's own": (lambda: Net(DrawsFromItsOwn(np.random.default_rng(0))), "draws random numbers"),
     "draws from random's own": (lambda: Net(DrawsFromItsOwn(random.Random(0))), "draws random numbers"),
     "keeps aside": (lambda: ReadsAside(KeepsAside()), "into KeepsAside.aside"),
+    "keeps a number aside": (lambda: ReadsAside(KeepsNumber()), "into KeepsNumber.aside"),
     "a view inside": (lambda: ReadsPair(ViewInside()), "a view into another"),
     "the same twice": (lambda: ReadsAll(Twice()), None),
     "cuts": (lambda: ReadsShort(Cuts()), "depends on the batch"),
@@ -308,18 +320,21 @@ def test_what_a_module_sets_when_it_runs_is_set_when_its_output_comes_from_memor
 
 
 class Scaled(Plain):
+    factor = 1.0
+
     def __init__(self) -> None:
         super().__init__()
         self.scale, self.scales, self.mask = 1.0, {"all": [1.0]}, torch.ones(WIDE)
 
     def scaled(self, x: Tensor) -> Tensor:
-        return x * self.scale * self.scales["all"][0] * self.mask
+        return x * self.scale * self.scales["all"][0] * self.mask * self.factor
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scaled(self.inner(x))
 
 
 ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
+    "of the class": lambda module: setattr(type(module), "factor", module.factor * 2),
     "number": lambda module: setattr(module, "scale", 2.0),
     "in a list": lambda module: module.scales["all"].__setitem__(0, 2.0),
     "tensor": lambda module: setattr(module, "mask", torch.zeros(WIDE)),
@@ -336,7 +351,7 @@ def test_attributes_that_others_change(change: str) -> None:
                 ATTRIBUTES[change](self.backbone)
             return super().training_step(batch, batch_idx)
 
-    assert check(lambda: Changes(Scaled())).stats.hits > 40
+    assert check(lambda: Changes(type("Own", (Scaled,), {})())).stats.hits > 40
 
 
 # Weights
