@@ -61,8 +61,11 @@ class Attributes:
         self.tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor) and why_no_key(leaf) is None]
         self.others = [leaf for _, leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
         self.generators = [other for other in self.others if isinstance(other, _GENERATORS)]
-        inner = [view for owner, name in self._found for view in _views(vars(owner)[name])]
-        self.views = [vars(owner).values() for owner in owners] + inner
+        values = {
+            id(value): value for owner, name in self._found for value in [vars(owner)[name]]
+        }  # a config is in many
+        self.views: list[Collection[Any]] = [vars(owner).values() for owner in owners]
+        self.views += [view for value in values.values() for view in _views(value)]
 
     def note_run(self, *, is_first: bool) -> None:
         """Note what the module has written in the run that has just ended: that is given, not read."""
@@ -110,15 +113,26 @@ def _tensors(leaves: list[Any]) -> list[int]:
 
 def _found(owners: Sequence[Owner]) -> dict[Place, list[Any]]:
     found = [(owner, *item) for owner in owners for item in vars(owner).items() if item[0] not in OWN_ATTRIBUTES]
-    return {(owner, name): tree_leaves(value) for owner, name, value in found if not name.startswith("__")}
+    return {(owner, name): _leaves(value) for owner, name, value in found if not name.startswith("__")}
 
 
 def _written_by(owners: Sequence[Owner]) -> dict[Place, _Written]:
     return {(owner, name): one for owner in owners for name, one in _written.get(owner, {}).items()}
 
 
+def _leaves(value: Any) -> list[Any]:
+    """Return all that is in a value, and in objects that hold plain values only, such as configs."""
+    return [inner for leaf in tree_leaves(value) for inner in (_settings(leaf) or [leaf])]
+
+
+def _settings(leaf: Any) -> list[Any]:
+    inside = [] if isinstance(leaf, (nn.Module, type, *_GENERATORS)) else tree_leaves(getattr(leaf, "__dict__", {}))
+    return inside if all(map(is_plain, inside)) else []
+
+
 def _views(value: Any) -> Iterator[Collection[Any]]:
-    """Yield live views of the lists and dicts in an attribute."""
+    """Yield live views of the lists, dicts and configs in an attribute."""
+    value = vars(value) if not isinstance(value, dict | list | tuple) and _settings(value) else value
     if isinstance(value, dict | list | tuple):
         yield (inside := value.values() if isinstance(value, dict) else value)
         for one in inside:

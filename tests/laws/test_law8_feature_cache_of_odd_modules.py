@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -325,9 +326,10 @@ class Scaled(Plain):
     def __init__(self) -> None:
         super().__init__()
         self.scale, self.scales, self.mask = 1.0, {"all": [1.0]}, torch.ones(WIDE)
+        self.config = SimpleNamespace(scale=1.0)
 
     def scaled(self, x: Tensor) -> Tensor:
-        return x * self.scale * self.scales["all"][0] * self.mask * self.factor
+        return x * self.scale * self.scales["all"][0] * self.mask * self.factor * self.config.scale
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scaled(self.inner(x))
@@ -337,6 +339,7 @@ ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
     "of the class": lambda module: setattr(type(module), "factor", module.factor * 2),
     "number": lambda module: setattr(module, "scale", 2.0),
     "in a list": lambda module: module.scales["all"].__setitem__(0, 2.0),
+    "in a config": lambda module: setattr(module.config, "scale", 2.0),
     "tensor": lambda module: setattr(module, "mask", torch.zeros(WIDE)),
     "in place": lambda module: module.mask.mul_(2),
     "method": lambda module: setattr(module, "scaled", lambda x: x * 2),
