@@ -671,6 +671,8 @@ class TestErrors:
             ({"metrics": [acc()]}, TypeError, r"Write metrics=MetricCollection\(\[\.\.\.\]\)"),
             ({"metrics": {"acc": "accuracy"}}, TypeError, r"metrics\['acc'\]='accuracy'"),
             ({"metrics": {}}, ValueError, "is empty"),
+            ({"metrics": {"a.b": acc()}}, ValueError, r"text without dots, as 'a/b' is"),
+            ({"metrics": {1: acc()}}, ValueError, r"\{1: …\}\): names are text without dots, as '1' is"),
             (
                 {"stages": ("validation",)},
                 ValueError,
