@@ -164,6 +164,7 @@ class _Parts:
             list(map(_training, self.layers)),
             list(map(_code, self._graphs)),
             self.attributes.text,
+            list(map(type, self.layers)),
             list(map(bool, self._hooks)),
             list(map(_trains, self.tensors)),
         )
@@ -171,7 +172,7 @@ class _Parts:
         return form, self.attributes.others, writes
 
     def _gather(self) -> list[Any]:
-        return list(chain.from_iterable(self._views))
+        return [*map(type, self.layers), *chain.from_iterable(self._views)]
 
 
 @lru_cache(maxsize=1000)

@@ -335,7 +335,13 @@ class Scaled(Plain):
         return self.scaled(self.inner(x))
 
 
+class Doubled(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
 ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
+    "class": lambda module: setattr(module, "__class__", Doubled),
     "of the class": lambda module: setattr(type(module), "factor", module.factor * 2),
     "number": lambda module: setattr(module, "scale", 2.0),
     "in a list": lambda module: module.scales["all"].__setitem__(0, 2.0),
