@@ -80,10 +80,9 @@ class FreezeSchedule(Holder):
         self.verbose = verbose
         self._course: Course | None = None
         self._progress: Progress | None = None
-        # What the last fit left for a checkpoint that is written after it, and what a checkpoint has brought.
-        self._optimizers: list[dict[str, Any]] = []
+        self._optimizers: list[dict[str, Any]] = []  # of the last fit, for a checkpoint that is written after it
         self._trained: list[str] = []
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None  # what a checkpoint has brought
 
     def __repr__(self) -> str:
         return schedule_text(self)

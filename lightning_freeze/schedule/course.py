@@ -87,7 +87,7 @@ class Course:
 
     def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
-        automatic, self.looks.trained = pl_module.automatic_optimization, True
+        automatic = pl_module.automatic_optimization
         if not automatic or self.progress.may_end_in_epoch:
             stepped = self.step != self.progress.seen
             # Where the user steps, only a step in the last batch tells that no accumulation window is open.

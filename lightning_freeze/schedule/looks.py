@@ -32,11 +32,10 @@ class Looks:
     trainer: Trainer
     ledger: Ledger
     validated_in: int | None = None  # the phase in which validation last ran
-    trained: bool = False  # whether a batch has run since an epoch began, or the fit
-    epoch_over: bool = False  # whether such an epoch has ended, and none has begun since
+    epoch_over: bool = False  # whether an epoch has ended, and none has begun since
     by_validation: set[str] = field(default_factory=set)  # the names that validation has logged
     stale: Mapping[str, Any] = field(default_factory=dict)  # what was logged when the validation that runs began
-    earlier: Mapping[str, Any] = field(default_factory=dict)  # what was logged when the epoch began
+    earlier: Mapping[str, Any] = field(default_factory=dict)  # the plateaus' metrics when the epoch began
     looked_ahead: bool = False  # whether the metrics of later phases have been looked for
     warned_in: int | None = None  # the last phase in which a value was not finite
 
@@ -57,7 +56,9 @@ class Looks:
 
     def end_epoch(self, progress: Progress) -> None:
         """Note that an epoch is over; what it logs is final after all hooks, when the next one begins."""
-        self.epoch_over = self.trained  # a fit with max_steps that resumes ends the epoch before once more
+        epoch = self.trainer.current_epoch
+        self.epoch_over = epoch > progress.epoch_over  # a fit with max_steps that resumes ends an epoch once more
+        progress.epoch_over = epoch
         until = progress.phase.plateau
         if until is not None and stoppers(self.trainer, until.monitor):
             foreseen, value = replace(progress.plateau), self.epoch_value(progress)
@@ -79,8 +80,9 @@ class Looks:
         self._look(progress, self.epoch_value(progress), self.trainer.current_epoch - 1)
         progress.unlooked = None
         self.check(progress, phases, self._due(progress, len(phases)), progress.index)
-        self.epoch_over = self.trained = False
-        self.earlier = dict(self.trainer.callback_metrics)
+        self.epoch_over = False
+        names = {phase.plateau.monitor for phase in phases if phase.plateau is not None}
+        self.earlier = {name: value for name, value in self.trainer.callback_metrics.items() if name in names}
 
     def check(
         self, progress: Progress, phases: Sequence[Phase], numbers: Iterable[int], current: int | None = None
