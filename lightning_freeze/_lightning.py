@@ -167,6 +167,19 @@ def without_fit(callback: Callback, **instead: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(callback).items() if name not in left_out} | instead
 
 
+def resume_with_epoch(trainer: Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Have a checkpoint that was written in ``on_train_epoch_start`` resume with the epoch that began.
+
+    Lightning would take the batches of the epoch before for those of this one, and go on with the next.
+    """
+    now = trainer.fit_loop.epoch_progress.current
+    if now.ready > now.started:  # type: ignore[attr-defined]  # a tuner restores what it has saved in the same hook
+        return
+    for count in checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_progress", {}).values():
+        if count["ready"] > count["started"] > 0:  # as it was when the epoch before had ended
+            count.update(ready=count["started"], completed=count["started"] - 1)
+
+
 def epoch_names(trainer: Trainer) -> dict[str, str]:
     """Return the names that ``self.log`` has logged for the current epoch, each with the hook that logged it."""
     # The public `logged_metrics` keeps the names of earlier epochs and stages, and has those of this epoch only later.

@@ -86,5 +86,7 @@ def module_named(model: nn.Module, name: str, given: str) -> nn.Module:
         modules.setdefault(clean_name(path), module)
     if name and name in modules:
         return modules[name]
-    hint, tops = suggestion(name, filter(None, modules)), ", ".join(top for top, _ in model.named_children()) or "none"
+    below = [f" Did you mean {path!r}?" for path in modules if path.endswith(f".{name}")]  # a wrapper
+    hint = (*below, suggestion(name, filter(None, modules)))[0]
+    tops = ", ".join(top for top, _ in model.named_children()) or "none"
     raise ValueError(f"{given} names no module of {type(model).__name__}.{hint}\nTop-level modules: {tops}.")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_freeze.patterns import expressions, nearest, sliced, split_slice
-from lightning_freeze.words import closest
+from lightning_freeze.words import check_takes, closest
 
 Predicate: TypeAlias = Callable[[str, Any], bool]
 
@@ -23,6 +23,7 @@ Selector: TypeAlias = str | Sequence[str | Predicate] | Predicate
 # The segments that torch.compile, FSDP1 and activation checkpointing put into names.
 _WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _WRAPPED = re.compile("|".join(_WRAPPER_SEGMENTS))
+_PARAMETRIZED = re.compile(r"\bparametrizations\.([^.]+)\..*")
 
 _KINDS = "A selector is a string, a callable or a list of them"
 
@@ -63,7 +64,7 @@ def select_parameters(module: nn.Module, select: Selector) -> dict[str, nn.Param
     selector                 means
     ======================== ==================================================================
     ``"backbone.layer4"``    that parameter, or every parameter below that module
-    ``"encoder.layer[-4:]"`` members of an ``nn.ModuleList`` or ``nn.Sequential``, also one, ``[0]``
+    ``"encoder.layer[-4:]"`` members of an ``nn.ModuleList``, ``nn.Sequential`` or ``nn.ParameterList``
     ``"backbone.*.bias"``    glob over dotted parameter or module names; ``*`` crosses dots
     ``"re:.*\.norm\d\..*"``  regular expression, full match on parameter names
     ``"type:BatchNorm2d"``   parameters of every module of that class or a subclass
@@ -77,7 +78,8 @@ def select_parameters(module: nn.Module, select: Selector) -> dict[str, nn.Param
         select: One selector or a list of them, read from left to right as in ``.gitignore``.
 
     Returns:
-        Name to parameter, in the module's own order; a tied parameter once, under its first name.
+        Name to parameter, in the module's own order; a tied parameter once, under its first name. One that is
+        parametrized is found by the name that it had, too.
 
     Raises:
         TypeError: If ``select`` is neither a string, a callable nor a list of them.
@@ -191,6 +193,8 @@ def as_patterns(select: Selector) -> list[str | Predicate]:
             )
         if not isinstance(pattern, str) and not callable(pattern):
             raise TypeError(f"{_KINDS}, not {pattern!r} in {select!r}.")
+        if callable(pattern):
+            check_takes(selector_text(pattern), pattern, "name", "parameter")
     return patterns
 
 
@@ -203,7 +207,8 @@ class _Names:
         self.names: dict[int, list[str]] = {}
         for name, tensor in tensors:
             self.tensors[id(tensor)] = tensor
-            self.names.setdefault(id(tensor), []).append(clean_name(name))
+            names = self.names.setdefault(id(tensor), [])
+            names += dict.fromkeys((clean_name(name), _PARAMETRIZED.sub(r"\1", clean_name(name))))
 
     def choose(self, select: Selector, given: str, kind: str, *, partial: bool = False) -> dict[str, Tensor]:
         """Return the tensors that a selector names, in the module's order; arguments as of :func:`resolve`."""
@@ -249,8 +254,9 @@ class _Names:
     @property
     def lists(self) -> dict[str, list[str]]:
         """The names of the lists of modules, each with the names of its members."""
-        lists = {name: list[str]() for name, one in self.modules if isinstance(one, nn.ModuleList | nn.Sequential)}
-        for name in filter(None, dict(self.modules)):
+        kinds = nn.ModuleList | nn.Sequential | nn.ParameterList
+        lists = {name: list[str]() for name, one in self.modules if isinstance(one, kinds)}
+        for name in dict.fromkeys(chain(filter(None, dict(self.modules)), *self.names.values())):
             lists.get(name.rpartition(".")[0], []).append(name)
         return lists
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -33,6 +34,11 @@ def listed(names: Iterable[str], separator: str = ", ", *, most: int = 5) -> str
     """
     names = list(names)
     return separator.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def quoted(names: Sequence[str]) -> str:
+    """Return names as they stand in a list of selectors, at most three of them."""
+    return ", ".join(f'"{name}"' for name in names[:3]) + (", …" if len(names) > 3 else "")
 
 
 def counted(number: int, unit: str) -> str:
@@ -83,3 +89,18 @@ def some_of(where: str, name: str, values: Iterable[object], allowed: Sequence[s
     if not chosen:
         raise ValueError(f"{where}({name}=()) logs nothing: give one of {', '.join(map(repr, allowed))}.")
     return chosen
+
+
+def check_takes(shown: str, function: Callable[..., object], *arguments: str) -> None:
+    """Refuse a function that does not take as many arguments as it will be called with.
+
+    Raises:
+        TypeError: If it does not.
+    """
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        given = ", ".join(arguments)
+        raise TypeError(f"{shown} is called with ({given}), which it does not take: {error}.") from None
+    except ValueError:  # some C code does not tell
+        pass

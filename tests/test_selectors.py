@@ -279,6 +279,24 @@ def test_slice_of_a_module_that_is_a_list_itself() -> None:
     assert list(select_parameters(nn.Sequential(block(), block()), "[-1]")) == ["1.attn.weight", "1.mlp.weight"]
 
 
+def test_slice_of_a_list_of_parameters() -> None:
+    net = nn.ModuleDict({"prompts": nn.ParameterList(torch.zeros(2) for _ in range(12)), "head": nn.Linear(2, 1)})
+    assert list(select_parameters(net, "prompts[-3:]")) == ["prompts.9", "prompts.10", "prompts.11"]
+    assert list(select_parameters(net, ["prompts", "!prompts[1:]"])) == ["prompts.0"]
+
+
+@pytest.mark.parametrize(
+    "select", ["head.weight", "*.weight", r"re:head\.w.*", "head.parametrizations.weight.original1"]
+)
+def test_what_is_parametrized_has_the_name_that_it_had(select: str) -> None:
+    net = nn.ModuleDict({"head": nn.utils.parametrizations.weight_norm(nn.Linear(2, 1))})
+    found = list(select_parameters(net, select))
+    assert found == [
+        f"head.parametrizations.weight.original{number}" for number in ((0, 1) if "1" not in select else (1,))
+    ]
+    assert list(select_parameters(net, ["*", "!head.weight"])) == ["head.bias"]
+
+
 @pytest.mark.parametrize("picked", ["3", "-4", "-4:", ":4", "2:1"])
 def test_slice_out_of_range_says_how_many_there_are(picked: str) -> None:
     with pytest.raises(ValueError, match=r'"body\.blocks" has 3 modules: \[0\] to \[2\], from the end') as caught:

@@ -75,13 +75,13 @@ def _finding(place: str, ways: list[str], step: int) -> Finding:
 
 
 def container(way: str) -> str:
-    """Return the way to what a tensor is kept in: the same for all members of one list.
+    """Return the way to what a tensor is kept in: the same for all that is in one list or dict.
 
     Example:
-        >>> container("self.losses[31]"), container("self.last"), container("self.a[2]._base (… is a view of it)")
-        ('self.losses', 'self.last', 'self.a')
+        >>> container("self.outputs[31]['loss']"), container("self.last"), container("self.a[2]._base (… is a view)")
+        ('self.outputs', 'self.last', 'self.a')
     """
-    return re.sub(r"(\[\d+\])+(\._base \(.*\))?$", "", way)
+    return re.split(r"[\[{]|\._base ", way)[0]
 
 
 def by_design(module: nn.Module) -> set[int]:

@@ -57,7 +57,7 @@ class FeatureChain:
         say = lru_cache(maxsize=None)(say)  # each sentence once
 
         def link(place: int, name: str, module: nn.Module) -> Link:
-            memory = Memory(module, rows, hashing, dtype, lambda sentence: say(f"{name}: {sentence}"))
+            memory = Memory(rows, hashing, dtype, lambda sentence: say(f"{name}: {sentence}"))
             return Link(place, name, module, State(name, module, hashing), memory, hashing)
 
         self.was_called = self._is_busy = False
@@ -110,7 +110,8 @@ class FeatureChain:
         each = self._rows.bytes_taken / max(1, self._rows.count)
         if off := self._stages[stage].end_epoch(stage, self._refused, each):
             self._say(f"{self.name}: off for {stage}, because {off}.")
-            self.close()
+            if self._stages.off(self._refused) is not None:  # what another stage keeps stays
+                self.close()
         if stage == "train":
             self._rows.end_epoch()
 
@@ -183,21 +184,25 @@ class FeatureChain:
         for later in (leaf for leaf in leaves if type(leaf) is Later and leaf.link.follows is None):
             later.link.follows = later.is_known and link.place == later.link.place + 1
         leaves = [leaf.value() if type(leaf) is Later and not leaf.is_known else leaf for leaf in leaves]
-        given = [leaf for leaf in leaves if isinstance(leaf, Tensor) and type(leaf) is not Later]
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and type(leaf) is not Later]
+        given = [leaves[i] for i in places]
         keys = read_keys(leaves, spec, hashing=link.hashing, state=link.state.key, chained=_keys_of)
-        keys.is_rounded = keys.is_rounded or link.state.has_half
+        keys.is_rounded = keys.is_rounded or link.state.parts.has_half
 
-        def compute(size: int | None = None) -> Any:
+        def compute(size: int | None = None) -> tuple[Any, list[Tensor]]:
             some = [_sized(leaf, size if i in keys.places else None) for i, leaf in enumerate(leaves)]
             args, kwargs = tree_unflatten(some, spec)
-            return self._run(partial(run, *args, **kwargs))
+            output = self._run(partial(run, *args, **kwargs))
+            link.state.note_run()
+            return output, [some[i] for i in places]
 
         is_last = link.place in (-1, len(self._links) - 1)
         if is_last or link.follows is False or self._links[link.place + 1].reason() is not None:
-            return link.memory.answer(Call(keys, compute, given, link.state.key, self._stages.now()))
+            states = [before.state for before in self._links[: max(0, link.place)]] + [link.state]
+            return link.memory.answer(Call(keys, compute, given, states, self._stages.now()))
         # Later on, what is written in inference mode is not looked for.
         seen = given if link.follows is None else [tensor for tensor in given if not tensor.is_inference()]
-        later = Later.of(link, keys, compute, partial(marks_of, seen, link.hashing))
+        later = Later.of(link, keys, lambda size: compute(size)[0], partial(marks_of, seen, link.hashing))
         if link.follows is None and type(output := later.value()) is not Tensor:
             link.follows = False
             return output

@@ -25,7 +25,7 @@ T = TypeVar("T", bound=torch.Tensor)
 _PLACE = "_compiled_call_impl"
 
 version_of = attrgetter("_version")  # counts writes; tensors made in inference mode have none
-OWN_ATTRIBUTES = frozenset(vars(nn.Module()))
+OWN_ATTRIBUTES = frozenset([*vars(nn.Module()), _PLACE])
 BatchNormBase, InstanceNormBase = nn.modules.batchnorm._NormBase, nn.modules.instancenorm._InstanceNorm
 
 

@@ -11,14 +11,16 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lightning_freeze.feature_cache.attributes import Place
 from lightning_freeze.feature_cache.effects import SideEffects
 from lightning_freeze.feature_cache.folder import FolderRows
 from lightning_freeze.feature_cache.hashing import Hash
@@ -26,6 +28,7 @@ from lightning_freeze.feature_cache.keys import Keys, NotPerSample
 from lightning_freeze.feature_cache.outputs import OutputForm, difference, encode
 from lightning_freeze.feature_cache.proof import ENOUGH, Batches, Family
 from lightning_freeze.feature_cache.rows import Entry, MemoryRows
+from lightning_freeze.feature_cache.state import State
 from lightning_freeze.feature_cache.stats import Counts
 
 Rows: TypeAlias = MemoryRows | FolderRows
@@ -39,9 +42,10 @@ class Call:
     """One call of a module."""
 
     keys: Keys
-    run: Callable[[int | None], Any]  # if it is given a number, on so many samples, of which some are there twice
+    # With a number, on so many samples, of which some are there twice; the output, and the tensors that were given.
+    run: Callable[[int | None], tuple[Any, Sequence[Tensor]]]
     given: Sequence[Tensor]
-    state: bytes  # what its outputs depend on beside arguments
+    states: Sequence[State]  # of the module and of those before it in a chain: what outputs depend on beside arguments
     counts: Counts  # what has been done in this stage
 
     @property
@@ -53,12 +57,10 @@ class Call:
 class Memory:
     """Remembers what a module gave for each sample; takes what a :class:`FeatureChain` takes."""
 
-    def __init__(
-        self, module: nn.Module, rows: Rows, hashing: Hash, dtype: torch.dtype | None, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, rows: Rows, hashing: Hash, dtype: torch.dtype | None, say: Callable[[str], None]) -> None:
         self.broken: str | None = None
         self.refused: str | None = None
-        self._module, self._rows, self._hash, self._dtype, self._say = module, rows, hashing, dtype, say
+        self._rows, self._hash, self._dtype, self._say = rows, hashing, dtype, say
         self._states: dict[bytes, dict[bytes, Family]] = {}
         self._moves = 0  # states since the last answer
         self._batch = secrets.randbits(31) << 32
@@ -67,7 +69,7 @@ class Memory:
         """Return the output, from memory if every sample is known."""
         family = self._family(call)
         if self.broken is not None:
-            return call.run(None)
+            return call.run(None)[0]
         batches = family.batches.setdefault(call.size, Batches(call.size))
         found = self._find(call, family, batches)
         there = call.size - found.count(None)
@@ -75,8 +77,9 @@ class Memory:
         if there == call.size and family.serves(batches, found):
             call.counts.hits += call.size
             self._moves = 0
+            _write(batches.written)
             form: Any = batches.form
-            return form.decode(self._rows.read(found, form.tensors[0].device))  # type: ignore[arg-type]
+            return form.decode(self._rows.read(found, form.tensors[0].device), call.given)  # type: ignore[arg-type]
         return self._compute(call, family, batches, found)
 
     def refuse(self, reason: NotPerSample) -> None:
@@ -94,14 +97,15 @@ class Memory:
             self._rows.free(family)
 
     def _family(self, call: Call) -> Family:
-        if call.state not in self._states:
+        state = call.states[-1].key
+        if state not in self._states:
             self._moves += 1
             call.counts.restart()
             if self._moves > _MOST_STATES:
-                self._break("its weights are written to again and again")
+                self._break("its weights or attributes are written to again and again")
             for old in list(self._states)[: 1 - _KEPT_STATES]:
                 self._forget(old)
-        families = self._states[call.state] = self._states.pop(call.state, {})
+        families = self._states[state] = self._states.pop(state, {})
         return families.setdefault(call.keys.family, Family({self._batch >> 32}))
 
     def _find(self, call: Call, family: Family, batches: Batches) -> list[Entry | None]:
@@ -117,22 +121,24 @@ class Memory:
         return found
 
     def _compute(self, call: Call, family: Family, batches: Batches, found: list[Entry | None]) -> Any:
-        # In its first run a module may set up what it keeps for good.
-        effects = SideEffects(call.given, self._module if batches.runs == 1 else None, self._hash)
+        attributes = [state.parts.attributes for state in call.states]
+        effects = SideEffects(call.given, self._hash, [one for each in attributes for one in each.generators])
         batches.runs += 1
         begin = time.perf_counter()
-        output = call.run(None)
+        output, given = call.run(None)
         call.counts.run_seconds += time.perf_counter() - begin
         call.counts.misses += call.size
-        if effect := effects.found(output):
+        batches.written = [each.written(known) for each, known in zip_longest(attributes, batches.written)]
+        asides = [each.effect(is_first=batches.runs == 1) for each in attributes]
+        if effect := next(filter(None, [effects.found(output), *asides]), None):
             return self._break(effect, output)
         try:
-            form, rows = encode(output, call.size, self._dtype)
+            form, rows = encode(output, call.size, self._dtype, given)
         except NotPerSample as reason:
             self.refuse(reason)
             return output
         if self._dtype is not None:
-            rounded = form.decode(rows.clone())
+            rounded = form.decode(rows.clone(), given)
             if difference(output, rounded) == math.inf:
                 return self._break(f"what it gives is too large for {self._dtype}", output)
             output = rounded
@@ -163,29 +169,33 @@ class Memory:
             family.wrong |= wrong
             return [None if entry is None or entry.fit in wrong else entry for entry in found]
         family.proven |= {entry.fit for entry in entries.values()}
+        is_again = batches.are_together(found)
         if not all(same):
-            self._note_difference(call.counts, difference(form.decode(old), form.decode(rows)), form)
+            worst = difference(form.decode(old, call.given), form.decode(rows, call.given))
+            self._note_difference(call.counts, worst, form, None if is_again else batches)
         numbers = _numbers(rows[list(entries)])
-        if batches.are_together(found):
+        if is_again:
             batches.same += numbers
         else:
             batches.mixed += numbers
         return found
 
-    def _note_difference(self, counts: Counts, worst: float, form: OutputForm) -> None:
+    def _note_difference(self, counts: Counts, worst: float, form: OutputForm, mixed: Batches | None) -> None:
         """Say by how much two computations of the same differ; if not as kernels do, nothing is remembered any more."""
         counts.difference = max(counts.difference, worst)
         epsilons = [torch.finfo(one.dtype).eps for one in form.tensors if one.dtype.is_floating_point]
-        if worst <= min(0.01, _ROUNDING * max(epsilons, default=0.0)):
-            self._say(
-                "the same samples in other places of a batch give outputs that differ by rounding, up "
-                f"to {worst:.1e} of the largest; those computed first are kept."
-            )
-        else:
+        rounding = f"differ by rounding, up to {worst:.1e} of the largest"
+        if worst > min(0.01, _ROUNDING * max(epsilons, default=0.0)):
             self._break(
                 f"it gave other outputs for samples that had been there before, by {worst:.1e} of the largest: "
                 "they are random, depend on the batch, or come from code that has changed"
             )
+        elif mixed is None:
+            self._say(f"outputs for the same batch {rounding}; those computed first are kept.")
+        else:
+            mixed.mixed = -math.inf
+            self.refused = self.refused or f"outputs for the same samples in other places of a batch {rounding}"
+            self._say(f"{self.refused}: only whole batches are answered.")
 
     def _pad(self, call: Call, family: Family, batches: Batches, rows: Tensor) -> None:
         """Compute a short batch in the size of others, too, and find out whether its bits are the same there."""
@@ -200,11 +210,13 @@ class Memory:
             return
         family.pads += 1
         with suppress(Exception):  # nobody but us has asked for such a batch
-            padded_form, padded = encode(call.run(largest.size), largest.size, self._dtype)
+            output, given = call.run(largest.size)
+            padded_form, padded = encode(output, largest.size, self._dtype, given)
             if padded_form == form:
                 self._keep(call, padded, found)
                 batches.alike += _numbers(rows) if torch.equal(padded[: call.size], rows) else -math.inf
                 family.alike |= {batches.size, largest.size} if batches.alike >= ENOUGH else set()
+        _write(batches.written)
 
     def _keep(self, call: Call, rows: Tensor, found: list[Entry | None]) -> None:
         """Keep the rows of samples that are not there."""
@@ -230,6 +242,13 @@ class Memory:
         self.close()
         self._say(f"off, because {why}.")
         return output
+
+
+def _write(written: Sequence[Mapping[Place, Any]]) -> None:
+    """Put into attributes what a run would have put there."""
+    for values in written:
+        for (owner, name), (value, _) in values.items():
+            setattr(owner, name, value)
 
 
 def _numbers(rows: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ class TensorForm:
 
 @dataclass(frozen=True)
 class _Again:
-    """A tensor that is in an output before, at ``place`` among its leaves."""
+    """A tensor that is among what was given, or in the output before: at ``place`` among these and its leaves."""
 
     place: int
 
@@ -60,28 +61,32 @@ class OutputForm:
         """The forms of the tensors."""
         return [leaf for leaf in self.leaves if isinstance(leaf, TensorForm)]
 
-    def decode(self, rows: Tensor) -> Any:
+    def decode(self, rows: Tensor, given: Sequence[Tensor] = ()) -> Any:
         """Return the output whose samples' bytes are ``rows``, uint8 ``(samples, bytes)``, which it may take over."""
         widths = [form.row_bytes for form in self.tensors]
         columns = iter(torch.split_with_sizes(rows, widths, 1) if len(widths) > 1 else [rows])
-        leaves: list[Any] = []
+        leaves: list[Any] = [*given]
         for leaf in self.leaves:
             if isinstance(leaf, TensorForm):
                 leaf = leaf.tensor(next(columns))
             leaves.append(leaves[leaf.place] if isinstance(leaf, _Again) else leaf)
-        return tree_unflatten(leaves, self.spec)
+        return tree_unflatten(leaves[len(given) :], self.spec)
 
 
-def encode(output: Any, size: int, dtype: torch.dtype | None = None) -> tuple[OutputForm, Tensor]:
+def encode(
+    output: Any, size: int, dtype: torch.dtype | None = None, given: Sequence[Tensor] = ()
+) -> tuple[OutputForm, Tensor]:
     """Return the form of an output and one row of bytes for each sample, on the device of its first tensor.
+
+    What is itself among the tensors that were ``given`` takes no bytes.
 
     Raises:
         NotPerSample: If not every tensor in it has one entry for each sample, or one requires grad.
     """
     leaves, spec = tree_flatten(output)
-    places = {id(leaf): place for place, leaf in reversed(list(enumerate(leaves)))}
+    places = {id(leaf): place for place, leaf in reversed(list(enumerate([*given, *leaves])))}
     forms: list[Any] = []
-    for place, leaf in enumerate(leaves):
+    for place, leaf in enumerate(leaves, len(given)):
         if isinstance(leaf, Tensor):
             first = places[id(leaf)]
             forms.append(_Again(first) if first < place else _form(leaf, size, dtype))

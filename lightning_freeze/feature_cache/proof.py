@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from lightning_freeze.feature_cache.attributes import Place
 from lightning_freeze.feature_cache.outputs import OutputForm
 from lightning_freeze.feature_cache.rows import Entry
 
@@ -19,9 +21,10 @@ class Batches:
     size: int
     form: OutputForm | None = None
     row_bytes: int = 0
+    written: list[dict[Place, Any]] = field(default_factory=list)  # what runs put into attributes of each link
     runs: int = 0
     same: int = 0  # numbers that were equal when a batch was computed again
-    mixed: int = 0  # and when samples were computed in another batch than before
+    mixed: float = 0  # and when samples were computed in another batch than before; -inf if some were not
     alike: float = 0  # and in a larger batch; -inf if one was not
 
     def are_together(self, found: Sequence[Entry | None]) -> bool:
@@ -46,7 +49,8 @@ class Family:
         """Whether rows are known to be what the module gives in the batch that they make up now."""
         sizes = self.alike if batches.size in self.alike else {batches.size}
         is_known = batches.same >= ENOUGH and batches.are_together(found)
-        if not is_known and all(self.batches[size].mixed < ENOUGH for size in sizes):
+        mixed = [self.batches[size].mixed for size in sizes]
+        if not is_known and (max(mixed) < ENOUGH or min(mixed) < 0):
             return False
         if not {entry.fit for entry in found if entry is not None} <= self.proven:
             return False

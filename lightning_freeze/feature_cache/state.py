@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import secrets
 from collections.abc import Iterable
-from itertools import chain, repeat
+from functools import lru_cache
+from itertools import chain
 from operator import attrgetter, is_
+from types import CodeType
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor, fx, nn
 
+from lightning_freeze.feature_cache.attributes import Attributes
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.interceptor import (
     BatchNormBase,
@@ -75,14 +79,15 @@ class State:
     Attributes:
         why: Why outputs may not be reused, None if they may.
         key: Of everything, the same in every run, if they may.
-        has_half: Whether one of its tensors has less than 32 bits a number.
+        parts: What it is of.
     """
 
     def __init__(self, name: str, module: nn.Module, hashing: Hash) -> None:
         self.why: str | None = ""
-        self.key, self.has_half = b"", False
+        self.key = b""
+        self.parts = _Parts(module)
         self._named, self._hash = (name, module), hashing
-        self._parts: _Parts | None = None
+        self._is_new = True  # has not run
         self._digests: dict[int, tuple[Any, bytes]] = {}  # of tensors; none are read anew
         self._marks: tuple[Any, Any, Any] = (None, None, None)
         self._text = self._program = b""
@@ -94,26 +99,34 @@ class State:
 
     def read(self) -> State:
         """Bring the attributes up to date."""
-        parts = self._parts
-        if parts is None or not parts.hold():
-            parts = self._parts = _Parts(self._named[1])
-            self._digests.clear()  # another tensor may have the id and the address of one that is gone
-        old_form, old_functions, old_writes = self._marks
-        form, functions, writes = self._marks = parts.marks()
-        if has_changed := form != old_form or functions != old_functions:
-            if old_functions and functions != old_functions:
+        if not self.parts.hold():
+            before, self.parts = self.parts, _Parts(self._named[1])  # so that no other tensor has the id of one before
+            self._digests = {id(t): self._digests[id(t)] for t in self.parts.tensors if id(t) in self._digests}
+            del before
+        old_form, old_objects, old_writes = self._marks
+        form, objects, writes = self._marks = self.parts.marks()
+        is_same = old_objects is None or (len(objects) == len(old_objects) and all(map(is_, objects, old_objects)))
+        if has_changed := form != old_form or not is_same:
+            if not is_same:
                 self._program = secrets.token_bytes(16)  # functions have no text that says all that they do
             self.why = why_not_reusable(*self._named)
-            self.has_half = any(map(is_half, parts.tensors))
-            kinds = [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in parts.layers]
-            self._text = f"{self._named[1]!r}{kinds}{form[:2]}".encode() + self._program
+            kinds = [_text_of_class(type(layer)) for layer in self.parts.layers]  # type: ignore[arg-type]
+            self._text = f"{torch.__version__}{self._named[1]!r}{kinds}{form[:3]}".encode() + self._program
         if self.why is None and (has_changed or writes != old_writes or not self._digests):
-            self.key = xxhash.xxh3_128_digest(self._text + self._contents(parts.tensors))
+            self.key = xxhash.xxh3_128_digest(self._text + self._contents(self.parts.tensors))
         return self
+
+    def note_run(self) -> None:
+        """Leave out of the key what the module has put into attributes in the run that has just ended."""
+        if not self.parts.hold():
+            self.parts.attributes.note_run(is_first=self._is_new)
+        self._is_new = False
 
     def _contents(self, tensors: list[Tensor]) -> bytes:
         """Return a hash of each tensor, computed anew where something was written to it."""
-        marks = {id(t): (version_of(t), t.data_ptr(), t.shape, t.stride(), t.device) for t in tensors}
+        versions = [None if t.is_inference() else version_of(t) for t in tensors]
+        places = [(t.data_ptr(), t.shape, t.stride(), t.device) for t in tensors]
+        marks = dict(zip(map(id, tensors), zip(versions, places, strict=True), strict=True))
         moved = [t for t in tensors if self._digests.get(id(t), (None,))[0] != marks[id(t)]]
         for tensor, digest in zip(moved, self._hash.tensors(moved), strict=True):
             self._digests[id(tensor)] = marks[id(tensor)], f"{tensor.stride()}{tensor.device}".encode() + digest
@@ -127,33 +140,53 @@ class _Parts:
         self.layers = list(module.modules())
         # What TorchScript keeps are no dictionaries.
         plain = [layer for layer in self.layers if not isinstance(layer, torch.jit.ScriptModule)]
+        kinds = [type(layer) for layer in plain if not isinstance(layer, fx.GraphModule)]
+        classes = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in nn.Module.__mro__)
+        self.attributes = Attributes([*plain, *classes])
         self._graphs = [layer for layer in plain if isinstance(layer, fx.GraphModule)]
-        self.tensors: list[Tensor] = [*dict.fromkeys(chain(module.parameters(), module.buffers()))]
+        self.tensors: list[Tensor] = [
+            *dict.fromkeys(chain(module.parameters(), module.buffers(), self.attributes.tensors))
+        ]
+        self.has_half = any(map(is_half, self.tensors))
         self._counted = [t for t in self.tensors if not t.is_inference() and why_no_key(t) is None]
-        self._dicts = [part for layer in plain for part in parts_of(layer)]
+        self._views = [part.values() for layer in plain for part in parts_of(layer)] + self.attributes.views
         self._hooks = [hooks for layer in plain for hooks in hooks_of(layer)]
-        self._own = list(map(vars, plain))
-        # Not of torch.fx's modules, nor what a descriptor makes anew whenever it is read.
-        classes = dict.fromkeys(type(layer) for layer in plain if not isinstance(layer, fx.GraphModule))
-        self._classes = [c for c in classes if getattr(c, "forward", None) is getattr(c, "forward", None)]
         self._objects = self._gather()
 
     def hold(self) -> bool:
-        """Whether every layer, parameter and buffer is the object it was."""
+        """Whether every layer, parameter, buffer and attribute is the object it was."""
         objects = self._gather()
         return len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
 
     def marks(self) -> tuple[Any, Any, Any]:
-        """Return modes, code and flags; the functions that calls run; marks of writes but those through ``.data``."""
+        """Return modes, code, settings and flags; functions and other objects; marks of writes but by ``.data``."""
         form = (
             list(map(_training, self.layers)),
             list(map(_code, self._graphs)),
+            self.attributes.text,
+            list(map(type, self.layers)),
             list(map(bool, self._hooks)),
             list(map(_trains, self.tensors)),
         )
-        own = list(map(dict.get, self._own, repeat("forward")))
-        functions = own + list(map(getattr, self._classes, repeat("forward"), repeat(None)))
-        return form, functions, (list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted)))
+        writes = list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted))
+        return form, self.attributes.others, writes
 
     def _gather(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._dicts)))
+        return [*map(type, self.layers), *chain.from_iterable(self._views)]
+
+
+@lru_cache(maxsize=1000)
+def _text_of_class(cls: type) -> str:
+    """Return the name of a class and a hash of the code of its methods, the same in every run."""
+    methods = [method for base in cls.__mro__ if base not in nn.Module.__mro__ for method in vars(base).values()]
+    codes = [inspect.unwrap(method).__code__ for method in methods if inspect.isfunction(inspect.unwrap(method))]
+    text = str(list(map(_text_of_code, codes)))
+    return f"{cls.__module__}.{cls.__qualname__} {xxhash.xxh3_128_hexdigest(text.encode())}"
+
+
+def _text_of_code(constant: Any) -> str:
+    if isinstance(constant, frozenset):
+        return str(sorted(map(repr, constant)))
+    if not isinstance(constant, CodeType):
+        return repr(constant)
+    return f"{constant.co_code.hex()}{constant.co_names}{list(map(_text_of_code, constant.co_consts))}"

@@ -77,8 +77,8 @@ class Counts:
                     f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they "
                     "are augmented at random, or there is too little room for them"
                 )
-            elif left_out and hits < _WORTH * samples:
-                self.off = (
+            elif (left_out or refused) and hits < _WORTH * samples:
+                self.off = refused or (
                     f"there is no room for {left_out:,} of the {samples:,} samples of the last {stage} epoch, and a "
                     f"batch is answered only if all of its samples are there. All take {samples * row_bytes:,.0f} bytes"
                 )

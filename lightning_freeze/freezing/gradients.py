@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import MisconfigurationException
 from lightning_freeze.freezing.optimizers import members
 
 _grad = attrgetter("grad")
@@ -26,7 +25,7 @@ class FrozenGradients:
 
     def watch(self, parameters: list[nn.Parameter]) -> None:
         """Take what is frozen from now on."""
-        self.parameters, self._lent, self._clean, self._checked = parameters, {}, False, set[Optimizer]()
+        self.parameters, self._lent, self._clean = parameters, {}, False
 
     def drop(self, *, lent: bool = True) -> None:
         """Drop the gradients, also what was ``lent``."""
@@ -50,23 +49,6 @@ class FrozenGradients:
         if not self._clean:
             self.drop(lent=False)
         self._clean = False
-
-    def end_step(self, stepped: Optimizer) -> None:
-        """Refuse an optimizer that has given a gradient to what had none; each is looked at once after :meth:`watch`.
-
-        Raises:
-            MisconfigurationException: If there is such a gradient.
-        """
-        if stepped in self._checked:
-            return
-        self._checked.add(stepped)
-        had = self._lent.keys()
-        if given := sum(p.grad is not None and not p.requires_grad and id(p) not in had for p in self.parameters):
-            raise MisconfigurationException(
-                f"{type(stepped).__name__} gives a gradient of its own to what has none, and so moves {given} frozen "
-                "parameter(s). Use another optimizer (torch.optim.Muon passes them by), or give it only what always "
-                "trains."
-            )
 
     def lend(self, optimizers: Iterable[Optimizer]) -> None:
         """Set one zero gradient in each wholly frozen optimizer, until its step: some clips and scalers need it."""

@@ -54,6 +54,11 @@ class Holder(Callback):
 
     on_train_start = on_train_epoch_start
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Put right what the module's own hooks have switched at the epoch's start."""
+        if self._leads and batch_idx == 0:
+            self.ledger.look_again()
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop gradients of what is frozen before they are clipped."""
         if self._leads:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,11 +17,13 @@ from lightning_freeze.freezing.ddp import follow_trainable_set
 from lightning_freeze.freezing.eval_mode import BY_HAND, hold, leave_as_after_fit, release
 from lightning_freeze.freezing.fsdp import reshard
 from lightning_freeze.freezing.gradients import FrozenGradients
+from lightning_freeze.freezing.optimizers import members
 from lightning_freeze.freezing.steps import Steps
-from lightning_freeze.functional import can_train, set_trainable
+from lightning_freeze.freezing.trial import try_frozen
+from lightning_freeze.functional import can_train, set_trainable, topmost
 from lightning_freeze.logs import get_logger
 from lightning_freeze.selectors import named_unique_parameters
-from lightning_freeze.words import listed
+from lightning_freeze.words import listed, quoted
 
 _log = get_logger(__name__)
 
@@ -51,11 +53,10 @@ class Ledger:
         self._touched: set[int] = set()  # other flags are the user's to change
         self.trains = {key for key, flag in self._flags.items() if flag}  # as decided last, by identity
         self._holds: dict[str, Hold] = {}
-        self._warned = False
+        self._done = set[object]()  # warnings that were given, optimizers that were tried
         self.gradients = FrozenGradients(self._warn_of_switched)
         self.steps = Steps()
         self.steps.before.append(self.gradients.begin_step)
-        self.steps.after.append(self.gradients.end_step)
 
     @cached_property
     def modules(self) -> list[nn.Module]:
@@ -101,6 +102,11 @@ class Ledger:
         wanted = {key for hold in self._holds.values() for key in hold.trains}
         self.trains = {key for key, found in self._flags.items() if key not in frozen and (found or key in wanted)}
         self.gradients.watch([p for p in self.parameters.values() if id(p) in frozen])
+        if modes:  # first: a module's own train() may set flags
+            stay = dict.fromkeys(module for hold in self._holds.values() for module in hold.eval_mode)
+            self._release_modes(stay)
+            for child in stay:
+                hold(child)
         for parameter in self.parameters.values():
             key = id(parameter)
             if key in frozen or key in wanted or key in self._touched:
@@ -108,14 +114,40 @@ class Ledger:
             if key in self.trains and key not in before:
                 parameter.grad = None  # from before its phase
         self._touched = frozen | wanted
-        if modes:
-            stay = dict.fromkeys(module for hold in self._holds.values() for module in hold.eval_mode)
-            self._release_modes(stay)
-            for child in stay:
-                hold(child)
+        self.try_optimizers(frozen)
         if self.trains != before:
             froze = before - self.trains
             follow_trainable_set(self.strategy, [p for p in self.parameters.values() if id(p) in froze])
+
+    def look_again(self) -> None:
+        """Put right what hooks of the module have done at an epoch's start, which run after those of callbacks."""
+        reshard(self.strategy, self.module)  # else parameters that are gathered would look like new ones
+        off = {id(p) for p in self.parameters.values() if not p.requires_grad} & self.trains & self._touched
+        self._warn(
+            "other code has switched off requires_grad of %d parameter(s) that shall train: %s. They train all the "
+            'same. To keep them frozen, take them away from the phases: ["*", %s].',
+            self._names(off),
+            quoted([f"!{name}" for name in topmost(self.module, off)]),
+        )
+        self._warn(
+            "%d parameter(s) are in the module that were not when the fit began: %s. No phase decides whether they "
+            "train: make them in __init__, setup or configure_model.",
+            [name for name, p in named_unique_parameters(self.module).items() if id(p) not in self._flags],
+        )
+        if off:
+            self.settle()
+
+    def try_optimizers(self, frozen: Collection[int]) -> None:
+        """Refuse an optimizer that cannot pass by those of its parameters that freeze, now or later in the fit.
+
+        Raises:
+            ValueError: If there is one.
+        """
+        for optimizer in self.strategy.optimizers:
+            if optimizer not in self._done and any(id(p) in frozen for p in members([optimizer])):
+                self._done.add(optimizer)
+                with self.steps.paused():
+                    try_frozen(optimizer)
 
     def as_after_fit(self, hyperparameters: dict[str, Any], live: Mapping[str, Any]) -> None:
         """Put copies in the place of modules among hyperparameters that are about to be saved, as they came.
@@ -153,13 +185,16 @@ class Ledger:
                 release(child, training=self.module.training)
 
     def _warn_of_switched(self, parameters: Iterable[nn.Parameter]) -> None:
-        switched = {id(parameter) for parameter in parameters if parameter.requires_grad}
-        if self._warned or not switched:
-            return
-        self._warned = True
-        names = [name for name, parameter in self.parameters.items() if id(parameter) in switched]
-        _log.warning(
+        self._warn(
             "other code has switched on requires_grad of %d frozen parameter(s): %s. They stay frozen: their gradients "
             "are dropped before each step.",
-            *(len(names), listed(names)),
+            self._names({id(parameter) for parameter in parameters if parameter.requires_grad}),
         )
+
+    def _names(self, keys: Collection[int]) -> list[str]:
+        return [name for name, parameter in self.parameters.items() if id(parameter) in keys] if keys else []
+
+    def _warn(self, message: str, names: Sequence[str], *arguments: str) -> None:
+        if names and message not in self._done:
+            self._done.add(message)
+            _log.warning(message, len(names), listed(names), *arguments)

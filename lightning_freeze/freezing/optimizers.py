@@ -73,8 +73,14 @@ class PhasedOptimizer:
         except ValueError:
             self._adoption.release()
             raise
-        # What a constructor made, a step may not make anew: counters, all of Adagrad in torch 2.6.
-        self._made = [parameter for parameter in members([optimizer]) if optimizer.state.get(parameter)]
+        # What a constructor made, a step may not make anew: all of Adagrad in torch 2.6, marks that say how to step.
+        self._made = {
+            parameter: {
+                key: value for key, value in optimizer.state[parameter].items() if not isinstance(value, Tensor)
+            }
+            for parameter in members([optimizer])
+            if optimizer.state.get(parameter)
+        }
 
     def apply(self, phase: int, trains: Collection[int], factor: Callable[[Scale], float] = factor_at) -> None:
         """Follow a phase, given by its index in ``scales``, what trains, and what says which factor a scale is."""
@@ -88,8 +94,13 @@ class PhasedOptimizer:
                 self._offload(parameter)
             else:
                 self.optimizer.state.pop(parameter, None)
-        if bare := [p for p in self._made if id(p) in trains and not self.optimizer.state.get(p)]:
-            self.optimizer.state.update(state_anew(self.optimizer, bare).items())
+                if marks := self._made.get(parameter):
+                    self.optimizer.state[parameter] = dict(marks)
+        states = self.optimizer.state
+        if bare := [
+            p for p, marks in self._made.items() if id(p) in trains and states.get(p, {}).keys() <= marks.keys()
+        ]:
+            states.update(state_anew(self.optimizer, bare).items())
 
     def state(self) -> dict[str, Any]:
         """Return what the optimizer's own ``state_dict()`` does not have, for a checkpoint."""

@@ -16,11 +16,19 @@ def is_vector(name: str, parameter: nn.Parameter) -> bool:
     return parameter.ndim <= 1
 
 
+def is_shaped_vector(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is a vector in the shape of what it is applied to, such as ``(1, channels, 1, 1)``."""
+    return parameter.ndim > 2 and parameter.numel() == max(parameter.shape)
+
+
+_VECTORS = (is_shaped_vector, "!type:_ConvNd", is_vector, "type:LayerNorm", "type:RMSNorm")
+
+
 def parameter_groups(
     module: nn.Module,
     options: Mapping[Any, Mapping[str, Any]],  # of selectors; a Mapping of them would refuse a dict[str, …]
     *,
-    no_decay: Selector = (is_vector, "type:LayerNorm", "type:RMSNorm"),
+    no_decay: Selector = _VECTORS,
 ) -> list[dict[str, Any]]:
     """Return optimizer groups from selectors: disjoint, and together all parameters of a module.
 
@@ -30,7 +38,8 @@ def parameter_groups(
             overlap the later one holds. What none selects is in a group without options of its own. A tuple is a list
             of selectors: ``{("*", "!head"): {"lr": 1e-5}}``.
         no_decay: What gets ``weight_decay=0.0``, in a group beside: if not given, every parameter of at most one
-            dimension, so all biases and the weights of all norms. A pattern that matches nothing is passed over.
+            dimension, also as ``(1, channels, 1, 1)`` where that is no convolution, so all biases and the weights of
+            all norms. A pattern that matches nothing is passed over.
 
     Returns:
         Groups for any ``torch.optim`` optimizer, each with ``params``, a ``name`` of its own and its options; no empty

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 # What of a parameter group belongs to its members.
-_MEMBERS = frozenset({"params", "param_names"})
+MEMBERS = frozenset({"params", "param_names"})
 
 Group = dict[str, Any]
 
@@ -60,7 +60,7 @@ class _Split:
         seen = self.seen
         for option, value in group.items():
             # What is unchanged stays each part's own: its running sums.
-            if seen.get(option, self) is not value and option not in _MEMBERS:
+            if seen.get(option, self) is not value and option not in MEMBERS:
                 if not isinstance(value, Tensor):  # one can change in place, so it is taken over at every step
                     seen[option] = value
                 rate = is_rate(option) and value is not None
@@ -73,7 +73,7 @@ class _Split:
         """Write into the user's group what the step has changed in the first part."""
         before = self.before
         for option, value in self.parts[0].items():
-            if before.get(option, self) is value or option in _MEMBERS:
+            if before.get(option, self) is value or option in MEMBERS:
                 continue
             scale = self.factors[0] if is_rate(option) else 1.0
             if not scale:  # what a step makes of a rate of 0 says nothing of the user's
@@ -84,7 +84,7 @@ class _Split:
 
     def own(self) -> list[Group]:
         """Return, for each part, what its steps have written: running sums, not what it took from the user's group."""
-        taken = {option for part in self.parts for option in part if option in _MEMBERS or is_rate(option)}
+        taken = {option for part in self.parts for option in part if option in MEMBERS or is_rate(option)}
         return [
             {o: value for o, value in part.items() if o not in taken and value is not self.seen.get(o)}
             for part in self.parts
@@ -112,16 +112,10 @@ class StepView:
         self.optimizer, self._scales = optimizer, scales
         self._moving = [any(not isinstance(scale, float | int) for scale in phase.values()) for phase in scales]
         self._splits: dict[int, _Split] = {}  # by the index of the group
+        self._built: list[tuple[int, ...]] = []  # the layout of the groups that were split
         self._own: list[Group] = []  # the user's groups, while somebody shows the parts
         self._showing: list[tuple[Optimizer, list[Group]]] = []  # with the groups that were in the place of the parts
-        for index, group in enumerate(optimizer.param_groups):
-            places: dict[tuple[Scale, ...], list[int]] = {}
-            for place, parameter in enumerate(group["params"]):
-                places.setdefault(tuple(scale.get(id(parameter), 1.0) for scale in scales), []).append(place)
-            if any(scale != 1.0 for own in places for scale in own):
-                _check_rate(optimizer, index)
-                own = [{k: [group[k][p] for p in at] for k in _MEMBERS & group.keys()} for at in places.values()]
-                self._splits[index] = _Split(own, list(places))
+        self._split()
         self.begin(0)
 
     def __bool__(self) -> bool:
@@ -151,6 +145,9 @@ class StepView:
         """Split the groups of an optimizer that begins to step, as far as they are this one's."""
         if not self._showing:
             self._own = list(self.optimizer.param_groups)
+            if _layout(self._own) != self._built:  # somebody has added, moved or taken out groups or members
+                self._split()
+                self._move()
         own, groups = self._own, stepping.param_groups
         split_of = {id(own[index]): split for index, split in self._splits.items() if index < len(own)}
         if split_of.keys().isdisjoint(map(id, groups)):
@@ -191,9 +188,25 @@ class StepView:
                 return float(group["lr"]) * self._factor(scale)
         return None
 
+    def _split(self) -> None:
+        kept = {self._built[index]: split for index, split in self._splits.items()}
+        self._built, self._splits = _layout(self.optimizer.param_groups), {}
+        for index, group in enumerate(self.optimizer.param_groups):
+            places: dict[tuple[Scale, ...], list[int]] = {}
+            for place, parameter in enumerate(group["params"]):
+                places.setdefault(tuple(scale.get(id(parameter), 1.0) for scale in self._scales), []).append(place)
+            if any(scale != 1.0 for own in places for scale in own):
+                _check_rate(self.optimizer, index)
+                own = [{k: [group[k][p] for p in at] for k in MEMBERS & group.keys()} for at in places.values()]
+                self._splits[index] = kept.get(self._built[index]) or _Split(own, list(places))
+
     def _move(self) -> None:
         for split in self._splits.values():
             split.move(self._phase, self._factor)
+
+
+def _layout(groups: Sequence[Group]) -> list[tuple[int, ...]]:
+    return [(len(group["params"]), *map(id, group["params"][:1])) for group in groups]
 
 
 def _scaled(value: Any, factor: float, mine: Any) -> Any:

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_freeze.freezing.step_view import MEMBERS, is_rate
 from lightning_freeze.words import listed
+
+
+@contextmanager
+def _without_random_numbers() -> Iterator[None]:
+    """Leave the random numbers of the fit as they are: some optimizers add noise."""
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng([torch.cuda.current_device()] if used else []):
+        yield
 
 
 def try_adoption(
@@ -33,7 +42,13 @@ def try_adoption(
     try:
         for ndim, is_sparse in known:
             _step(optimizer, [{}], shape=(2,) * ndim, sparse=is_sparse)
-    except Exception:  # whatever the class raises at what it was given, it cannot be asked so
+    except Exception as error:  # whatever the class raises at what it was given, it cannot be asked so
+        if any(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"The schedule trains what {type(optimizer).__name__} was not given: {listed(parameters)}. It makes "
+                "state for its parameters when it is built, so none can be added later. Give it all parameters in "
+                "configure_optimizers; a phase says from when on they train."
+            ) from error
         return {}
     try:
         other = _another(optimizer, list(parameters.values()))
@@ -76,6 +91,35 @@ def try_scales(optimizer: Optimizer, index: int, phases: Iterable[Collection[flo
             ) from error
 
 
+def try_frozen(optimizer: Optimizer) -> None:
+    """Step two small tensors in each kind of its groups, one of which is frozen, then trains, then is frozen again.
+
+    Raises:
+        ValueError: If the optimizer refuses that, or moves what has no gradient.
+    """
+    kinds = {}
+    for group in optimizer.param_groups:
+        own = {o: v for o, v in group.items() if o not in MEMBERS and not is_rate(o)}
+        if rate := group.get("lr") or group.get("initial_lr"):  # a rate of 0, where a warmup begins, moves nothing
+            own["lr"] = rate
+        kinds[str({o: v for o, v in own.items() if o not in ("lr", "name")})] = own, group["params"]
+    for options, parameters in kinds.values():
+        try:
+            _step_twins(optimizer, options, parameters[0], [2, 2])
+        except Exception:  # whatever the class raises, it cannot be asked so
+            continue
+        try:
+            if _step_twins(optimizer, options, parameters[0], [1, 2, 1]):
+                raise ValueError("it moves what has no gradient.")
+        except Exception as error:
+            raise ValueError(
+                f"{type(optimizer).__name__} cannot step while some of its parameters are frozen: {error} Let its "
+                "step() pass by what has no gradient before anything else, with `if p.grad is None: continue`, use "
+                "another optimizer, or give it only what always trains."
+            ) from error
+
+
+@_without_random_numbers()
 def state_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Parameter) -> tuple[int, int] | None:
     """Return the bytes of state for a parameter in a group: of an optimizer just built, and after its first step.
 
@@ -136,6 +180,7 @@ def saves_with_hooks(optimizer: Optimizer) -> bool:
     return False
 
 
+@_without_random_numbers()
 def _step(
     optimizer: Optimizer,
     options: list[dict[str, Any]],
@@ -166,6 +211,23 @@ def _step(
 def _moved(optimizer: Optimizer) -> int:
     """Return how many of the tensors, which were zero, a step has moved."""
     return sum(bool(p.any()) for group in optimizer.param_groups for p in group["params"])
+
+
+@_without_random_numbers()
+def _step_twins(optimizer: Optimizer, options: Mapping[str, Any], like: nn.Parameter, steps: Iterable[int]) -> bool:
+    """Step a group of two tensors, as many of which have a gradient as each of ``steps`` says.
+
+    Returns whether one without a gradient moved.
+    """
+    twins = [nn.Parameter(torch.ones((2,) * like.ndim, dtype=like.dtype, device=like.device)) for _ in range(2)]
+    other, moved = _another(optimizer, [{"params": twins, **options}]), False
+    for number in steps:
+        for place, twin in enumerate(twins):
+            twin.grad = torch.ones_like(twin) if place < number else None
+        before = twins[1].detach().clone()
+        other.step()
+        moved |= number < len(twins) and not torch.equal(before, twins[1])
+    return moved
 
 
 def _another(optimizer: Optimizer, parameters: Any) -> Optimizer:

@@ -22,6 +22,11 @@ def as_collection(metrics: Any) -> MetricCollection:
     if isinstance(metrics, Mapping):
         for name, metric in metrics.items():
             _check_metric(f"metrics[{name!r}]", metric)
+            if not isinstance(name, str) or "." in name:  # torchmetrics keeps them as modules of these names
+                right = str(name).replace(".", "/")
+                raise ValueError(
+                    f"MetricLogger(metrics={{{name!r}: …}}): names are text without dots, as {right!r} is."
+                )
         collection = MetricCollection({name: metric.clone() for name, metric in metrics.items()})
     else:
         _check_metric("metrics", metrics)

@@ -92,7 +92,7 @@ def _scalar(value: Any) -> Tensor | None:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         return None
-    return tensor.reshape(()).to(torch.promote_types(tensor.dtype, torch.half)) if tensor.numel() == 1 else None
+    return tensor.reshape(()).to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.numel() == 1 else None
 
 
 def _describe(value: Any) -> str:

@@ -10,6 +10,8 @@ from numbers import Real
 from types import FunctionType
 from typing import Any, TypeVar
 
+from torch import nn
+
 from lightning_freeze.words import suggestion, whole_number
 
 T = TypeVar("T")
@@ -86,13 +88,13 @@ def shown_value(value: object) -> str:
     return value.__qualname__ if isinstance(value, FunctionType) else repr(value)
 
 
-def number(shown: str, value: object) -> float:
-    """Return a number as a float; raise a TypeError that begins with ``shown`` if it is none."""
+def number(shown: str, value: object, kind: str = "a number") -> float:
+    """Return a number as a float, or raise a TypeError: ``shown``, the argument, is ``kind``."""
     if isinstance(value, bool) or not isinstance(value, Real):
         hint = ""
         if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value):  # YAML 1.1 wants a point in a number
             hint = f" YAML takes {value} for text: write {value.replace('e', '.0e', 1)}."
-        raise TypeError(f"{shown} is a number.{hint}")
+        raise TypeError(f"{shown} is {kind}.{hint}")
     return float(value)
 
 
@@ -101,7 +103,7 @@ def as_layers(argument: str, layers: Any) -> list[list[str]]:
     example = "for example ['backbone.layer4', 'head']"
     if isinstance(layers, str):
         raise TypeError(f"{argument}={layers!r}: give names, {example}, or layers_of(model, {layers!r}).")
-    if not isinstance(layers, Iterable):
+    if not isinstance(layers, Iterable) or isinstance(layers, nn.Module):
         raise TypeError(f"{argument}={layers!r}: give names, {example}.")
     found = [list(layer) if isinstance(layer, list | tuple) else [layer] for layer in layers]
     if not found or not all(layer and all(isinstance(name, str) and name for name in layer) for layer in found):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
-from lightning_freeze._lightning import Callback, LightningModule, Trainer, without_fit
+from lightning_freeze._lightning import Callback, LightningModule, Trainer, resume_with_epoch, without_fit
 from lightning_freeze.freezing.callback import refuse_new_statistics
 from lightning_freeze.freezing.holder import Holder
 from lightning_freeze.freezing.optimizers import OptimizerState
@@ -80,10 +80,9 @@ class FreezeSchedule(Holder):
         self.verbose = verbose
         self._course: Course | None = None
         self._progress: Progress | None = None
-        # What the last fit left for a checkpoint that is written after it, and what a checkpoint has brought.
-        self._optimizers: list[dict[str, Any]] = []
+        self._optimizers: list[dict[str, Any]] = []  # of the last fit, for a checkpoint that is written after it
         self._trained: list[str] = []
-        self._loaded: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None  # what a checkpoint has brought
 
     def __repr__(self) -> str:
         return schedule_text(self)
@@ -196,6 +195,7 @@ class FreezeSchedule(Holder):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore weights that a trainable-only checkpoint lacks; refuse what version 0.1.0 adopted."""
+        resume_with_epoch(trainer, checkpoint)
         if self._course is not None:  # a tuner restores in mid-fit; the file has the user's schedulers
             self._course.fit.schedulers.end()
         restore(checkpoint, checkpoint.get("callbacks", {}).get(self.state_key), pl_module)
@@ -212,10 +212,9 @@ class FreezeSchedule(Holder):
             refuse_new_statistics(trainer, pl_module, type(self).__name__)
         super().on_fit_start(trainer, pl_module)
         is_fresh = self._loaded is not None or (trainer.current_epoch, trainer.global_step) == (0, 0)
-        who, policy, before = self.state_key, self.optimizer_state, None if is_fresh else self._progress
-        fit = begin_fit(self.phases, self.ledger, trainer, self.frozen_mode, policy, who)
-        self.phases, self._optimizers = fit.phases, []
-        self._course = Course(self.phases, fit, trainer, who, self.verbose, before)
+        fit = begin_fit(self.phases, self.ledger, trainer, self.frozen_mode, self.optimizer_state, self.state_key)
+        self.phases, self._optimizers, before = fit.phases, [], None if is_fresh else self._progress
+        self._course = Course(self.phases, fit, trainer, self.state_key, self.verbose, before)
         self._course.begin(self._loaded)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,6 +237,7 @@ class FreezeSchedule(Holder):
         if self._loaded is not None:
             self._restore()
         self.course.begin_batch(pl_module, batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

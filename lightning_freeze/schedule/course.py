@@ -66,6 +66,7 @@ class Course:
         if saved is not None:
             report.another_schedule(self.trainer, self.phases, saved, self.progress.index)
             self.fit.load_state(saved.get("optimizers", []))
+        self.fit.ledger.look_again()  # the module's own on_fit_start has run since
         self.apply()
         self.fit.schedulers.begin(self.progress.phase, self.length.phase)
 
@@ -135,18 +136,18 @@ class Course:
     def end(self) -> None:
         """End the last phase with the fit."""
         progress = self.progress
-        progress.unlooked = self.looks.epoch_value(progress)
+        self.agreed()
         self._end_last()
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.looks.check(self.phases, range(len(self.phases)))
+            self.looks.check(progress, self.phases, range(len(self.phases)))
         report.fit_ends(self.trainer, self.phases, progress)
 
     def agreed(self) -> dict[str, Any]:
         """Return what of the progress the ranks have to agree on before it is saved."""
         progress = self.progress
-        progress.unlooked = self.looks.epoch_value(progress)
+        progress.unlooked, progress.logged = self.looks.epoch_value(progress), self.looks.logged(progress, self.phases)
         progress.asked = greatest(self.trainer.strategy, progress.asked) > 0
-        return {"unlooked": progress.unlooked, "asked": progress.asked}
+        return {name: getattr(progress, name) for name in ("unlooked", "logged", "asked")}
 
     def apply(self, *, modes: bool = True) -> None:
         """Bring everything in line with the phase; doing it twice changes nothing."""

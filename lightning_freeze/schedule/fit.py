@@ -18,11 +18,11 @@ from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.functional import scalars, topmost
 from lightning_freeze.logs import get_logger
 from lightning_freeze.schedule.length import steps_at_most
-from lightning_freeze.schedule.meaning import FrozenMode, Resolved, quoted, resolve_phases
+from lightning_freeze.schedule.meaning import FrozenMode, Resolved, resolve_phases
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.preset import Preset, phases_for
 from lightning_freeze.schedule.schedulers import PhaseSchedulers
-from lightning_freeze.words import listed
+from lightning_freeze.words import listed, quoted
 
 _log = get_logger(__name__)
 
@@ -72,6 +72,7 @@ class Fit:
                 if phased.view:
                     self.ledger.steps.before.append(phased.view.show)
                     self.ledger.steps.after.append(phased.view.hide)
+        self.ledger.try_optimizers(frozenset().union(*(hold.frozen for hold in self.resolved.holds)))
         return True
 
     def apply(self, index: int, factor: Callable[[Scale], float]) -> None:

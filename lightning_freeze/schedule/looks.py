@@ -35,6 +35,7 @@ class Looks:
     epoch_over: bool = False  # whether an epoch has ended, and none has begun since
     by_validation: set[str] = field(default_factory=set)  # the names that validation has logged
     stale: Mapping[str, Any] = field(default_factory=dict)  # what was logged when the validation that runs began
+    earlier: Mapping[str, Any] = field(default_factory=dict)  # the plateaus' metrics when the epoch began
     looked_ahead: bool = False  # whether the metrics of later phases have been looked for
     warned_in: int | None = None  # the last phase in which a value was not finite
 
@@ -55,7 +56,9 @@ class Looks:
 
     def end_epoch(self, progress: Progress) -> None:
         """Note that an epoch is over; what it logs is final after all hooks, when the next one begins."""
-        self.epoch_over = True
+        epoch = self.trainer.current_epoch
+        self.epoch_over = epoch > progress.epoch_over  # a fit with max_steps that resumes ends an epoch once more
+        progress.epoch_over = epoch
         until = progress.phase.plateau
         if until is not None and stoppers(self.trainer, until.monitor):
             foreseen, value = replace(progress.plateau), self.epoch_value(progress)
@@ -68,22 +71,27 @@ class Looks:
         until = progress.phase.plateau
         if until is None or not self.epoch_over:
             return progress.unlooked
-        is_validated = until.monitor in self.by_validation
-        return self._agreed(None if is_validated else self.trainer.callback_metrics.get(until.monitor))
+        value = self.trainer.callback_metrics.get(until.monitor)
+        is_old = until.monitor in self.by_validation or value is self.earlier.get(until.monitor)
+        return self._agreed(None if is_old else value)
 
     def begin_epoch(self, progress: Progress, phases: Sequence[Phase]) -> None:
         """Look at what training has logged in the epoch before; raise for a metric that nothing logs."""
         self._look(progress, self.epoch_value(progress), self.trainer.current_epoch - 1)
         progress.unlooked = None
-        self.check(phases, self._due(progress, len(phases)), progress.index)
+        self.check(progress, phases, self._due(progress, len(phases)), progress.index)
         self.epoch_over = False
+        names = {phase.plateau.monitor for phase in phases if phase.plateau is not None}
+        self.earlier = {name: value for name, value in self.trainer.callback_metrics.items() if name in names}
 
-    def check(self, phases: Sequence[Phase], numbers: Iterable[int], current: int | None = None) -> None:
+    def check(
+        self, progress: Progress, phases: Sequence[Phase], numbers: Iterable[int], current: int | None = None
+    ) -> None:
         """Raise for a plateau of the current phase that can never come, warn of one of another phase."""
         metrics = self.trainer.callback_metrics
         for number in numbers:
             until = phases[number].plateau
-            if until is None or not self.trainer.strategy.reduce_boolean_decision(until.monitor not in metrics):
+            if until is None or until.monitor in self.logged(progress, [phases[number]]):
                 continue
             logged = sorted(name for name in map(str, metrics) if not name.startswith("freeze/"))
             # With several dataloaders, and for each step and each epoch, Lightning puts something behind a name.
@@ -98,6 +106,12 @@ class Looks:
                 "%s %s If it is not logged in that phase either, the fit ends there with an error.",
                 *(numbered(phases, number), missing),
             )
+
+    def logged(self, progress: Progress, phases: Sequence[Phase]) -> list[str]:
+        """Return the metrics of plateaus that have been logged so far, the same on all ranks."""
+        is_missing, metrics = self.trainer.strategy.reduce_boolean_decision, self.trainer.callback_metrics
+        names = dict.fromkeys(phase.plateau.monitor for phase in phases if phase.plateau is not None)
+        return [name for name in names if name in progress.logged or not is_missing(name not in metrics)]
 
     def _agreed(self, value: Any) -> float | None:
         return mean_over_ranks(self.trainer.strategy, None if value is None else float(value))

@@ -15,7 +15,7 @@ from lightning_freeze.functional import can_train, scalars, topmost
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import Predicate, as_patterns, named_unique_parameters, overlay, resolve, selector_text
-from lightning_freeze.words import listed
+from lightning_freeze.words import listed, quoted
 
 FrozenMode: TypeAlias = Literal["batchnorm", "eval", "train"]
 
@@ -179,8 +179,3 @@ def _check_named(module: nn.Module, phase: Phase, held: Mapping[int, str]) -> No
 
 def _counted(module: nn.Module, names: Sequence[str]) -> str:
     return listed(f"{name} ({sum(map(scalars, resolve(module, name).values())):,} parameters)" for name in names)
-
-
-def quoted(names: Sequence[str]) -> str:
-    """Return names as they stand in a list of selectors, at most three of them."""
-    return ", ".join(f'"{name}"' for name in names[:3]) + (", …" if len(names) > 3 else "")

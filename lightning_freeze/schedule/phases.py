@@ -14,7 +14,7 @@ from lightning_freeze._lightning import LightningModule, Trainer
 from lightning_freeze.schedule.arguments import built, number, plain_options, unpacked, without_defaults
 from lightning_freeze.schedule.rates import Ramp
 from lightning_freeze.selectors import Selector, as_patterns, selector_text
-from lightning_freeze.words import one_of
+from lightning_freeze.words import check_takes, one_of
 
 # A scheduler, or what configure_optimizers may return in its place: {"scheduler": …, "interval": "epoch"}.
 SchedulerFactory: TypeAlias = Callable[[Optimizer, int], Any]
@@ -26,8 +26,8 @@ Mode: TypeAlias = Literal["min", "max"]
 class Plateau:
     """The end of a phase: a metric has stopped getting better, or is good enough.
 
-    A value is taken after each validation run that logs the metric, or after each training epoch if validation does
-    not log it; with several processes it is their mean. A value that is not finite is no improvement, and a warning
+    A value is taken after each validation run that logs the metric or, if none does, after each training epoch that
+    logs it; with several processes it is their mean. A value that is not finite is no improvement, and a warning
     tells of it. ``EarlyStopping`` beside it counts anew in each phase.
 
     Args:
@@ -139,8 +139,9 @@ class Phase:
         if self.fraction is not None and not 0 < self.fraction <= 1:
             shown = f"Phase(fraction={self.fraction!r}): fraction"
             raise ValueError(f"{shown} is a share of the fit: above 0 and at most 1.")
-        is_function = callable(self.until) and not isinstance(self.until, type)
-        if not (self.until is None or isinstance(self.until, Plateau) or is_function):
+        if callable(self.until) and not isinstance(self.until, type):
+            check_takes(f"Phase(until={function_name(self.until)})", self.until, "trainer", "pl_module")
+        elif not (self.until is None or isinstance(self.until, Plateau)):
             raise TypeError(
                 f"Phase(until={self.until!r}): until is a Plateau, for example Plateau('val_loss'), or a function "
                 "(trainer, pl_module) -> bool."
@@ -153,7 +154,8 @@ class Phase:
         for select, factor in self.scales.items():
             as_patterns(select)
             shown = f"Phase(lr_scale={self.lr_scale!r}): a factor"
-            if not isinstance(factor, Ramp) and not 0 < number(shown, factor) < math.inf:
+            kind = "a number, a Ramp, or {selector: factor}"
+            if not isinstance(factor, Ramp) and not 0 < number(shown, factor, kind) < math.inf:
                 raise ValueError(f"{shown} is above 0 and finite. What shall not train, leave out of `train`.")
         own = self.lr_scheduler
         if not (own in (None, "restart") or callable(own) or (isinstance(own, Mapping) and "class_path" in own)):
@@ -189,7 +191,7 @@ def as_phases(phases: Sequence[Phase | Mapping[str, Any]], *others: Any) -> tupl
     """Return phases from a list of phases, or of dicts of their arguments, as YAML has them; refuse ``others``."""
     if others or isinstance(phases, Phase | Mapping | str) or not isinstance(phases, Sequence):
         given = ", ".join(map(repr, (phases, *others)))
-        is_numbered = isinstance(phases, Mapping) and all(isinstance(phase, Mapping) for phase in phases.values())
+        is_numbered = isinstance(phases, Mapping) and all(isinstance(one, Phase | Mapping) for one in phases.values())
         right = "list(phases.values())" if is_numbered else "[Phase('head', epochs=2), …]"
         raise TypeError(f"A schedule is a list of phases, not {given}: FreezeSchedule({right}).")
     if not phases:
@@ -238,13 +240,16 @@ def _phase(phase: Phase | Mapping[str, Any], index: int) -> Phase:
     if isinstance(phase, Phase):
         return phase
     if not isinstance(phase, Mapping):
-        raise TypeError(f"{where} is {phase!r}: a phase is a Phase or a dict of its arguments.")
+        raise TypeError(
+            f"{where} is {phase!r}: a phase is a Phase, as Phase('head', epochs=2), or a dict of its arguments. "
+            "Those of a preset or another list are put in by a star: [*phases, …]."
+        )
     options = dict(unpacked(phase))
     if isinstance(until := options.get("until"), Mapping):
         options["until"] = built(Plateau, until, f"{where}: until", ("monitor", "which metric"))
     if isinstance(scale := options.get("lr_scale"), Mapping):
         scale = unpacked(scale)
-        if "start" in scale and scale.keys() <= {field.name for field in dataclasses.fields(Ramp)}:
+        if "_target_" in scale or ("start" in scale and scale.keys() <= {one.name for one in dataclasses.fields(Ramp)}):
             scale = {"*": scale}
         ramps = {select: one for select, one in scale.items() if isinstance(one, Mapping)}
         where_ramp, needs = f"{where}: lr_scale", ("start", "where the ramp begins")

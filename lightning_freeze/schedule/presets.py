@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from lightning_freeze.schedule.arguments import as_layers
+from lightning_freeze.schedule.arguments import as_layers, number
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.preset import Layers, Parts, Preset, as_selector, preset
 from lightning_freeze.selectors import Selector
@@ -71,8 +71,9 @@ def gradual_unfreezing(layers: Layers, *, epochs_per_phase: int = 1, lr_decay: f
         ['embed', 'body', 'norm', 'head'] None {'embed': 0.25, 'body': 0.5}
     """
     whole_number("gradual_unfreezing", "epochs_per_phase", epochs_per_phase)
-    if not lr_decay > 0:
-        raise ValueError(f"gradual_unfreezing(lr_decay={lr_decay!r}): a learning rate is divided by it: above 0.")
+    shown = f"gradual_unfreezing(lr_decay={lr_decay!r}): lr_decay"
+    if not number(shown, lr_decay) > 0:
+        raise ValueError(f"{shown} is above 0: a learning rate is divided by it.")
     build = partial(_gradual, epochs=epochs_per_phase, decay=lr_decay)
     return preset(build, "gradual_unfreezing", layers, rest="they join in the last phase")
 

@@ -156,6 +156,5 @@ def _ends_too_early(trainer: Trainer, schedule: Callback, phases: Sequence[Phase
 
 
 def _line(schedule: Sequence[Mapping[str, Any]]) -> str:
-    keys = ("epochs", "steps", "until", "lr_scale")
-    shown = (" ".join([str(one["train"]), *(f"{key}={one[key]}" for key in keys if one[key])]) for one in schedule)
-    return listed(shown, " -> ", most=20)
+    given = [[f"{key}={value}" for key, value in one.items() if value and key != "train"] for one in schedule]
+    return listed((" ".join([one["train"], *more]) for one, more in zip(schedule, given, strict=True)), " -> ", most=20)

@@ -179,6 +179,16 @@ def test_random_augmentation_switches_it_off_once_and_for_training_only(caplog: 
     assert seen[-1].hits > seen[12].hits  # validation samples come back
 
 
+def test_features_for_training_stay_where_validation_is_off() -> None:
+    misses: list[float] = []
+    run = trainer(callbacks=[FeatureCache("backbone")], max_epochs=4)
+    read = Probe(start=lambda one, _: misses.append(float(one.callback_metrics.get("cache/misses", 0))))
+    run.callbacks.append(read)  # type: ignore[attr-defined]
+    run.fit(Frozen(), loader(24), DataLoader(Augmented(), 4))
+    assert misses[6] == 24
+    assert misses[18] == 0  # of the third epoch
+
+
 def test_shuffled_data_for_which_there_is_too_little_room_switches_it_off(caplog: pytest.LogCaptureFixture) -> None:
     """Batches of which some samples are missing would be computed for ever, and all that could be gained is lost."""
     caplog.set_level(logging.INFO, "lightning_freeze")
@@ -187,7 +197,7 @@ def test_shuffled_data_for_which_there_is_too_little_room_switches_it_off(caplog
     for callbacks in ([], [cache]):
         torch.manual_seed(0)
         net = Frozen()
-        trainer(callbacks=callbacks, max_epochs=4).fit(net, shuffled(64, 16))
+        trainer(callbacks=callbacks, max_epochs=4).fit(net, shuffled(64, 16), loader(16))
         results.append(torch.stack(net.losses))
     assert torch.equal(*results)
     (said,) = [record.message for record in caplog.records if "off for train" in record.message]
@@ -392,6 +402,13 @@ def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], says
 def test_wrong_names_are_errors_at_the_start(module: Any) -> None:
     with pytest.raises(ValueError, match=r"names no module of Frozen(.|\n)*Top-level modules: backbone, neck, head"):
         trainer(callbacks=[FeatureCache(module)]).fit(Frozen(), loader())
+
+
+def test_a_name_below_a_wrapper_is_suggested() -> None:
+    net = Frozen()
+    net.wrapper = nn.ModuleDict({"vit": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"Did you mean 'wrapper\.vit'"):
+        trainer(callbacks=[FeatureCache("vit")]).fit(net, loader())
 
 
 def test_containers_that_are_never_called_are_errors_at_the_start() -> None:

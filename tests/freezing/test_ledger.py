@@ -102,3 +102,18 @@ def test_flags_switched_by_others_are_warned_of_once_by_name(caplog: pytest.LogC
     assert record.getMessage().startswith(
         "other code has switched on requires_grad of 2 frozen parameter(s): 0.weight, 0.bias. They stay frozen"
     )
+
+
+def test_parameters_that_come_in_mid_fit_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    ledger = Ledger(STRATEGY, net)
+    ledger.settle()
+    with caplog.at_level(logging.WARNING, "lightning_freeze"):
+        ledger.look_again()
+        assert caplog.records == []
+        net[1] = nn.Linear(1, 1)
+        for _ in range(2):
+            ledger.look_again()
+    ledger.close()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("2 parameter(s) are in the module that were not when the fit began: 1.weight")

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ExponentialLR, LambdaLR
 
 from lightning_freeze import Ramp
 from lightning_freeze.freezing.step_view import factor_at
-from lightning_freeze.freezing.trial import try_adoption
+from lightning_freeze.freezing.trial import state_bytes, try_adoption, try_frozen
 from tests.nets import adamw, members, needs_muon, same, sgd
 from tests.phased import Phased
 
@@ -411,3 +411,96 @@ def test_an_optimizer_whose_state_has_more_than_parameters_is_followed() -> None
     phased = Phased(CountsInState(net.parameters()), optimizer_state="drop")
     phased.train(net, [net.bias])
     phased.release()
+
+
+class Marks(torch.optim.SGD):
+    """Notes for each parameter how to step it when it is built, as Moonlight's Muon; how to build it, nobody knows."""
+
+    def __init__(self, lr: float, matrices: Any, others: Any) -> None:
+        super().__init__([*matrices, *others], lr=lr)
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["use_muon"] = parameter.ndim == 2
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert {self.state[p]["use_muon"] for p in self.param_groups[0]["params"]} <= {True, False}
+        super().step(closure)
+        for parameter in self.param_groups[0]["params"]:
+            if parameter.grad is not None:
+                self.state[parameter]["moment"] = torch.zeros(1)
+
+
+def test_what_the_constructor_has_noted_is_not_dropped() -> None:
+    net = nn.Linear(2, 1)
+    phased = Phased(Marks(0.1, [net.weight], [net.bias]), optimizer_state="drop")
+    for trains in ([net.bias, net.weight], [net.bias], [net.weight]):
+        phased.train(net, trains)
+        net(torch.ones(1, 2)).sum().backward()
+        phased.optimizer.step()
+        has = {name: sorted(phased.optimizer.state[p]) for name, p in net.named_parameters()}
+        both, mark = ["moment", "use_muon"], ["use_muon"]
+        assert has == {name: both if any(p is q for q in trains) else mark for name, p in net.named_parameters()}
+
+
+def test_nothing_is_added_to_an_optimizer_that_notes_something_when_it_is_built(two: Any) -> None:
+    net, phased = two
+    with pytest.raises(ValueError, match=r"not given: 1\.weight\. It makes state for its parameters when it is built"):
+        phased(Marks(0.1, [net[0].weight], []), adopt={"1.weight": net[1].weight})
+
+
+def _reversed(groups: list[Any]) -> None:
+    groups.reverse()
+
+
+def _first_taken_out(groups: list[Any]) -> None:
+    del groups[0]
+
+
+def _member_moved(groups: list[Any]) -> None:
+    groups[2]["params"].append(groups[0]["params"].pop())
+
+
+def _groups_joined(groups: list[Any]) -> None:
+    groups[2]["params"].extend(groups.pop(0)["params"])
+
+
+@pytest.mark.parametrize("edit", [_reversed, _first_taken_out, _member_moved, _groups_joined])
+def test_scales_hold_in_groups_that_the_user_edits_in_mid_fit(edit: Any) -> None:
+    """By position, a scale would go to other parameters, and some would not step at all."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1))
+    sgd = torch.optim.SGD([{"params": list(layer.parameters())} for layer in net], lr=1.0)
+    phased = Phased(sgd, scales=[{id(p): 0.1 for p in net[0].parameters()}])
+    phased.apply(0, set(map(id, net.parameters())))
+    edited = False
+    for _ in range(3):
+        before = {p: p.detach().clone() for p in net.parameters()}
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        sgd.step()
+        for p in net.parameters():
+            rate = 0.0 if id(p) not in members(sgd) else 0.1 if any(p is one for one in net[0].parameters()) else 1.0
+            torch.testing.assert_close(before[p] - p, torch.full_like(p, rate))
+        if not edited:
+            edit(sgd.param_groups)
+            edited = True
+    phased.release()
+
+
+class Noisy(torch.optim.SGD):
+    """Adds noise, as Langevin dynamics and private training do."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.norm() >= 0:  # which cannot be asked without a value
+                    p.data.add_(torch.randn_like(p), alpha=0.01)
+
+
+def test_what_is_asked_at_fit_start_leaves_random_numbers_alone(two: Any) -> None:
+    net, phased = two
+    before = torch.get_rng_state()
+    optimizer = Noisy(net[0].parameters(), lr=0.1)
+    phased(optimizer, adopt={"1.weight": net[1].weight}, scales=[{id(net[0].weight): 0.1}])
+    try_frozen(optimizer)
+    assert state_bytes(optimizer, optimizer.param_groups[0], net[0].weight) is not None
+    assert torch.equal(before, torch.get_rng_state())

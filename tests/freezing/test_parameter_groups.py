@@ -79,6 +79,29 @@ def test_no_decay_selects_what_gets_no_weight_decay(no_decay: Any, expected: set
     assert {name for name, p in net.named_parameters() if id(p) in still} == expected
 
 
+class Shaped(nn.Module):
+    """As norms and scales of many libraries, also ConvNeXt V2's; its name says nothing."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(shape))
+
+
+@pytest.mark.parametrize(
+    ("layer", "decays"),
+    [
+        *((Shaped(*shape), False) for shape in ((1, 4, 1, 1), (1, 1, 1, 4), (4, 1, 1), (1, 1, 1), (4,), ())),
+        (nn.LayerNorm([2, 2]), False),
+        *((Shaped(*shape), True) for shape in ((2, 4), (1, 2, 4))),
+        *((layer, True) for layer in (nn.Linear(4, 1), nn.Embedding(1, 4), nn.Conv2d(4, 1, 1), nn.Conv1d(1, 4, 1))),
+    ],
+)
+def test_vectors_do_not_decay_whatever_their_shape(layer: nn.Module, decays: bool) -> None:
+    optimizer = torch.optim.AdamW(parameter_groups(nn.Sequential(layer), {}), weight_decay=0.1)
+    (group,) = [g for g in optimizer.param_groups if any(p is layer.weight for p in g["params"])]
+    assert group["weight_decay"] == (0.1 if decays else 0.0)
+
+
 def test_group_names_are_unique_and_tensor_options_not_shared(tmp_path: Path) -> None:
     net = nn.ModuleDict({"rest": nn.Linear(2, 2), "head": nn.Linear(2, 1), "tail": nn.Linear(1, 1)})
     options = {

@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import BackboneFinetuning
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_freeze import FreezeBatchNorm, FreezeSchedule, Phase, Plateau, chain_thaw, gradual_unfreezing
 from tests.nets import Net, loader, trainer
@@ -68,11 +69,26 @@ def refused(error: type[Exception], match: str, *callbacks: Any, net: Net | None
         (lambda: Phase("head", epochs=True), TypeError, "epochs is a whole number"),
         (lambda: Phase("head", until="val_loss"), TypeError, "until is a Plateau"),
         (lambda: Phase("head", until=Plateau), TypeError, "until is a Plateau"),
+        (
+            lambda: Phase("head", until=lambda run: True),
+            TypeError,
+            r"is called with \(trainer, pl_module\), .* too many",
+        ),
+        (
+            lambda: Phase(lambda parameter: True),
+            TypeError,
+            r"is called with \(name, parameter\), which it does not take",
+        ),
+        (lambda: Phase("*", lr_scale={(lambda a, b, c: True): 0.1}), TypeError, "missing a required argument: 'c'"),
         (lambda: Phase(""), ValueError, "say what trains"),
         (lambda: Phase([]), ValueError, "say what trains"),
         (lambda: Phase("*", lr_scale=0.0), ValueError, "above 0 and finite"),
         (lambda: Phase("*", lr_scale={"head": float("nan")}), ValueError, "above 0 and finite"),
         (lambda: Phase("*", lr_scale={"head": "0.1"}), TypeError, "a factor is a number"),
+        (lambda: Phase("*", lr_scale=[0.1, 1]), TypeError, "a factor is a number, a Ramp, or {selector: factor}"),
+        (lambda: FreezeSchedule([gradual_unfreezing(["a"]), Phase("*")]), TypeError, r"by a star: \[\*phases, …\]"),
+        (lambda: FreezeSchedule({"warm": Phase("head")}), TypeError, r"FreezeSchedule\(list\(phases\.values"),
+        (lambda: FreezeSchedule([{"train": "*", "lr_scale": {"_target_": "Ramp", "start": 0.1}}]), ValueError, "Hydra"),
         (lambda: Phase("*", lr_scale="1e-1"), TypeError, "YAML takes 1e-1 for text: write 1.0e-1"),
         (lambda: Phase(Net().head), TypeError, 'not a module .Linear.. Give its dotted name, .* or "type:Linear"'),
         (lambda: Phase("*", lr_scale={3: 0.1}), TypeError, "A selector is a string, a callable or a list of them"),
@@ -148,25 +164,72 @@ def test_lbfgs() -> None:
 class FillsIn(torch.optim.SGD):
     """As Muon as it was published, to step alike on all ranks: what has no gradient gets one of zeros."""
 
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        assert all(group["lr"] for group in groups)  # none is made up where a group has none
+        super().__init__(groups, momentum=0.9)
+
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
         loss = None if closure is None else closure()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
+                self.before(group, p)
         super().step()
         return loss
 
+    def before(self, group: dict[str, Any], p: nn.Parameter) -> None:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
 
-@pytest.mark.parametrize("first", ["head", "*"])
-def test_an_optimizer_that_gives_gradients_to_what_is_frozen(first: str) -> None:
-    """Weight decay and momentum would move it; found in the first step in which anything is frozen."""
-    net = Net(lambda params: FillsIn(params, lr=0.1, momentum=0.9, weight_decay=0.1))
-    schedule = FreezeSchedule([Phase(first, steps=2), Phase("head")], verbose=False)
-    run = trainer(callbacks=[schedule])
-    with pytest.raises(MisconfigurationException, match=r"FillsIn gives a gradient .* so moves 10 frozen"):
-        run.fit(net, loader())
-    assert run.global_step == (0 if first == "head" else 2)
+
+class Decays(FillsIn):
+    """KellerJordan/Muon 54: the decay comes before the look at the gradient."""
+
+    def before(self, group: dict[str, Any], p: nn.Parameter) -> None:
+        p.data.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+class NeedsAll(FillsIn):
+    """Asks every parameter for its gradient."""
+
+    def before(self, group: dict[str, Any], p: nn.Parameter) -> None:
+        p.grad.data.clamp_(-1, 1)  # type: ignore[union-attr]
+
+
+class KnowsFirst(FillsIn):
+    """Measures in its first step what has a gradient then, as SGD-SaI does."""
+
+    def before(self, group: dict[str, Any], p: nn.Parameter) -> None:
+        known = group.setdefault("known", {id(q) for q in group["params"] if q.grad is not None})
+        if p.grad is not None and id(p) not in known:
+            raise KeyError("gain")
+
+
+@pytest.mark.parametrize("kind", [FillsIn, Decays, NeedsAll, KnowsFirst])
+@pytest.mark.parametrize(
+    "holder",
+    [
+        lambda: FreezeSchedule([Phase("head", steps=2), Phase("*")]),
+        lambda: FreezeSchedule([Phase("*", steps=2), Phase("head")]),
+        FreezeBatchNorm,
+    ],
+)
+def test_an_optimizer_that_cannot_pass_by_what_is_frozen(holder: Any, kind: type[FillsIn]) -> None:
+    """It would move that, or fail in mid-fit; found at fit start, also if it freezes later only."""
+
+    def groups(params: Any) -> torch.optim.Optimizer:
+        return kind([{"params": list(params), "lr": 0.1, "weight_decay": 0.1}])
+
+    says = f"{kind.__name__} cannot step while some of its parameters are frozen: .*if p.grad is None: continue"
+    net = NoBatch(groups, lambda optimizer: LambdaLR(optimizer, lambda step: min(1.0, step / 2)))  # a warmup
+    refused(ValueError, says, holder(), net=net)
+
+
+def test_an_optimizer_that_cannot_pass_by_may_have_what_always_trains() -> None:
+    schedule = FreezeSchedule([Phase(["*", "!backbone"])], verbose=False)
+    net = Net()
+    always = [*net.neck.parameters(), *net.head.parameters()]
+    net.make_optimizer = lambda _: FillsIn([{"params": always, "lr": 0.1, "weight_decay": 0.1}])
+    trainer(callbacks=[schedule]).fit(net, loader())
 
 
 def test_adoption_by_several_optimizers_is_ambiguous() -> None:

@@ -163,26 +163,86 @@ def test_frozen_is_bit_identical_and_takes_no_part_in_a_clip(switches: str, manu
     assert strays == []
 
 
+@pytest.mark.parametrize("place", ["module", "callback before", "callback after"])
 @pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_epoch_end", "on_train_epoch_start"])
-def test_what_is_switched_off_between_epochs_trains_in_the_next(hook: str) -> None:
+def test_what_is_switched_off_between_epochs_trains_in_the_next(
+    hook: str, place: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Hooks of the LightningModule come after those of callbacks; what comes too late is said, once by name."""
+
     class Off(Switched):
         pass
 
     class Elsewhere(Callback):
-        """Another callback: its hooks come before the LightningModule's own."""
+        pass
 
     def off(*arguments: Any) -> None:
         arguments[-1].requires_grad_(False)
 
-    owner: Any = Elsewhere if hook == "on_train_epoch_start" else Off
-    setattr(owner, hook, off)
+    setattr(Off if place == "module" else Elsewhere, hook, off)
     nets = []
     for kind, others in ((Switched, []), (Off, [Elsewhere()])):
         torch.manual_seed(0)
         nets.append(kind())
         schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")], verbose=False)
-        trainer(callbacks=[*others, schedule], max_epochs=3).fit(nets[-1], loader(), loader())
+        callbacks = [schedule, *others] if place == "callback after" else [*others, schedule]
+        trainer(callbacks=callbacks, max_epochs=3).fit(nets[-1], loader(), loader())
     assert moved(snapshot(nets[0]), snapshot(nets[1])) == set()
+    late = hook == "on_train_epoch_start" and place != "callback before"
+    said = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_freeze")]
+    assert [message[:70] for message in said] == [
+        "other code has switched off requires_grad of 2 parameter(s) that shall"
+    ] * late
+
+
+def test_what_the_module_freezes_after_the_phase_has_begun_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Late(Switched):
+        def on_fit_start(self) -> None:
+            self.neck.requires_grad_(False)
+
+    nets = [Switched(), Late()]
+    nets[1].load_state_dict(nets[0].state_dict())
+    for net in nets:
+        torch.manual_seed(0)
+        trainer(callbacks=[FreezeSchedule([Phase("*")], verbose=False)], max_epochs=1).fit(net, loader())
+    assert moved(snapshot(nets[0]), snapshot(nets[1])) == set()
+    (said,) = [record.getMessage() for record in caplog.records if record.name.startswith("lightning_freeze")]
+    assert said == (
+        "other code has switched off requires_grad of 2 parameter(s) that shall train: neck.weight, neck.bias. They "
+        'train all the same. To keep them frozen, take them away from the phases: ["*", "!neck"].'
+    )
+
+
+class Stages(nn.Sequential):
+    """As mmdetection's ResNet: its train() freezes its first stages again."""
+
+    def train(self, mode: bool = True) -> nn.Module:
+        super().train(mode)
+        for parameter in self[0].parameters():
+            parameter.requires_grad = False
+        return self
+
+
+@pytest.mark.parametrize("frozen_mode", ["batchnorm", "eval", "train"])
+@pytest.mark.parametrize("calls", [False, True])
+def test_what_a_train_of_its_own_freezes_trains_in_its_phase(
+    calls: bool, frozen_mode: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where the schedule itself calls it, to change the mode; only calls of others are said."""
+    before: dict[str, Tensor] = {}
+
+    class Calls(Switched):
+        def on_train_epoch_start(self) -> None:
+            before.update(snapshot(self))
+            if calls:
+                self.train()
+
+    net = Calls()
+    net.backbone = Stages(*net.backbone)
+    schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*")], frozen_mode=frozen_mode, verbose=False)
+    trainer(callbacks=[schedule], max_epochs=2).fit(net, loader())
+    assert "backbone.0.weight" in moved(before, snapshot(net))
+    assert len([record for record in caplog.records if "switched off" in record.getMessage()]) == calls
 
 
 def test_said_once_by_name(caplog: pytest.LogCaptureFixture) -> None:

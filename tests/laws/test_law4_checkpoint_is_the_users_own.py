@@ -96,7 +96,7 @@ def test_another_schedule_takes_over_with_a_warning(tmp_path: Path, caplog: pyte
     (message,) = [record.getMessage() for record in caplog.records if "another schedule" in record.getMessage()]
     assert "It was in phase 2/4 '*'; this schedule is, at epoch 2, step 12, in phase 2/2 'late'" in message
     assert "head epochs=1 -> * epochs=1 lr_scale={'backbone': 0.1}" in message
-    assert "head steps=9 -> backbone" in message
+    assert "head steps=9 -> backbone name=late" in message
 
 
 def test_the_same_schedule_resumes_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lightning_freeze import FreezeSchedule, Phase, Plateau
@@ -104,17 +105,78 @@ def test_after_every_epoch(tmp_path: Path, name: str) -> None:
     assert check_every_stop(tmp_path, schedule, setup, every, max_epochs=5, val_check_interval=3) >= 2
 
 
-def test_a_metric_of_training_whose_best_weights_come_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("monitor", "limit"), [("late", {"max_epochs": 8}), ("early", {"max_steps": 48})])
+def test_a_metric_of_training_whose_best_weights_come_back(tmp_path: Path, monitor: str, limit: dict[str, int]) -> None:
+    """With ``max_steps`` Lightning ends an epoch once more, without a batch, when it resumes from its end."""
+    values = [3.0, 2.0, 4.0, 5.0, 1.0, 3.0, 3.0, 3.0]
+
     class Trains(SeededNet):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("early", values[self.current_epoch], on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
         def on_train_epoch_end(self) -> None:
-            self.log("late", [3.0, 2.0, 4.0, 5.0, 1.0, 3.0, 3.0, 3.0][self.current_epoch])
+            self.log("late", values[self.current_epoch])
 
     def schedule() -> FreezeSchedule:
-        until = Plateau("late", patience=2, restore_best=True)
+        until = Plateau(monitor, patience=2, restore_best=True)
         return FreezeSchedule([Phase("*", until=until), Phase(["head", "neck"], until=until)], verbose=False)
 
     every = {"save_on_train_epoch_end": True}
-    assert check_every_stop(tmp_path, schedule, {"net": Trains}, every, max_epochs=8) == 7
+    assert check_every_stop(tmp_path, schedule, {"net": Trains}, every, **{"max_epochs": -1, **limit}) == 7
+
+
+@pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_validation_epoch_end"])
+def test_a_metric_that_is_logged_every_second_epoch(tmp_path: Path, hook: str) -> None:
+    """An epoch that does not log it is no look, and no reason to miss it in a process that has not seen it."""
+
+    def log(self: LightningModule) -> None:
+        if self.current_epoch % 2 == 0:
+            self.log("score", 5.0 + self.current_epoch)
+
+    net = type("Scores", (SeededNet,), {hook: log})
+
+    def schedule() -> FreezeSchedule:
+        until = Plateau("score", patience=1)
+        phases = [Phase("head", until=until), Phase("*", epochs=1), Phase("neck", until=until)]
+        return FreezeSchedule(phases, verbose=False)
+
+    every = {"save_on_train_epoch_end": True}
+    assert check_every_stop(tmp_path, schedule, {"net": net}, every, max_epochs=9) == 7
+
+
+@pytest.mark.parametrize(
+    ("hook", "breaks"), [("on_phase_start", False), ("on_phase_end", False), ("on_phase_end", True)]
+)
+@pytest.mark.parametrize("steps", [-1, 28])
+def test_saved_by_a_hook_where_a_phase_begins_with_an_epoch(
+    tmp_path: Path, hook: str, breaks: bool, steps: int
+) -> None:
+    """Lightning by itself goes on with the epoch after the one that begins."""
+    limit = {"max_epochs": -1, "max_steps": steps} if steps > 0 else {"max_epochs": 5}
+
+    class Saves(Callback):
+        def on_exception(self, trainer: Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "3.ckpt")
+
+    def save(self: Any, trainer: Trainer, *_: Any) -> None:
+        if breaks and trainer.current_epoch == 3:
+            raise RuntimeError("out of memory")
+        trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def schedule() -> FreezeSchedule:
+        until = Plateau("score", patience=1, restore_best=True)
+        return FreezeSchedule([Phase("head", epochs=1), Phase("*", until=until), Phase("neck")], verbose=False)
+
+    whole = fit(tmp_path, schedule(), {"net": Looks}, **limit)
+    assert [begin[0] for begin in whole["callback"]["history"]] == [0, 1, 3]
+    setattr(Saves, hook, save)
+    with pytest.raises(RuntimeError) if breaks else contextlib.nullcontext():
+        fit(tmp_path, schedule(), {"net": Looks}, checkpoint=Saves(), **limit)
+    for epoch in (1, 3):
+        resumed = fit(tmp_path, schedule(), {"net": Looks}, resume=tmp_path / f"{epoch}.ckpt", **limit)
+        del resumed["rates"]
+        assert [name for name in resumed if not same(resumed[name], whole[name])] == []
 
 
 def test_early_stopping_counts_anew_after_a_resume_too(tmp_path: Path) -> None:

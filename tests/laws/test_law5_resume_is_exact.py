@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from torch.optim import lr_scheduler as lrs
 
@@ -78,7 +78,7 @@ def fit(
     schedule: FreezeSchedule | None,
     setup: dict[str, Any],
     *,
-    checkpoint: ModelCheckpoint | None = None,
+    checkpoint: Callback | None = None,
     resume: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:

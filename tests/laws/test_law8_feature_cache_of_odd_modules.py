@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,19 @@ class DrawsNumPy(Plain):
         return self.inner(x) * (0 if skips else 1)
 
 
+class DrawsFromItsOwn(Plain):
+    """Seldom: what is computed a second time may well be the same."""
+
+    def __init__(self, numbers: Any) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def forward(self, x: Tensor) -> Tensor:
+        is_torch = isinstance(self.numbers, torch.Generator)
+        draw = torch.rand((), generator=self.numbers).item() if is_torch else self.numbers.random()
+        return self.inner(x) * (0 if self.training and draw < 0.04 else 1)
+
+
 class KeepsAside(Plain):
     """Attention maps, auxiliary losses and skip connections are kept like this."""
 
@@ -132,6 +146,17 @@ class Twice(Plain):
     def forward(self, x: Tensor) -> dict[str, Any]:
         hidden = self.inner(x)
         return {"last": hidden, "all": [hidden + 1, hidden]}
+
+
+class KeepsNumber(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.aside: dict[str, list[float]] = {"maps": []}
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x)
+        self.aside["maps"][:] = [hidden.mean().item()]
+        return hidden
 
 
 class Cuts(Plain):
@@ -157,6 +182,20 @@ class LooksAtBatch(Plain):
         return self.inner(x) - x.mean(0).sum()
 
 
+class RoundsByPlace(Plain):
+    """As kernels do whose last rows of a batch are computed in another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * (1 + torch.arange(len(x)).unsqueeze(1) * 2**-23)
+
+
+class GivesInput(Plain):
+    """Encoders give it as the first of their features."""
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [x, self.inner(x)]
+
+
 def doubled_in_training(module: nn.Module, x: Tensor) -> Tensor:
     return x * 2 if module.training else x
 
@@ -178,6 +217,13 @@ class ReadsPair(Net):
             return hidden * more
         more.mul_(3)
         return hidden  # type: ignore[no-any-return]
+
+
+class WritesInput(Net):
+    def features(self, x: Tensor) -> Tensor:
+        given, hidden = self.backbone(x)
+        given.mul_(3)
+        return hidden * x.sum(1, keepdim=True)  # type: ignore[no-any-return]
 
 
 class ReadsAll(Net):
@@ -203,13 +249,19 @@ ODD: dict[str, tuple[Callable[[], Net], str | None]] = {
     "draws from torch": (lambda: Net(DrawsTorch()), "draws random numbers"),
     "draws from random": (lambda: Net(DrawsPython()), "draws random numbers"),
     "draws from NumPy": (lambda: Net(DrawsNumPy()), "draws random numbers"),
+    "draws from torch's own": (lambda: Net(DrawsFromItsOwn(torch.Generator())), "draws random numbers"),
+    "draws from NumPy's own": (lambda: Net(DrawsFromItsOwn(np.random.default_rng(0))), "draws random numbers"),
+    "draws from random's own": (lambda: Net(DrawsFromItsOwn(random.Random(0))), "draws random numbers"),
     "keeps aside": (lambda: ReadsAside(KeepsAside()), "into KeepsAside.aside"),
+    "keeps a number aside": (lambda: ReadsAside(KeepsNumber()), "into KeepsNumber.aside"),
     "a view inside": (lambda: ReadsPair(ViewInside()), "a view into another"),
     "the same twice": (lambda: ReadsAll(Twice()), None),
     "cuts": (lambda: ReadsShort(Cuts()), "depends on the batch"),
     "counts": (lambda: ReadsPair(Counts()), "depends on the batch"),
     "writes in": (lambda: Net(WritesIn()), "writes into what it is given"),
     "looks at the batch": (lambda: Net(LooksAtBatch()), "depend on the batch"),
+    "rounds by place": (lambda: Net(RoundsByPlace()), "in other places of a batch differ by rounding"),
+    "gives its input": (lambda: WritesInput(GivesInput()), None),
     "mode read outside": (lambda: NoGrad(ModeReadOutside()), None),
 }
 
@@ -236,6 +288,79 @@ def test_a_batchwise_module_is_found_out_when_batches_are_first_put_together_ane
             return super().training_step([tensor[places] for tensor in data().tensors], batch_idx)
 
     assert "depend on the batch" in str(check(lambda: InOrder(LooksAtBatch())).stats.why)
+
+
+# Attributes
+
+
+class Sized(Plain):
+    """Keeps the size of what it was given, for a decoder, and counts its calls."""
+
+    def __init__(self, size: Any) -> None:
+        super().__init__()
+        self.size, self.calls = size, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.size, self.calls = x.shape, self.calls + 1
+        return self.inner(x)
+
+
+class ReadsSize(Net):
+    def features(self, x: Tensor) -> Tensor:
+        features = super().features(x if self.training else x[:5])
+        return features * self.backbone.size[0]  # type: ignore[index,union-attr,operator]
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        super().validation_step([batch[0], batch[1][:5]], batch_idx)
+
+
+@pytest.mark.parametrize("size", [None, (8, 6)])
+def test_what_a_module_sets_when_it_runs_is_set_when_its_output_comes_from_memory(size: Any) -> None:
+    """Validation has another size, so that what it has left there is wrong for training."""
+    assert check(lambda: ReadsSize(Sized(size))).stats.hits > 40
+
+
+class Scaled(Plain):
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.scales, self.mask = 1.0, {"all": [1.0]}, torch.ones(WIDE)
+        self.config = SimpleNamespace(scale=1.0)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return x * self.scale * self.scales["all"][0] * self.mask * self.factor * self.config.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scaled(self.inner(x))
+
+
+class Doubled(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+ATTRIBUTES: dict[str, Callable[[Any], Any]] = {
+    "class": lambda module: setattr(module, "__class__", Doubled),
+    "of the class": lambda module: setattr(type(module), "factor", module.factor * 2),
+    "number": lambda module: setattr(module, "scale", 2.0),
+    "in a list": lambda module: module.scales["all"].__setitem__(0, 2.0),
+    "in a config": lambda module: setattr(module.config, "scale", 2.0),
+    "tensor": lambda module: setattr(module, "mask", torch.zeros(WIDE)),
+    "in place": lambda module: module.mask.mul_(2),
+    "method": lambda module: setattr(module, "scaled", lambda x: x * 2),
+}
+
+
+@pytest.mark.parametrize("change", ATTRIBUTES)
+def test_attributes_that_others_change(change: str) -> None:
+    class Changes(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if (self.current_epoch, batch_idx) == (4, 1):
+                ATTRIBUTES[change](self.backbone)
+            return super().training_step(batch, batch_idx)
+
+    assert check(lambda: Changes(type("Own", (Scaled,), {})())).stats.hits > 40
 
 
 # Weights
@@ -350,6 +475,37 @@ def test_code_that_changed_between_two_fits(folder: bool, tmp_path: Any) -> None
     assert torch.equal(*results)
     assert caches[0].stats.active
     assert caches[0].stats.hits > 24
+
+
+@pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training")
+def test_code_that_differs_for_what_comes_late(tmp_path: Any) -> None:
+    """Nothing in what comes first shows that a method was edited between two runs on one folder."""
+
+    def backbone(edited: bool) -> nn.Module:
+        class Edited(Plain):
+            def forward(self, x: Tensor) -> Tensor:
+                return self.before(self.inner(x), x)
+
+            if edited:
+
+                def before(self, hidden: Tensor, x: Tensor) -> Tensor:
+                    return hidden * torch.where(x[:, :1] == last, 2.0, 1.0)
+
+            else:
+
+                def before(self, hidden: Tensor, x: Tensor) -> Tensor:
+                    return hidden
+
+        return Edited()
+
+    last, results = data().tensors[0][-1, 0], []
+    for caches in ([], [FeatureCache("backbone", storage=tmp_path)]):
+        for edited in (False, True):
+            torch.manual_seed(0)
+            net = Net(backbone(edited))
+            trainer(callbacks=caches, max_epochs=3).fit(net, DataLoader(data(), 8))
+        results.append(torch.stack(net.losses))
+    assert torch.equal(*results)
 
 
 # Chains

@@ -671,6 +671,8 @@ class TestErrors:
             ({"metrics": [acc()]}, TypeError, r"Write metrics=MetricCollection\(\[\.\.\.\]\)"),
             ({"metrics": {"acc": "accuracy"}}, TypeError, r"metrics\['acc'\]='accuracy'"),
             ({"metrics": {}}, ValueError, "is empty"),
+            ({"metrics": {"a.b": acc()}}, ValueError, r"text without dots, as 'a/b' is"),
+            ({"metrics": {1: acc()}}, ValueError, r"\{1: …\}\): names are text without dots, as '1' is"),
             (
                 {"stages": ("validation",)},
                 ValueError,
@@ -790,11 +792,11 @@ class TestErrors:
     def test_integer_value_is_logged_as_float(self) -> None:
         class Count(InPlace):
             def compute(self) -> Tensor:
-                return torch.tensor([self.update_count])
+                return torch.tensor([self.update_count + 100_000])  # as tokens are counted
 
         run = trainer(callbacks=[MetricLogger({"n": Count()})], max_epochs=1)
         run.fit(Steps(), loader(), loader(8))
-        assert run.callback_metrics["train/n"] == 6.0
+        assert run.callback_metrics["train/n"] == 100_006
 
 
 class Detection(InPlace):

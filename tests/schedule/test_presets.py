@@ -106,6 +106,8 @@ def test_presets_refuse_values_out_of_range(build: Any, match: str) -> None:
     ("build", "match"),
     [
         (lambda: gradual_unfreezing(None), "layers=None: give names"),
+        (lambda: gradual_unfreezing(nn.Sequential(nn.Linear(1, 1))), "give names, for example"),
+        (lambda: gradual_unfreezing(["a"], lr_decay="2.6"), "lr_decay is a number"),
         (lambda: layerwise_sampling(["a"], total_steps=1e3, count=1), r"total_steps=1000.0\): total_steps is a whole"),
         (
             lambda: layerwise_sampling(["a"], total_steps=9, count=1, every_n_steps=2.5),

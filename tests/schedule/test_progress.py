@@ -18,7 +18,7 @@ from lightning_freeze.schedule.progress import Begin, PlateauWatch, Progress, be
 
 PER_EPOCH = 6
 ENDS = st.tuples(st.none() | st.integers(1, 3), st.none() | st.integers(1, 14)).filter(any)
-UNKNOWN: Any = lambda: None  # noqa: E731
+UNKNOWN: Any = lambda *_: None  # noqa: E731
 
 
 def built(ends: Any) -> list[Phase]:
