@@ -1,16 +1,20 @@
-"""What layers, and their classes, keep beside parameters, buffers and modules: what runs read there and write there."""
+"""What layers and their classes keep beside parameters, buffers and modules: what runs read and write there; code."""
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import is_
+from types import CodeType
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from lightning_freeze.feature_cache.interceptor import OWN_ATTRIBUTES, tree_leaves
@@ -46,6 +50,7 @@ class Attributes:
         others: Functions and other objects, which have no text that says all that they do.
         generators: Those of them that draw random numbers.
         views: What shows, by other objects in it, that this is out of date.
+        of_torch: The same of torch's own layers, which are many and seldom changed.
         aside: Where the run after this has put tensors.
     """
 
@@ -61,11 +66,15 @@ class Attributes:
         self.tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor) and why_no_key(leaf) is None]
         self.others = [leaf for _, leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
         self.generators = [other for other in self.others if isinstance(other, _GENERATORS)]
-        values = {
-            id(value): value for owner, name in self._found for value in [vars(owner)[name]]
-        }  # a config is in many
-        self.views: list[Collection[Any]] = [vars(owner).values() for owner in owners]
-        self.views += [view for value in values.values() for view in _views(value)]
+        torchs = [owner for owner in owners if _kind(owner).__module__.startswith("torch.nn.")]
+        self.of_torch = self._views_of(torchs)
+        self.views = self._views_of([owner for owner in owners if owner not in set(torchs)])
+
+    def _views_of(self, owners: Collection[Owner]) -> list[Collection[Any]]:
+        wanted = set(owners)
+        values = [vars(owner)[name] for owner, name in self._found if owner in wanted]
+        once = {id(value): value for value in values}.values()  # a config is in many
+        return [vars(owner).values() for owner in owners] + [view for value in once for view in _views(value)]
 
     def note_run(self, *, is_first: bool) -> None:
         """Note what the module has written in the run that has just ended: that is given, not read."""
@@ -97,9 +106,12 @@ class Attributes:
         asides = [self.aside] if self.aside is not None and not is_first else []
         moving = [p for p, one in _written_by(self._owners).items() if not one.is_same and not one.is_counter]
         for owner, name in (*asides, *moving):
-            kind = owner if isinstance(owner, type) else type(owner)
-            return f"it puts what it computes into {kind.__name__}.{name}, too, where others could look for it"
+            return f"it puts what it computes into {_kind(owner).__name__}.{name}, too, where others could look for it"
         return None
+
+
+def _kind(owner: Owner) -> type:
+    return owner if isinstance(owner, type) else type(owner)
 
 
 def _count_up(old: list[Any], new: list[Any]) -> bool:
@@ -137,3 +149,20 @@ def _views(value: Any) -> Iterator[Collection[Any]]:
         yield (inside := value.values() if isinstance(value, dict) else value)
         for one in inside:
             yield from _views(one)
+
+
+@lru_cache(maxsize=1000)
+def text_of_class(cls: type) -> str:
+    """Return the name of a class and a hash of the code of its methods, the same in every run."""
+    methods = [method for base in cls.__mro__ if base not in nn.Module.__mro__ for method in vars(base).values()]
+    codes = [inspect.unwrap(method).__code__ for method in methods if inspect.isfunction(inspect.unwrap(method))]
+    text = str(list(map(_text_of_code, codes)))
+    return f"{cls.__module__}.{cls.__qualname__} {xxhash.xxh3_128_hexdigest(text.encode())}"
+
+
+def _text_of_code(constant: Any) -> str:
+    if isinstance(constant, frozenset):
+        return str(sorted(map(repr, constant)))
+    if not isinstance(constant, CodeType):
+        return repr(constant)
+    return f"{constant.co_code.hex()}{constant.co_names}{list(map(_text_of_code, constant.co_consts))}"

@@ -48,14 +48,15 @@ class FeatureCache(Callback):
     shuffling stay as they are, and nothing becomes stale: what is not the same is not found. Losses and weights are
     those without the cache, bit for bit, whether :class:`FreezeSchedule` freezes the module or ``requires_grad_``.
 
-    Weights written to in place are seen at the next call; a write through ``tensor.data``, which PyTorch does not
-    count, at the first call of the next epoch or validation. Attributes, such as ``layer.eps``, are seen too, and those
-    that the module sets when it runs are set when its output comes from memory. What it reads from elsewhere, such as a
-    global or a NumPy array, is not watched: call :meth:`clear` if you change it. The first batch that comes back is
-    computed and compared, so is the first that is put together anew, and ever fewer later on. Features serve batches of
-    another size only after a whole batch was seen to have the same bits in both, and never in half precision: there, a
-    short last batch is computed in each epoch. Should a kernel differ from itself by rounding, ``stats.difference``
-    keeps by how much; if it does so only for samples in other places of a batch, only whole batches are answered.
+    Weights written to in place are seen at the next call, and so are attributes; a write through ``tensor.data``, which
+    PyTorch does not count, and attributes of torch's own layers, such as ``layer.eps``, at the first call of the next
+    epoch or validation. What the module sets when it runs is set when its output comes from memory. What it reads from
+    elsewhere, such as a global or a NumPy array, is not watched: call :meth:`clear` if you change it. The first batch
+    that comes back is computed and compared, so is the first that is put together anew, and ever fewer later on.
+    Features serve batches of another size only after a whole batch was seen to have the same bits in both, and never in
+    half precision: there, a short last batch is computed in each epoch. Should a kernel differ from itself by rounding,
+    ``stats.difference`` keeps by how much; if it does so only for samples in other places of a batch, only whole
+    batches are answered.
 
     It is off, with a sentence that says why, for modules that are random, depend on the batch, write into their input,
     have forward hooks or keep tensors for others to read; where the input requires grad; for TorchScript, and weights

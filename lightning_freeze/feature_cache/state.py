@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import inspect
 import secrets
 from collections.abc import Iterable
-from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
 from operator import attrgetter, is_
-from types import CodeType
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor, fx, nn
 
-from lightning_freeze.feature_cache.attributes import Attributes
+from lightning_freeze.feature_cache.attributes import Attributes, text_of_class
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.interceptor import (
     BatchNormBase,
@@ -74,7 +71,7 @@ class State:
     """All that a module's outputs depend on beside arguments, read anew only where something has moved.
 
     The content of a tensor is read where PyTorch's version counter or the address moved. A write through
-    ``tensor.data`` moves neither and is seen after :meth:`recheck`.
+    ``tensor.data`` moves neither and is seen after :meth:`recheck`; so are attributes of torch's own layers.
 
     Attributes:
         why: Why outputs may not be reused, None if they may.
@@ -99,26 +96,29 @@ class State:
 
     def read(self) -> State:
         """Bring the attributes up to date."""
-        if not self.parts.hold():
+        if is_new := not self.parts.hold(whole=not self._digests):
             before, self.parts = self.parts, _Parts(self._named[1])  # so that no other tensor has the id of one before
             self._digests = {id(t): self._digests[id(t)] for t in self.parts.tensors if id(t) in self._digests}
             del before
         old_form, old_objects, old_writes = self._marks
         form, objects, writes = self._marks = self.parts.marks()
-        is_same = old_objects is None or (len(objects) == len(old_objects) and all(map(is_, objects, old_objects)))
-        if has_changed := form != old_form or not is_same:
+        is_same = old_objects is None or objects is old_objects or _are_same(objects, old_objects)
+        if has_changed := is_new or form != old_form:
             if not is_same:
                 self._program = secrets.token_bytes(16)  # functions have no text that says all that they do
             self.why = why_not_reusable(*self._named)
-            kinds = [_text_of_class(type(layer)) for layer in self.parts.layers]  # type: ignore[arg-type]
-            self._text = f"{torch.__version__}{self._named[1]!r}{kinds}{form[:3]}".encode() + self._program
+            kinds = [text_of_class(type(layer)) for layer in self.parts.layers]  # type: ignore[arg-type]
+            self._text = (
+                f"{torch.__version__}{self._named[1]!r}{kinds}{form[:2]}{self.parts.attributes.text}".encode()
+                + self._program
+            )
         if self.why is None and (has_changed or writes != old_writes or not self._digests):
             self.key = xxhash.xxh3_128_digest(self._text + self._contents(self.parts.tensors))
         return self
 
     def note_run(self) -> None:
         """Leave out of the key what the module has put into attributes in the run that has just ended."""
-        if not self.parts.hold():
+        if not self.parts.hold(whole=True):
             self.parts.attributes.note_run(is_first=self._is_new)
         self._is_new = False
 
@@ -151,42 +151,29 @@ class _Parts:
         self._counted = [t for t in self.tensors if not t.is_inference() and why_no_key(t) is None]
         self._views = [part.values() for layer in plain for part in parts_of(layer)] + self.attributes.views
         self._hooks = [hooks for layer in plain for hooks in hooks_of(layer)]
-        self._objects = self._gather()
+        self._dicts = list(map(vars, plain))
+        self._objects = self._look(), list(chain(*self.attributes.of_torch))
 
-    def hold(self) -> bool:
-        """Whether every layer, parameter, buffer and attribute is the object it was."""
-        objects = self._gather()
-        return len(objects) == len(self._objects) and all(map(is_, objects, self._objects))
+    def hold(self, *, whole: bool) -> bool:
+        """Whether every layer, parameter, buffer and attribute is the object it was; of torch's layers if ``whole``."""
+        own, torchs = self._objects
+        return _are_same(self._look(), own) and (not whole or _are_same(list(chain(*self.attributes.of_torch)), torchs))
+
+    def _look(self) -> list[Any]:
+        forwards = map(dict.get, self._dicts, repeat("forward"))
+        return [*forwards, *map(type, self.layers), *chain(*self._views)]
 
     def marks(self) -> tuple[Any, Any, Any]:
         """Return modes, code, settings and flags; functions and other objects; marks of writes but by ``.data``."""
         form = (
             list(map(_training, self.layers)),
             list(map(_code, self._graphs)),
-            self.attributes.text,
-            list(map(type, self.layers)),
-            list(map(bool, self._hooks)),
-            list(map(_trains, self.tensors)),
+            any(self._hooks),
+            any(map(_trains, self.tensors)),
         )
         writes = list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted))
         return form, self.attributes.others, writes
 
-    def _gather(self) -> list[Any]:
-        return [*map(type, self.layers), *chain.from_iterable(self._views)]
 
-
-@lru_cache(maxsize=1000)
-def _text_of_class(cls: type) -> str:
-    """Return the name of a class and a hash of the code of its methods, the same in every run."""
-    methods = [method for base in cls.__mro__ if base not in nn.Module.__mro__ for method in vars(base).values()]
-    codes = [inspect.unwrap(method).__code__ for method in methods if inspect.isfunction(inspect.unwrap(method))]
-    text = str(list(map(_text_of_code, codes)))
-    return f"{cls.__module__}.{cls.__qualname__} {xxhash.xxh3_128_hexdigest(text.encode())}"
-
-
-def _text_of_code(constant: Any) -> str:
-    if isinstance(constant, frozenset):
-        return str(sorted(map(repr, constant)))
-    if not isinstance(constant, CodeType):
-        return repr(constant)
-    return f"{constant.co_code.hex()}{constant.co_names}{list(map(_text_of_code, constant.co_consts))}"
+def _are_same(objects: list[Any], others: list[Any]) -> bool:
+    return len(objects) == len(others) and all(map(is_, objects, others))
