@@ -44,8 +44,9 @@ examples: setup ## Run all examples, one after another
 gallery: setup ## Write docs/gallery: every schedule as a table and a picture
 	$(BIN)/python -W ignore docs/gallery/make.py
 
+# By module: what one sets up for several devices is set up once.
 test: setup ## Run all tests and doctests but the slow sweeps; NAMESPACE=pytorch_lightning takes that package
-	$(BIN)/python -m pytest -n $(WORKERS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 build/lowest/installed: pyproject.toml
 	$(PYTHON) -m venv --clear build/lowest
