@@ -39,7 +39,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -273,10 +273,11 @@ def compare(
 
         tries = [(way, lr, seed) for way in chosen for lr in rates for seed in (1_000, 1_001) if len(rates) > 1]
         tried = run(tries, "learning rates") if tries else {}
-        scores = {
-            (way, lr): sum(a for case, a in tried.items() if case[:2] == (way, lr)) for way in chosen for lr in rates
-        }
-        best = {way: max(rates, key=lambda lr, way=way: scores[way, lr]) for way in chosen}  # type: ignore[misc]
+
+        def score(way: str, lr: float) -> float:
+            return sum(found for case, found in tried.items() if case[:2] == (way, lr))
+
+        best = {way: max(rates, key=partial(score, way)) for way in chosen}
         found = run([(way, best[way], seed) for way in chosen for seed in range(seeds)], f"{seeds} seeds each")
     return {way: (best[way], [found[way, best[way], seed] for seed in range(seeds)]) for way in chosen}
 

@@ -207,8 +207,8 @@ class _Names:
         self.names: dict[int, list[str]] = {}
         for name, tensor in tensors:
             self.tensors[id(tensor)] = tensor
-            names = self.names.setdefault(id(tensor), [])
-            names += dict.fromkeys((clean_name(name), _PARAMETRIZED.sub(r"\1", clean_name(name))))
+            known = clean_name(name)
+            self.names.setdefault(id(tensor), []).extend({known: None, _PARAMETRIZED.sub(r"\1", known): None})
 
     def choose(self, select: Selector, given: str, kind: str, *, partial: bool = False) -> dict[str, Tensor]:
         """Return the tensors that a selector names, in the module's order; arguments as of :func:`resolve`."""

@@ -66,11 +66,10 @@ class Attributes:
         self.tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor) and why_no_key(leaf) is None]
         self.others = [leaf for _, leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
         self.generators = [other for other in self.others if isinstance(other, _GENERATORS)]
-        torchs = [owner for owner in owners if _kind(owner).__module__.startswith("torch.nn.")]
-        self.of_torch = self._views_of(torchs)
-        self.views = self._views_of([owner for owner in owners if owner not in set(torchs)])
+        self.of_torch, self.views = self._views_of(of_torch=True), self._views_of(of_torch=False)
 
-    def _views_of(self, owners: Collection[Owner]) -> list[Collection[Any]]:
+    def _views_of(self, *, of_torch: bool) -> list[Collection[Any]]:
+        owners = [one for one in self._owners if _kind(one).__module__.startswith("torch.nn.") == of_torch]
         wanted = set(owners)
         values = [vars(owner)[name] for owner, name in self._found if owner in wanted]
         once = {id(value): value for value in values}.values()  # a config is in many

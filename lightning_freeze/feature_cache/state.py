@@ -86,7 +86,7 @@ class State:
         self._named, self._hash = (name, module), hashing
         self._is_new = True  # has not run
         self._digests: dict[int, tuple[Any, bytes]] = {}  # of tensors; none are read anew
-        self._marks: tuple[Any, Any, Any] = (None, None, None)
+        self._marks: tuple[Any, Any] = (None, None)
         self._text = self._program = b""
 
     def recheck(self, written: Iterable[Tensor] | None = None) -> None:
@@ -99,13 +99,11 @@ class State:
         if is_new := not self.parts.hold(whole=not self._digests):
             before, self.parts = self.parts, _Parts(self._named[1])  # so that no other tensor has the id of one before
             self._digests = {id(t): self._digests[id(t)] for t in self.parts.tensors if id(t) in self._digests}
-            del before
-        old_form, old_objects, old_writes = self._marks
-        form, objects, writes = self._marks = self.parts.marks()
-        is_same = old_objects is None or objects is old_objects or _are_same(objects, old_objects)
-        if has_changed := is_new or form != old_form:
-            if not is_same:
+            if not _are_same(self.parts.attributes.others, before.attributes.others):
                 self._program = secrets.token_bytes(16)  # functions have no text that says all that they do
+        old_form, old_writes = self._marks
+        form, writes = self._marks = self.parts.marks()
+        if has_changed := is_new or form != old_form:
             self.why = why_not_reusable(*self._named)
             kinds = [text_of_class(type(layer)) for layer in self.parts.layers]  # type: ignore[arg-type]
             self._text = (
@@ -163,8 +161,8 @@ class _Parts:
         forwards = map(dict.get, self._dicts, repeat("forward"))
         return [*forwards, *map(type, self.layers), *chain(*self._views)]
 
-    def marks(self) -> tuple[Any, Any, Any]:
-        """Return modes, code, settings and flags; functions and other objects; marks of writes but by ``.data``."""
+    def marks(self) -> tuple[Any, Any]:
+        """Return modes, code and flags; marks of writes but those through ``.data``."""
         form = (
             list(map(_training, self.layers)),
             list(map(_code, self._graphs)),
@@ -172,7 +170,7 @@ class _Parts:
             any(map(_trains, self.tensors)),
         )
         writes = list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted))
-        return form, self.attributes.others, writes
+        return form, writes
 
 
 def _are_same(objects: list[Any], others: list[Any]) -> bool:

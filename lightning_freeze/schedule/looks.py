@@ -57,8 +57,8 @@ class Looks:
     def end_epoch(self, progress: Progress) -> None:
         """Note that an epoch is over; what it logs is final after all hooks, when the next one begins."""
         epoch = self.trainer.current_epoch
-        self.epoch_over = epoch > progress.epoch_over  # a fit with max_steps that resumes ends an epoch once more
-        progress.epoch_over = epoch
+        self.epoch_over = epoch > progress.last_epoch  # a fit with max_steps that resumes ends an epoch once more
+        progress.last_epoch = epoch
         until = progress.phase.plateau
         if until is not None and stoppers(self.trainer, until.monitor):
             foreseen, value = replace(progress.plateau), self.epoch_value(progress)

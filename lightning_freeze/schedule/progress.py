@@ -73,7 +73,7 @@ class Progress:
 
     history: list[Begin] = field(default_factory=lambda: [Begin(0, 0, 0)])
     plateau: PlateauWatch = field(default_factory=PlateauWatch)  # of the current phase
-    epoch_over: int = -1  # the last epoch that has ended
+    last_epoch: int = -1  # that has ended
     logged: list[str] = field(default_factory=list)  # metrics of plateaus that had been logged when this was saved
     unlooked: float | None = None  # the metric of an epoch that is over, which the next epoch's start takes
     uncounted: int = 0  # optimizer steps that `trainer.global_step` has missed

@@ -70,7 +70,7 @@ class PhaseSchedulers:
 
     def check(self, phases: Sequence[Phase], steps: Callable[[Phase], int | None]) -> None:
         """Make the schedulers of all phases once, so that what one refuses is found at fit start."""
-        for phase in phases:
+        for phase in [phase for phase in phases if phase.lr_scheduler is not None]:
             where = f"Phase {phase.label!r} has lr_scheduler={shown_value(phase.lr_scheduler)}"
             if phase.lr_scheduler == "restart" and not self._first.configs:
                 raise MisconfigurationException(f"{where}, but configure_optimizers returns no scheduler.")
