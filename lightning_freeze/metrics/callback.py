@@ -79,7 +79,7 @@ class MetricLogger(Callback):
             raise TypeError(f"MetricLogger(inputs={inputs!r}): it is a function, such as {right}.")
         if not isinstance(prog_bar, bool):
             raise TypeError(f"MetricLogger(prog_bar={prog_bar!r}): it is True or False.")
-        self._clones = self._of_sanity_check = Clones(self.metrics, self.stages)
+        self._clones: dict[str, Clones] = {}
         self._names = set(map(str, self.metrics))  # MinMaxMetric shows others when it computes them
         self._left_out: set[str] = set()
         self._missing = ""
@@ -91,18 +91,19 @@ class MetricLogger(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget what an earlier fit has seen, before a checkpoint may be loaded; refuse another of the same names."""
-        self._clones, self._of_sanity_check = (Clones(self.metrics, self.stages) for _ in range(2))
+        self._clones = {stage: Clones(self.metrics) for stage in (*get_args(Stage), "sanity check")}
         self._missing = ""
         _refuse_same_names(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the metrics ready; those from a checkpoint go on."""
-        self._clones.prepare("train", 1, pl_module.device)
+        if "train" in self.stages:
+            self._clones["train"].prepare(1, pl_module.device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew. An epoch that is resumed in its middle does not come here."""
         self._missing = ""
-        self._clones.reset("train")
+        self._clones["train"].reset()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -122,8 +123,9 @@ class MetricLogger(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start anew."""
         clones, stage = self._running(trainer)
-        clones.prepare(stage, evaluation_dataloaders(trainer), pl_module.device)
-        clones.reset(stage)
+        if stage in self.stages:
+            clones.prepare(evaluation_dataloaders(trainer), pl_module.device)
+        clones.reset()
 
     def on_validation_batch_end(
         self,
@@ -140,8 +142,8 @@ class MetricLogger(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values and let go of what the metrics have gathered."""
         self._log_values(trainer, pl_module)
-        clones, stage = self._running(trainer)
-        clones.reset(stage)
+        clones, _ = self._running(trainer)
+        clones.reset()
 
     on_test_epoch_start = on_validation_epoch_start
     on_test_batch_end = on_validation_batch_end
@@ -150,7 +152,7 @@ class MetricLogger(Callback):
     # Not in state_dict, which does not see the other processes: only rank zero writes, and each has seen other data.
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save what the metrics of training have seen in this epoch, and what all keep longer, for every process."""
-        ranks = from_all(self._clones.saved())
+        ranks = from_all({stage: self._clones[stage].saved(states=stage == "train") for stage in ("train", "val")})
         if any(any(theirs.values()) for theirs in ranks):
             checkpoint["callbacks"][self.state_key] = {"ranks": ranks}
 
@@ -169,7 +171,8 @@ class MetricLogger(Callback):
             self._missing = f"has no state of MetricLogger{given}"
         elif not same:
             self._missing = f"is from {len(ranks)} processes, and there are {trainer.world_size} now"
-        self._clones.load(ranks[trainer.global_rank if same else 0], pl_module.device, states=same)
+        for stage, saved in ranks[trainer.global_rank if same else 0].items():
+            self._clones[stage].load(saved, pl_module.device, states=same and stage == "train")
 
     def _warn_of_missing(self, trainer: Trainer) -> None:
         """Say that the epoch was resumed in its middle without what the metrics have seen before."""
@@ -179,21 +182,20 @@ class MetricLogger(Callback):
         self._missing = ""
 
     def _running(self, trainer: Trainer) -> tuple[Clones, Stage]:
-        """Return where the metrics of the running loop are: what the sanity check sees does not count."""
-        clones = self._of_sanity_check if trainer.sanity_checking else self._clones
-        return clones, "train" if trainer.training else "test" if trainer.testing else "val"
+        """Return the metrics of the running loop, and its stage: what the sanity check sees does not count."""
+        stage: Stage = "train" if trainer.training else "test" if trainer.testing else "val"
+        return self._clones["sanity check" if trainer.sanity_checking else stage], stage
 
     def _update(self, trainer: Trainer, outputs: Any, batch: Any, dataloader_idx: int = 0) -> None:
         clones, stage = self._running(trainer)
         if stage in self.stages:
             given = self.inputs(outputs, batch) if self.inputs else preds_and_target(outputs, stage)
-            clones.update(stage, dataloader_idx, given)
+            clones.update(dataloader_idx, given)
 
     def _log_values(self, trainer: Trainer, pl_module: LightningModule) -> None:
         clones, stage = self._running(trainer)
         prefix, taken = self.prefix.format(stage=stage), epoch_names(trainer)
-        for index, clone in clones.updated(stage):
-            values, left_out = clones.values(clone)
+        for index, values, left_out in clones.values():
             if not self._left_out.issuperset(left_out):
                 _log.info(
                     "MetricLogger logs scalars only, and leaves out what else metrics compute: %s", listed(left_out)
@@ -202,7 +204,7 @@ class MetricLogger(Callback):
             self._names |= set(values)
             _refuse_same_names(trainer)
             for name, value in values.items():
-                logged = f"{prefix}{name}" + (f"/dataloader_idx_{index}" if len(clones[stage]) > 1 else "")
+                logged = f"{prefix}{name}" + (f"/dataloader_idx_{index}" if len(clones.clones) > 1 else "")
                 if logged in taken:
                     raise MisconfigurationException(
                         f"MetricLogger logs {logged!r}, and so does self.log in {taken[logged]}; only one of the two "

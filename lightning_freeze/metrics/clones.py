@@ -1,8 +1,8 @@
-"""A clone of the metrics for each stage and dataloader, and what of them a checkpoint holds."""
+"""A clone of the metrics for each dataloader of a stage, and what of them a checkpoint holds."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from lightning_freeze._lightning import MisconfigurationException
-from lightning_freeze.metrics.values import scalars, update
+from lightning_freeze.metrics.values import describe, scalars
 from lightning_freeze.ranks import from_all
 
 # What every metric computes anew. torchmetrics has no public way to save what it keeps beside its states.
@@ -20,82 +20,85 @@ _CACHES = ("_computed", "_forward_cache")
 
 
 class Clones:
-    """Holds, for each stage, a clone of the metrics for each dataloader."""
+    """Holds a clone of the metrics for each dataloader of one stage."""
 
-    def __init__(self, metrics: MetricCollection, stages: Collection[str]) -> None:
-        self._metrics, self._stages = metrics, stages
-        self._of: dict[str, list[MetricCollection]] = {}
-        self._updated: set[tuple[str, int]] = set()
+    def __init__(self, metrics: MetricCollection) -> None:
+        self.clones: list[MetricCollection] = []
+        self._metrics = metrics
+        self._updated: set[int] = set()
         self._random: Tensor | None = None
 
-    def __getitem__(self, stage: str) -> list[MetricCollection]:
-        return self._of.get(stage, [])
-
-    def prepare(self, stage: str, dataloaders: int, device: torch.device) -> None:
+    def prepare(self, dataloaders: int, device: torch.device) -> None:
         """Make as many clones as there are dataloaders; those that are there go on."""
-        if stage in self._stages and len(self[stage]) != dataloaders:
-            self._of[stage] = [self._metrics.clone() for _ in range(dataloaders)]
-        for clone in self[stage]:
+        if len(self.clones) != dataloaders:
+            self.clones = [self._metrics.clone() for _ in range(dataloaders)]
+        for clone in self.clones:
             clone.to(device)
 
-    def reset(self, stage: str) -> None:
-        """Let go of what the metrics of a stage have gathered."""
-        self._updated = {place for place in self._updated if place[0] != stage}
-        for clone in self[stage]:
+    def reset(self) -> None:
+        """Let go of what the metrics have gathered."""
+        self._updated = set()
+        for clone in self.clones:
             clone.reset()
 
-    def update(self, stage: str, dataloader: int, given: Any) -> None:
-        """Update the metrics of a dataloader."""
-        self._updated.add((stage, dataloader))
-        with self._own_random_numbers():
-            update(self[stage][dataloader], given)
+    def update(self, dataloader: int, given: Any) -> None:
+        """Update the metrics of a dataloader with positional or named arguments; raise if ``given`` is neither."""
+        if not isinstance(given, Mapping | tuple | list):
+            raise MisconfigurationException(
+                f"MetricLogger(inputs=…) gave {describe(given)}; it has to give a tuple (preds, target), or a dict of "
+                "named arguments."
+            )
+        given = apply_to_collection(given, Tensor, Tensor.detach)
+        self._updated.add(dataloader)
+        with self._apart():
+            if isinstance(given, Mapping):
+                self.clones[dataloader].update(**given)
+            else:
+                self.clones[dataloader].update(*given)
 
-    def values(self, clone: MetricCollection) -> tuple[dict[str, Tensor], list[str]]:
-        """Return the scalars that a clone computes, and the names of what is no scalar."""
-        with self._own_random_numbers():
-            return scalars(clone)
+    def values(self) -> Iterator[tuple[int, dict[str, Tensor], list[str]]]:
+        """Yield the scalars of each dataloader of which any process saw a batch, and the names of what is no scalar.
 
-    def updated(self, stage: str) -> Iterator[tuple[int, MetricCollection]]:
-        """Yield dataloader and clone where a batch was seen on any process; every process has to call this."""
-        counts = [[metric.update_count for metric in _metrics_in(clone).values()] for clone in self[stage]]
-        # Counts are in checkpoints; Running has none.
-        seen = from_all([(stage, i) in self._updated or any(own) for i, own in enumerate(counts)])
-        return ((i, clone) for i, clone in enumerate(self[stage]) if any(theirs[i] for theirs in seen))
+        Every process has to call this.
+        """
+        for dataloader in sorted(set[int]().union(*from_all(self._updated))):
+            with self._apart():
+                values, left_out = scalars(self.clones[dataloader])
+            yield dataloader, values, left_out
 
-    def saved(self) -> dict[str, list[Any]]:
-        """Return what metrics of training have gathered, and what all keep longer, as ``weights_only`` can load it."""
+    def saved(self, *, states: bool) -> list[dict[str, Any]]:
+        """Return what metrics keep from epoch to epoch, and their ``states``, as ``weights_only`` can load it."""
         fresh = _metrics_in(self._metrics)
-        held = {
-            stage: [{path: _held(one, fresh[path], stage) for path, one in _metrics_in(clone).items()} for clone in own]
-            for stage, own in (("train", self["train"]), ("val", self["val"]))
-        }
-        return dict(_copied(held, "cpu"))
+        held = [
+            {path: _held(metric, fresh[path], states) for path, metric in _metrics_in(clone).items()}
+            for clone in self.clones
+        ]
+        return list(_copied(held, "cpu"))
 
-    def load(self, saved: Mapping[str, list[Any]], device: torch.device, *, states: bool) -> None:
-        """Go on where the metrics that were saved were; raise if what they had gathered does not fit."""
-        for stage, held in saved.items():
-            self.prepare(stage, len(held), device)
-            for clone, entry in zip(self[stage], held, strict=False):
-                for path, metric in _metrics_in(clone).items():
-                    one = entry.get(path, {"state": {}, "kept": {}})
-                    if states and stage == "train":
-                        _check_fits(path, metric, one["state"])
-                    # Copies, because metrics add in place and those of a compute group were saved as one.
-                    vars(metric).update(_copied({**one["state"], **one["kept"]}, metric.device))
-            if not states:
-                self.reset(stage)
+    def load(self, saved: list[dict[str, Any]], device: torch.device, *, states: bool) -> None:
+        """Take over what was saved, without ``states`` only what metrics keep longer; raise if a state does not fit."""
+        self.prepare(len(saved), device)
+        for index, clone in enumerate(self.clones):
+            metrics = _metrics_in(clone)
+            for path, metric in metrics.items():
+                one = saved[index].get(path, {"state": {}, "kept": {}})
+                if states:
+                    _check_fits(path, metric, one["state"])
+                # Copies, because metrics add in place and those of a compute group were saved as one.
+                vars(metric).update(_copied({**one["state"], **one["kept"]}, metric.device))
+            if any(metric.update_count for metric in metrics.values()):
+                self._updated.add(index)
+        if not states:
+            self.reset()
 
     @contextmanager
-    def _own_random_numbers(self) -> Iterator[None]:
-        """Have metrics that draw some, as BootStrapper, go on with their own, so that training draws what it would."""
-        others = torch.get_rng_state()
-        if self._random is not None:
-            torch.set_rng_state(self._random)
-        try:
+    def _apart(self) -> Iterator[None]:
+        """Have metrics keep no graph, and draw random numbers of their own, so that training draws what it would."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            if self._random is not None:
+                torch.set_rng_state(self._random)
             yield
-        finally:
             self._random = torch.get_rng_state()
-            torch.set_rng_state(others)
 
 
 def _metrics_in(collection: MetricCollection) -> dict[str, Metric]:
@@ -106,8 +109,8 @@ def _copied(nest: Any, device: Any) -> Any:
     return apply_to_collection(nest, Tensor, Tensor.to, device, copy=True)
 
 
-def _held(metric: Metric, fresh: Metric, stage: str) -> dict[str, Any]:
-    """Return a metric's state, in training, and what it keeps longer: plain attributes unlike those of a fresh one."""
+def _held(metric: Metric, fresh: Metric, states: bool) -> dict[str, Any]:
+    """Return a metric's state, if asked for, and what it keeps longer: plain attributes unlike those of a fresh one."""
 
     def changed(name: str, value: Any) -> bool:
         other = vars(fresh).get(name)
@@ -117,7 +120,7 @@ def _held(metric: Metric, fresh: Metric, stage: str) -> dict[str, Any]:
 
     state, own = metric.metric_state, vars(metric).items()
     kept = {name: value for name, value in own if name not in (*state, *_CACHES) and changed(name, value)}
-    return {"state": state if stage == "train" else {}, "kept": kept}
+    return {"state": state if states else {}, "kept": kept}
 
 
 def _check_fits(path: str, metric: Metric, saved: Mapping[str, Any]) -> None:

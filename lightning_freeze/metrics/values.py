@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.wrappers import ClasswiseWrapper
@@ -27,27 +26,11 @@ def preds_and_target(outputs: Any, stage: str) -> tuple[Any, Any]:
     wanted = '"loss": loss, "preds": preds' if stage == "train" else '"preds": preds'
     raise MisconfigurationException(
         f'MetricLogger looks for "preds" and "target" in what {_STEPS[stage]} returns, and it returned '
-        f'{_describe(outputs)}. Let it return {{{wanted}, "target": target}}, or say where they are: '
+        f'{describe(outputs)}. Let it return {{{wanted}, "target": target}}, or say where they are: '
         'MetricLogger(..., inputs=lambda outputs, batch: (outputs["logits"], batch[1])).'
     )
 
 
-@torch.no_grad()
-def update(collection: MetricCollection, given: Any) -> None:
-    """Update metrics with positional or named arguments, without a graph; raise if ``given`` is neither."""
-    given = apply_to_collection(given, Tensor, Tensor.detach)
-    if isinstance(given, Mapping):
-        collection.update(**given)
-    elif isinstance(given, tuple | list):
-        collection.update(*given)
-    else:
-        raise MisconfigurationException(
-            f"MetricLogger(inputs=…) gave {_describe(given)}; it has to give a tuple (preds, target), or a dict of "
-            "named arguments."
-        )
-
-
-@torch.no_grad()
 def scalars(collection: MetricCollection) -> tuple[dict[str, Tensor], list[str]]:
     """Return the scalars that metrics compute, as floating tensors, and the names of what is no scalar."""
     values = dict(_flat(collection.compute()))
@@ -62,7 +45,7 @@ def _with_scalars(values: dict[str, Any], computed: Mapping[str, Any]) -> dict[s
     for name, value in computed.items():
         parts = [part for _, part in _flat({name: value})]
         if parts and all(_scalar(part) is None for part in parts):
-            shown = f"The metric {name!r} computes {_describe(parts[0])}"
+            shown = f"The metric {name!r} computes {describe(parts[0])}"
             advice = _FOR_VECTORS if isinstance(parts[0], Tensor) and parts[0].ndim == 1 else _FOR_OTHERS
             raise ValueError(f"{shown}, and only scalars can be logged. {advice}")
     if any(isinstance(value, str) for value in values.values()):
@@ -95,7 +78,8 @@ def _scalar(value: Any) -> Tensor | None:
     return tensor.reshape(()).to(torch.promote_types(tensor.dtype, torch.float32)) if tensor.numel() == 1 else None
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """Return what kind of value something is, in words."""
     if value is None:
         return "nothing"
     if isinstance(value, Tensor):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torchmetrics.classification as tm
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -69,6 +69,21 @@ class Epochs(Callback):
         self.train[trainer.current_epoch] = {k: float(v) for k, v in trainer.callback_metrics.items()}
 
 
+def fit(net: LightningModule, *callbacks: Callback, val: Any = None, resume: Path | None = None, **options: Any) -> Any:
+    """Fit for an epoch if not said otherwise, and return the Trainer; its ``epochs`` are those of :class:`Epochs`."""
+    epochs, saves = Epochs(), any(isinstance(callback, Checkpoint) for callback in callbacks)
+    run: Any = trainer(callbacks=[*callbacks, epochs], **{"max_epochs": 1, "enable_checkpointing": saves, **options})
+    run.epochs = epochs.train
+    loaders = loader(stateful=True), loader(8) if val is None else val
+    run.fit(net, *loaders, ckpt_path=resume, weights_only=True if resume else None)
+    return run
+
+
+def manual(net: LightningModule) -> LightningModule:
+    net.automatic_optimization = False
+    return net
+
+
 def acc() -> Metric:
     return tm.MulticlassAccuracy(3, average="micro")
 
@@ -91,17 +106,14 @@ class TestValues:
     @pytest.mark.parametrize("kind", METRICS)
     def test_every_form_of_metrics_logs_its_names(self, kind: str) -> None:
         make, names = METRICS[kind]
-        run = trainer(callbacks=[MetricLogger(make())], max_epochs=1)
-        run.fit(Steps(), loader(), loader(8))
+        run = fit(Steps(), MetricLogger(make()))
         expected = {f"{stage}/{name}" for stage in ("train", "val") for name in names}
         assert run.callback_metrics.keys() - {"val_loss"} == expected
 
     @pytest.mark.filterwarnings("ignore:No positive samples in targets")
     def test_each_stage_logs_the_metric_of_its_epoch(self) -> None:
-        net, epochs = Steps(), Epochs()
-        metrics = {"acc": acc(), "auroc": tm.MulticlassAUROC(3)}
-        run = trainer(callbacks=[MetricLogger(metrics), epochs], max_epochs=3, num_sanity_val_steps=1)
-        run.fit(net, loader(), loader(12))
+        net, metrics = Steps(), {"acc": acc(), "auroc": tm.MulticlassAUROC(3)}
+        run = fit(net, MetricLogger(metrics), val=loader(12), max_epochs=3, num_sanity_val_steps=1)
         for name, metric in metrics.items():
             assert metric.update_count == 0
             for epoch in range(3):
@@ -110,8 +122,8 @@ class TestValues:
                     "train": net.seen["train"][: 6 * (epoch + 1)],
                     "val": net.seen["val"][: 1 + 3 * (epoch + 1)],
                 }
-                assert epochs.train[epoch][f"train/{name}"] == float(seen.expected(metric, "train", 6))
-                assert epochs.train[epoch][f"val/{name}"] == float(seen.expected(metric, "val", 3))
+                assert run.epochs[epoch][f"train/{name}"] == float(seen.expected(metric, "train", 6))
+                assert run.epochs[epoch][f"val/{name}"] == float(seen.expected(metric, "val", 3))
         (tested,) = run.test(net, loader(16), verbose=False)
         assert tested == {f"test/{name}": float(net.expected(metric, "test", 4)) for name, metric in metrics.items()}
         (validated,) = run.validate(net, loader(8), verbose=False)
@@ -119,8 +131,7 @@ class TestValues:
 
     def test_validation_inside_an_epoch_does_not_reset_training(self) -> None:
         net = Steps()
-        run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1, val_check_interval=2)
-        run.fit(net, loader(), loader(12))
+        run = fit(net, MetricLogger({"acc": acc()}), val=loader(12), val_check_interval=2)
         assert run.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
         assert run.callback_metrics["val/acc"] == net.expected(acc(), "val", 3)
         assert len(net.seen["val"]) == 9
@@ -128,48 +139,37 @@ class TestValues:
     def test_values_reach_loggers_at_the_end_of_the_epoch(self, tmp_path: Path) -> None:
         from lightning.pytorch.loggers import CSVLogger
 
-        net = Steps()
-        run = trainer(
-            callbacks=[MetricLogger({"acc": acc()})], max_epochs=2, logger=CSVLogger(tmp_path), log_every_n_steps=1
-        )
-        run.fit(net, loader(), loader(8))
+        logger = CSVLogger(tmp_path)
+        run = fit(Steps(), MetricLogger({"acc": acc()}), max_epochs=2, logger=logger, log_every_n_steps=1)
         lines = (Path(run.logger.log_dir) / "metrics.csv").read_text().splitlines()
         header = lines[0].split(",")
         for name in ("train/acc", "val/acc"):
             assert sum(bool(line.split(",")[header.index(name)]) for line in lines[1:]) == 2
 
     def test_only_the_stages_given_are_logged(self) -> None:
-        run = trainer(callbacks=[MetricLogger({"acc": acc()}, stages=["val"])], max_epochs=1)
-        run.fit(OnlyValidation(), loader(), loader(8))
+        run = fit(OnlyValidation(), MetricLogger({"acc": acc()}, stages=["val"]))
         assert run.callback_metrics.keys() == {"val/acc"}
 
     def test_prefix_is_put_before_names(self) -> None:
-        run = trainer(callbacks=[MetricLogger({"acc": acc()}, prefix="m_{stage}_")], max_epochs=1)
-        run.fit(Steps(), loader(), loader(8))
+        run = fit(Steps(), MetricLogger({"acc": acc()}, prefix="m_{stage}_"))
         assert run.callback_metrics.keys() == {"m_train_acc", "m_val_acc"}
 
     def test_two_metric_loggers_do_not_mix(self) -> None:
         callbacks = [MetricLogger({"acc": acc()}), MetricLogger({"acc": acc()}, prefix="b/{stage}/")]
         assert callbacks[0].state_key != callbacks[1].state_key
-        run = trainer(callbacks=callbacks, max_epochs=1)
-        run.fit(Steps(), loader(), loader(8))
+        run = fit(Steps(), *callbacks)
         assert run.callback_metrics["train/acc"] == run.callback_metrics["b/train/acc"]
 
     def test_values_are_logged_in_manual_optimization(self) -> None:
         class Manual(Steps):
-            def __init__(self) -> None:
-                super().__init__()
-                self.automatic_optimization = False
-
             def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
                 outputs = self.step("train", batch)
                 self.manual_backward(outputs["loss"])
                 self.optimizers().step()
                 return outputs
 
-        net = Manual()
-        run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1)
-        run.fit(net, loader(), loader(8))
+        net = manual(Manual())
+        run = fit(net, MetricLogger({"acc": acc()}))
         assert run.callback_metrics["train/acc"] == net.expected(acc(), "train", 6)
 
     @pytest.mark.filterwarnings("ignore:.*training_step.* returned .None.")
@@ -179,8 +179,7 @@ class TestValues:
                 return super().training_step(batch, batch_idx) if batch_idx % 2 else None
 
         net = Skips()
-        run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1)
-        run.fit(net, loader(), loader(8))
+        run = fit(net, MetricLogger({"acc": acc()}))
         assert len(net.seen["train"]) == 3
         assert run.callback_metrics["train/acc"] == net.expected(acc(), "train", 3)
 
@@ -191,10 +190,8 @@ class OnlyValidation(Steps):
 
 
 class TestInputs:
-    def fit(self, net: LightningModule, **options: Any) -> Trainer:
-        run = trainer(callbacks=[MetricLogger(**{"metrics": {"acc": acc()}, **options})], max_epochs=1)
-        run.fit(net, loader(), loader(8))
-        return run
+    def fit(self, net: LightningModule, metric: Any = None, **options: Any) -> Trainer:
+        return fit(net, MetricLogger({"acc": metric or acc()}, **options))
 
     class Loss(Steps):
         """Returns its loss only, as most do."""
@@ -205,21 +202,22 @@ class TestInputs:
         def validation_step(self, batch: Any, batch_idx: int) -> Any:
             return {"logits": super().validation_step(batch, batch_idx)["preds"]}
 
-    def test_inputs_function_feeds_the_metric(self) -> None:
+    @pytest.mark.parametrize(
+        "inputs",
+        [
+            lambda outputs, batch: (outputs["logits"], batch[1]),
+            lambda outputs, batch: {"target": batch[1], "preds": outputs["logits"]},
+        ],
+        ids=["tuple", "by name"],
+    )
+    def test_inputs_function_feeds_the_metric(self, inputs: Any) -> None:
         net = self.Loss()
-        run = self.fit(net, stages=["val"], inputs=lambda outputs, batch: (outputs["logits"], batch[1]))
-        assert run.callback_metrics["val/acc"] == net.expected(acc(), "val", 2)
-
-    def test_inputs_by_name_feed_the_metric(self) -> None:
-        net = self.Loss()
-        run = self.fit(
-            net, stages=["val"], inputs=lambda outputs, batch: {"target": batch[1], "preds": outputs["logits"]}
-        )
+        run = self.fit(net, stages=["val"], inputs=inputs)
         assert run.callback_metrics["val/acc"] == net.expected(acc(), "val", 2)
 
     def test_single_input_feeds_the_metric(self) -> None:
-        run = self.fit(Steps(), metrics={"n": SumMetric()}, inputs=lambda outputs, batch: (torch.ones_like(batch[1]),))
-        assert (run.callback_metrics["train/n"], run.callback_metrics["val/n"]) == (24, 8)
+        run = self.fit(Steps(), SumMetric(), inputs=lambda outputs, batch: (torch.ones_like(batch[1]),))
+        assert (run.callback_metrics["train/acc"], run.callback_metrics["val/acc"]) == (24, 8)
 
     def test_missing_inputs_are_an_error_that_says_what_to_do(self) -> None:
         with pytest.raises(MisconfigurationException) as caught:
@@ -231,12 +229,9 @@ class TestInputs:
         )
 
     def test_missing_inputs_of_validation_are_found_before_training(self) -> None:
-        net = self.Loss()
-        run = trainer(callbacks=[MetricLogger(acc())], num_sanity_val_steps=1)
-        with pytest.raises(
-            MisconfigurationException, match="validation_step returns, and it returned a dict with 'logits'"
-        ):
-            run.fit(net, loader(), loader(8))
+        net, message = self.Loss(), "validation_step returns, and it returned a dict with 'logits'"
+        with pytest.raises(MisconfigurationException, match=message):
+            fit(net, MetricLogger(acc()), num_sanity_val_steps=1)
         assert net.seen["train"] == []
 
     def test_validation_step_that_returns_nothing_is_an_error(self) -> None:
@@ -245,14 +240,10 @@ class TestInputs:
 
     def test_manual_training_step_that_returns_nothing_is_an_error(self) -> None:
         class Manual(Net):
-            def __init__(self) -> None:
-                super().__init__()
-                self.automatic_optimization = False
-
             def training_step(self, batch: Any, batch_idx: int) -> None: ...
 
         with pytest.raises(MisconfigurationException, match="a dict with nothing in it"):
-            self.fit(Manual(), stages=["train"])
+            self.fit(manual(Manual()), stages=["train"])
 
     def test_inputs_of_another_type_are_an_error(self) -> None:
         with pytest.raises(MisconfigurationException, match=r"gave a tensor of shape \(4, 3\); it has to give a tuple"):
@@ -263,8 +254,7 @@ class TestDataloaders:
     @pytest.mark.filterwarnings("ignore:No positive samples in targets")
     def test_several_dataloaders_have_a_suffix_and_a_metric_each(self) -> None:
         net, metrics = Steps(), {"acc": acc(), "auroc": tm.MulticlassAUROC(3)}
-        run = trainer(callbacks=[MetricLogger(metrics)], max_epochs=2, num_sanity_val_steps=1)
-        run.fit(net, loader(), [loader(8), loader(20)])
+        run = fit(net, MetricLogger(metrics), val=[loader(8), loader(20)], max_epochs=2, num_sanity_val_steps=1)
         for name, metric in metrics.items():
             for index, batches in enumerate((2, 5)):
                 value = run.callback_metrics[f"val/{name}/dataloader_idx_{index}"]
@@ -281,16 +271,14 @@ class TestDataloaders:
                 self.log("own/acc", 1.0)
                 return super().validation_step(batch, batch_idx, dataloader_idx)
 
-        run = trainer(callbacks=[MetricLogger({"acc": acc()}, prefix="{stage}/")], max_epochs=1)
-        run.fit(Logs(), loader(), [loader(8), loader(8)])
+        run = fit(Logs(), MetricLogger({"acc": acc()}), val=[loader(8), loader(8)])
         ours = {name.removeprefix("val/") for name in run.callback_metrics if name.startswith("val/")}
         assert ours == {name.removeprefix("own/") for name in run.callback_metrics if name.startswith("own/")}
 
     def test_empty_dataloader_has_no_value(self) -> None:
-        net, metrics = Steps(), {"acc": acc(), "auroc": tm.MulticlassAUROC(3), "least": MinMaxMetric(acc())}
-        run = trainer(callbacks=[MetricLogger(metrics, stages=["val"])], max_epochs=1)
+        metrics = {"acc": acc(), "auroc": tm.MulticlassAUROC(3), "least": MinMaxMetric(acc())}
         with pytest.warns(UserWarning, match="across ranks is zero"):
-            run.fit(net, loader(), [loader(0), loader(8)])
+            run = fit(Steps(), MetricLogger(metrics, stages=["val"]), val=[loader(0), loader(8)])
         names = {f"val/{name}/dataloader_idx_1" for name in ("acc", "auroc", "raw", "min", "max")}
         assert run.callback_metrics.keys() == names
 
@@ -299,20 +287,19 @@ class TestDataloaders:
             def validation_step(self, batch: Any, batch_idx: int) -> Any:
                 return self.step("val", batch[0])
 
-        run = trainer(callbacks=[MetricLogger({"acc": acc()}, stages=["val"])], max_epochs=1)
-        run.fit(Mixed(), loader(), CombinedLoader([loader(8), loader(8)], "min_size"))
+        mixed = CombinedLoader([loader(8), loader(8)], "min_size")
+        run = fit(Mixed(), MetricLogger({"acc": acc()}, stages=["val"]), val=mixed)
         assert run.callback_metrics.keys() == {"val/acc"}
 
 
 class TestMonitoring:
     @pytest.mark.parametrize("monitor", ["train/acc", "val/acc"])
     def test_model_checkpoint_and_early_stopping_see_the_value_of_the_epoch(self, tmp_path: Path, monitor: str) -> None:
-        epochs = Epochs()
         checkpoint = ModelCheckpoint(tmp_path, monitor=monitor, mode="max", save_top_k=-1)
         stopping = EarlyStopping(monitor, mode="max", patience=100)
-        callbacks = [checkpoint, stopping, MetricLogger({"acc": acc()}), epochs]  # wherever it stands in the list
-        trainer(callbacks=callbacks, enable_checkpointing=True).fit(Steps(), loader(), loader(12))
-        values = [metrics[monitor] for metrics in epochs.train.values()]
+        metrics = MetricLogger({"acc": acc()})  # wherever it stands in the list
+        run = fit(Steps(), checkpoint, stopping, metrics, val=loader(12), max_epochs=4)
+        values = [metrics[monitor] for metrics in run.epochs.values()]
         assert [float(v) for v in checkpoint.best_k_models.values()] == values
         assert float(stopping.best_score) == max(values)
         assert float(checkpoint.best_model_score) == max(values)
@@ -325,8 +312,7 @@ class TestMonitoring:
                 return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/acc"}}
 
         net = Plateau()
-        run = trainer(callbacks=[MetricLogger({"acc": acc()})], max_epochs=1)
-        run.fit(net, loader(), loader(12))
+        run = fit(net, MetricLogger({"acc": acc()}), val=loader(12))
         assert run.lr_scheduler_configs[0].scheduler.best == float(net.expected(acc(), "val", 3))
 
     @pytest.mark.parametrize(
@@ -349,10 +335,8 @@ class TestMonitoring:
             schedule = FreezeSchedule([Phase("head", until=Plateau(monitor, 2, "max")), Phase("*")])
             metrics = MetricLogger({"v": MeanMetric()}, inputs=lambda outputs, batch: (outputs["value"],))
             callbacks = [schedule, metrics] if first == "schedule" else [metrics, schedule]
-            if resume is None:
-                callbacks.append(ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, filename="{epoch}"))
-            run = trainer(callbacks=callbacks, max_epochs=9, enable_checkpointing=resume is None, **options)
-            run.fit(Saturating(), loader(), loader(4), ckpt_path=resume, weights_only=True if resume else None)
+            saving = [] if resume else [ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")]
+            fit(Saturating(), *callbacks, *saving, val=loader(4), resume=resume, max_epochs=9, **options)
             return schedule.history
 
         whole = history()
@@ -403,51 +387,42 @@ class InPlace(Metric):
         return self.total
 
 
-def fit_epochs(
-    make: Any, *, resume: Path | None = None, checkpoint: ModelCheckpoint | None = None, **options: Any
-) -> dict[int, dict[str, float]]:
+def fit_epochs(make: Any, *callbacks: Callback, **options: Any) -> dict[int, dict[str, float]]:
     torch.manual_seed(0)
-    epochs = Epochs()
-    callbacks = [MetricLogger(make()), epochs, *([checkpoint] if checkpoint else [])]
-    run = trainer(callbacks=callbacks, max_epochs=2, enable_checkpointing=checkpoint is not None, **options)
-    loaders = StatefulDataLoader(data(), batch_size=4), DataLoader(data(8), batch_size=4)
-    run.fit(Steps(), *loaders, ckpt_path=resume, weights_only=True if resume else None)
-    return epochs.train
+    return fit(Steps(), MetricLogger(make()), *callbacks, **{"max_epochs": 2, **options}).epochs
+
+
+def saving(folder: Path, filename: str = "{step}", **often: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(folder, save_top_k=-1, filename=filename, **often)
 
 
 class TestResume:
     @pytest.mark.parametrize("make", RESUMED.values(), ids=RESUMED)
     def test_resume_from_any_step_gives_the_same_values(self, tmp_path: Path, make: Any) -> None:
-        every = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-        expected = fit_epochs(make, checkpoint=every)
+        expected = fit_epochs(make, saving(tmp_path, every_n_train_steps=1))
         # Lightning itself loses an epoch on resuming from the step that ends one.
         for step in (1, 5, 8, 11):
             resumed = fit_epochs(make, resume=tmp_path / f"step={step}.ckpt")
             assert resumed == {epoch: values for epoch, values in expected.items() if epoch >= step // 6}
 
     def test_extremes_are_kept_between_epochs_without_the_sanity_check(self, tmp_path: Path) -> None:
-        def fit(**resume: Any) -> dict[int, dict[str, float]]:
+        def values(*saved: Callback, **options: Any) -> dict[int, dict[str, float]]:
             metric = MinMaxMetric(MeanMetric())
             callback = MetricLogger({"mean": metric}, inputs=lambda outputs, _: (outputs["value"],))
-            epochs, every = Epochs(), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
-            options = {"enable_checkpointing": True, "max_epochs": 3, "num_sanity_val_steps": 2}
-            run = trainer(callbacks=[callback, epochs, every], **options)
-            run.fit(Saturating(), StatefulDataLoader(data(), batch_size=4), loader(8), **resume)
-            return epochs.train
+            return fit(Saturating(), callback, *saved, max_epochs=3, num_sanity_val_steps=2, **options).epochs
 
-        whole = fit()
-        assert [values["val/min"] for values in whole.values()] == [6.0] * 3  # 0 in the sanity check
-        assert [values["val/max"] for values in whole.values()] == [6.0, 12.0, 18.0]
-        assert [values["train/min"] for values in whole.values()] == [0.0] * 3
-        assert fit(ckpt_path=tmp_path / "epoch=1.ckpt", weights_only=True) == {2: whole[2]}
+        whole = values(saving(tmp_path, "{epoch}"))
+        assert [epoch["val/min"] for epoch in whole.values()] == [6.0] * 3  # 0 in the sanity check
+        assert [epoch["val/max"] for epoch in whole.values()] == [6.0, 12.0, 18.0]
+        assert [epoch["train/min"] for epoch in whole.values()] == [0.0] * 3
+        assert values(resume=tmp_path / "epoch=1.ckpt") == {2: whole[2]}
 
     @pytest.mark.parametrize("middle", [True, False])
     def test_resume_with_other_processes_keeps_only_what_outlasts_an_epoch(
         self, tmp_path: Path, middle: bool, caplog: pytest.LogCaptureFixture
     ) -> None:
         often = {"every_n_train_steps": 3} if middle else {"every_n_epochs": 1, "save_on_train_epoch_end": True}
-        every = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}", **often)
-        expected = fit_epochs(lambda: {"m": MinMaxMetric(InPlace())}, checkpoint=every)
+        expected = fit_epochs(lambda: {"m": MinMaxMetric(InPlace())}, saving(tmp_path, **often))
         path = tmp_path / ("step=9.ckpt" if middle else "step=6.ckpt")
         checkpoint = torch.load(path, weights_only=True)
         (key,) = (key for key in checkpoint["callbacks"] if key.startswith("MetricLogger"))
@@ -461,56 +436,48 @@ class TestResume:
         assert last["train/max"] == expected[0]["train/max"] if middle else last == expected[1]
 
     def test_resume_with_more_processes_takes_the_state_of_the_first(self) -> None:
-        saving, loading = (MetricLogger({"m": MinMaxMetric(InPlace())}, stages=["train"]) for _ in range(2))
-        trainer(callbacks=[saving], max_epochs=1).fit(Steps(), loader(8))
+        first, third = (MetricLogger({"m": MinMaxMetric(InPlace())}, stages=["train"]) for _ in range(2))
+        run = fit(Steps(), first)
         checkpoint: dict[str, Any] = {"callbacks": {}}
-        saving.on_save_checkpoint(trainer(), Steps(), checkpoint)
-        third = SimpleNamespace(state=SimpleNamespace(fn="fit"), world_size=3, global_rank=2)
-        loading.on_load_checkpoint(third, Steps(), checkpoint)
-        (before,), (after,) = (callback._clones["train"] for callback in (saving, loading))
+        first.on_save_checkpoint(run, Steps(), checkpoint)
+        third.setup(run, Steps(), "fit")
+        of_three = SimpleNamespace(state=SimpleNamespace(fn="fit"), world_size=3, global_rank=2)
+        third.on_load_checkpoint(of_three, Steps(), checkpoint)
+        (before,), (after,) = (callback._clones["train"].clones for callback in (first, third))
         assert after["m"].max_val == before["m"].max_val > float("-inf")
 
     @pytest.mark.parametrize("stages", [["train"], ["val"]])
     def test_one_logger_a_stage_resumes_as_one_for_both(self, tmp_path: Path, stages: Any) -> None:
-        def fit(**resume: Any) -> dict[int, dict[str, float]]:
+        def values(*saved: Callback, **options: Any) -> dict[int, dict[str, float]]:
             others = [stage for stage in ("train", "val") if stage not in stages]
             loggers = [MetricLogger({"m": MinMaxMetric(InPlace())}, stages=each) for each in (stages, others)]
-            epochs, every = Epochs(), ModelCheckpoint(tmp_path, every_n_train_steps=8, filename="it")
-            callbacks = [*loggers, epochs, *([] if resume else [every])]
             torch.manual_seed(0)
-            run = trainer(callbacks=callbacks, max_epochs=2, enable_checkpointing=not resume)
-            run.fit(Steps(), StatefulDataLoader(data(), batch_size=4), loader(8), **resume)
-            return epochs.train
+            return fit(Steps(), *loggers, *saved, max_epochs=2, **options).epochs
 
-        whole = fit()
+        whole = values(ModelCheckpoint(tmp_path, every_n_train_steps=8, filename="it"))
         assert len(whole[1]) == 6
-        assert fit(ckpt_path=tmp_path / "it.ckpt", weights_only=True) == {1: whole[1]}
+        assert values(resume=tmp_path / "it.ckpt") == {1: whole[1]}
 
     def test_resume_after_the_last_validation_gives_the_same_values(self, tmp_path: Path) -> None:
-        last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, save_top_k=-1, filename="{epoch}")
-        expected = fit_epochs(RESUMED["accuracy"], checkpoint=last)
+        expected = fit_epochs(RESUMED["accuracy"], saving(tmp_path, "{epoch}", save_on_train_epoch_end=False))
         resumed = fit_epochs(RESUMED["accuracy"], resume=tmp_path / "epoch=0.ckpt")
         assert resumed[0]["train/acc"] == expected[0]["train/acc"]
         assert resumed[1] == expected[1]
 
     def test_resume_between_epochs_starts_empty(self, tmp_path: Path) -> None:
-        last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=True, save_top_k=-1, filename="{epoch}")
-        expected = fit_epochs(RESUMED["accuracy"], checkpoint=last)
+        expected = fit_epochs(RESUMED["accuracy"], saving(tmp_path, "{epoch}", save_on_train_epoch_end=True))
         assert fit_epochs(RESUMED["accuracy"], resume=tmp_path / "epoch=0.ckpt") == {1: expected[1]}
 
     def test_resume_with_a_metric_of_another_state_is_refused(self, tmp_path: Path) -> None:
-        every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-        fit_epochs(lambda: {"acc": tm.MulticlassRecall(3)}, checkpoint=every)
-        with pytest.raises(MisconfigurationException, match="'acc' that does not fit"):
-            fit_epochs(lambda: {"acc": tm.MulticlassAUROC(3)}, resume=tmp_path / "step=2.ckpt")
-        with pytest.raises(MisconfigurationException, match="'acc' that does not fit"):
-            fit_epochs(lambda: {"acc": tm.MulticlassRecall(5)}, resume=tmp_path / "step=2.ckpt")
+        fit_epochs(lambda: {"acc": tm.MulticlassRecall(3)}, saving(tmp_path, every_n_train_steps=2))
+        for other in (tm.MulticlassAUROC(3), tm.MulticlassRecall(5)):
+            with pytest.raises(MisconfigurationException, match="'acc' that does not fit"):
+                fit_epochs(lambda: {"acc": other}, resume=tmp_path / "step=2.ckpt")  # noqa: B023
 
     def test_resume_from_an_older_form_of_state_is_warned_of(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-        expected = fit_epochs(RESUMED["accuracy"], checkpoint=every)
+        expected = fit_epochs(RESUMED["accuracy"], saving(tmp_path, every_n_train_steps=2))
         path = tmp_path / "step=2.ckpt"
         checkpoint = torch.load(path, weights_only=True)
         (key,) = (key for key in checkpoint["callbacks"] if key.startswith("MetricLogger"))
@@ -536,12 +503,9 @@ class TestResume:
         self, tmp_path: Path, before: Any, now: Any, middle: bool, caplog: pytest.LogCaptureFixture
     ) -> None:
         often = {"every_n_train_steps": 4} if middle else {"every_n_epochs": 1}
-        every = ModelCheckpoint(tmp_path, filename="it", **often)
-        metrics = [MetricLogger(before)] if before else []
-        loaders = StatefulDataLoader(data(), batch_size=4), loader(8)
-        trainer(callbacks=[every, *metrics], max_epochs=1, enable_checkpointing=True).fit(Steps(), *loaders)
-        net, again = Steps(), trainer(callbacks=[MetricLogger(now)], max_epochs=2)
-        again.fit(net, *loaders, ckpt_path=tmp_path / "it.ckpt", weights_only=True)
+        fit(Steps(), saving(tmp_path, "it", **often), *([MetricLogger(before)] if before else []))
+        net = Steps()
+        again = fit(net, MetricLogger(now), resume=tmp_path / "it.ckpt", max_epochs=2)
         warned = [record.message for record in caplog.records if "epoch" in record.message]
         sentence = (
             "the checkpoint has no state of MetricLogger(stages=('train', 'val', 'test'), prefix='{stage}/') with the "
@@ -552,36 +516,23 @@ class TestResume:
 
     @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
     def test_resumed_epoch_without_a_batch_left_has_no_value(self, tmp_path: Path) -> None:
-        last = ModelCheckpoint(tmp_path, save_on_train_epoch_end=False, filename="it")
-        loaders = StatefulDataLoader(data(), batch_size=4), loader(8)
-        trainer(callbacks=[last], max_epochs=1, enable_checkpointing=True).fit(Steps(), *loaders)
-        epochs = Epochs()
-        resumed = trainer(
-            callbacks=[MetricLogger({"acc": acc(), "auroc": tm.MulticlassAUROC(3)}), epochs], max_epochs=2
-        )
-        resumed.fit(Steps(), *loaders, ckpt_path=tmp_path / "it.ckpt", weights_only=True)
-        assert [sorted(name for name in epochs.train[epoch] if name.startswith("train")) for epoch in (0, 1)] == [
-            [],
-            ["train/acc", "train/auroc"],
-        ]
+        fit(Steps(), saving(tmp_path, "it", save_on_train_epoch_end=False))
+        metrics = MetricLogger({"acc": acc(), "auroc": tm.MulticlassAUROC(3)}, stages=["train"])
+        epochs = fit(Steps(), metrics, resume=tmp_path / "it.ckpt", max_epochs=2).epochs
+        assert [epochs[epoch].keys() - {"val_loss"} for epoch in (0, 1)] == [set(), {"train/acc", "train/auroc"}]
 
     @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint")
     def test_resume_with_training_as_a_new_stage_is_warned_of(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
-        every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
         metrics = {"m": MinMaxMetric(acc())}
-        options = {"max_epochs": 1, "val_check_interval": 2}
-        loaders = StatefulDataLoader(data(), batch_size=4), loader(8)
-        first = [every, MetricLogger(metrics, stages=["val"])]
-        trainer(callbacks=first, enable_checkpointing=True, **options).fit(Steps(), *loaders)
-        resumed = trainer(callbacks=[MetricLogger(metrics)], **options)
-        resumed.fit(Steps(), *loaders, ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)
+        first = [saving(tmp_path, every_n_train_steps=2), MetricLogger(metrics, stages=["val"])]
+        fit(Steps(), *first, val_check_interval=2)
+        fit(Steps(), MetricLogger(metrics), resume=tmp_path / "step=4.ckpt", val_check_interval=2)
         assert "its metrics of epoch 0 cover only the rest of it" in caplog.text
 
     def test_test_of_a_mid_epoch_checkpoint_starts_empty(self, tmp_path: Path) -> None:
-        every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-        fit_epochs(RESUMED["accuracy"], checkpoint=every)
+        fit_epochs(RESUMED["accuracy"], saving(tmp_path, every_n_train_steps=2))
         net = Steps()
         run = trainer(callbacks=[MetricLogger({"acc": acc()})])
         (values,) = run.test(net, loader(8), ckpt_path=tmp_path / "step=2.ckpt", verbose=False)
@@ -591,24 +542,21 @@ class TestResume:
         callback = MetricLogger({"acc": acc()})
         for _ in range(2):
             net = Steps()
-            run = trainer(callbacks=[callback], max_epochs=1, limit_train_batches=2)
-            run.fit(net, loader(), loader(8))
+            run = fit(net, callback, limit_train_batches=2)
             assert run.callback_metrics["train/acc"] == net.expected(acc(), "train", 2)
 
     def test_checkpoint_loads_without_the_callback(self, tmp_path: Path) -> None:
-        every = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
-        fit_epochs(RESUMED["accuracy"], checkpoint=every)
-        run = trainer(max_epochs=1)
+        fit_epochs(RESUMED["accuracy"], saving(tmp_path, every_n_train_steps=2))
         with pytest.warns(UserWarning, match="callbacks used to create the checkpoint"):
-            run.fit(Steps(), StatefulDataLoader(data(), batch_size=4), ckpt_path=tmp_path / "step=2.ckpt")
+            fit(Steps(), resume=tmp_path / "step=2.ckpt")
 
 
 class TestTheModelKnowsNothing:
     def test_model_and_checkpoint_have_no_metric_in_them(self) -> None:
         plain, observed = Steps(), Steps()
-        trainer(max_epochs=1).fit(plain, loader(), loader(8))
+        fit(plain)
         before = snapshot(observed).keys()
-        trainer(max_epochs=1, callbacks=[MetricLogger({"acc": acc()})]).fit(observed, loader(), loader(8))
+        fit(observed, MetricLogger({"acc": acc()}))
         assert snapshot(observed).keys() == before
         assert [name for name, _ in observed.named_modules()] == [name for name, _ in plain.named_modules()]
         assert vars(observed).keys() == vars(plain).keys()
@@ -617,22 +565,22 @@ class TestTheModelKnowsNothing:
 
     def test_callback_pickles(self) -> None:
         callback = MetricLogger({"acc": acc()})
-        trainer(max_epochs=1, callbacks=[callback]).fit(Steps(), loader(), loader(8))
+        fit(Steps(), callback)
         pickle.loads(pickle.dumps(callback))
 
     def test_metric_that_was_given_is_never_updated(self) -> None:
         metric = acc()
         callback = MetricLogger({"acc": metric})
-        trainer(max_epochs=1, callbacks=[callback]).fit(Steps(), loader(), loader(8))
+        fit(Steps(), callback)
         assert metric.update_count == 0
         assert all(m.update_count == 0 for m in callback.metrics.values())
 
     def test_metrics_keep_no_graph(self) -> None:
         callback = MetricLogger({"auroc": tm.MulticlassAUROC(3), "mean": MeanMetric()}, inputs=inputs_with_graph)
-        trainer(max_epochs=1, callbacks=[callback]).fit(Steps(), loader(), loader(8))
+        fit(Steps(), callback)
         states = [
             tensor
-            for metric in callback._clones["train"][0].values()
+            for metric in callback._clones["train"].clones[0].values()
             for state in metric.metric_state.values()
             for tensor in (state if isinstance(state, list) else [state])
         ]
@@ -709,20 +657,15 @@ class TestErrors:
         ],
     )
     def test_metric_without_a_scalar_is_an_error(self, metric: Metric, message: str) -> None:
-        run = trainer(callbacks=[MetricLogger({"many": metric})], num_sanity_val_steps=2)
         with pytest.raises(ValueError, match=f"The metric 'many' computes {message}"):
-            run.fit(Steps(), loader(), loader(8))
+            fit(Steps(), MetricLogger({"many": metric}), num_sanity_val_steps=2)
 
     def test_two_loggers_of_one_name_are_refused(self) -> None:
-        callbacks = [MetricLogger(acc()), MetricLogger(acc(), stages=["val"], prefix="val/")]
+        val = MetricLogger(acc(), stages=["val"], prefix="val/")
         with pytest.raises(MisconfigurationException, match=r"log 'val/MulticlassAccuracy'.* prefix=\"other/"):
-            trainer(callbacks=callbacks).fit(Steps(), loader(), loader(8))
-        apart = [
-            MetricLogger(acc(), stages=["train", "test"]),
-            callbacks[1],
-            MetricLogger(acc(), prefix="other/{stage}/"),
-        ]
-        trainer(callbacks=apart, max_epochs=1).fit(Steps(), loader(), loader(8))
+            fit(Steps(), MetricLogger(acc()), val)
+        others = MetricLogger(acc(), stages=["train", "test"]), MetricLogger(acc(), prefix="other/{stage}/")
+        fit(Steps(), val, *others)
 
     @pytest.mark.parametrize(
         ("first", "second", "name"),
@@ -743,20 +686,17 @@ class TestErrors:
     def test_two_loggers_of_one_name_are_refused_when_values_show_it(
         self, first: Any, second: Any, name: str, swap: bool, stages: Any
     ) -> None:
-        callbacks = [MetricLogger(first, stages=stages), MetricLogger(second)]
-        net = Steps()
-        run = trainer(callbacks=callbacks[::-1] if swap else callbacks, num_sanity_val_steps=1)
+        net, callbacks = Steps(), [MetricLogger(first, stages=stages), MetricLogger(second)]
         with pytest.raises(MisconfigurationException, match=rf"Two MetricLoggers log '{stages[0]}/{name}'"):
-            run.fit(net, loader(), loader(8))
+            fit(net, *(callbacks[::-1] if swap else callbacks), num_sanity_val_steps=1)
         if stages == ("val",):
             assert net.seen["train"] == []
-        apart = [MetricLogger(first, stages=stages), MetricLogger(second, prefix="other/{stage}/")]
-        trainer(callbacks=apart, max_epochs=1).fit(Steps(), loader(), loader(8))
+        fit(Steps(), callbacks[0], MetricLogger(second, prefix="other/{stage}/"))
 
     def test_two_loggers_of_one_name_in_different_stages_work(self) -> None:
         callbacks = [MetricLogger(acc(), stages=[stage], prefix="") for stage in ("train", "val")]
         with pytest.raises(MisconfigurationException, match="Two MetricLoggers log 'MulticlassAccuracy'"):
-            trainer(callbacks=callbacks).fit(Steps(), loader(), loader(8))
+            fit(Steps(), *callbacks)
 
     @pytest.mark.parametrize("loaders", [1, 2])
     @pytest.mark.parametrize("name", ["acc", "max"])
@@ -767,10 +707,9 @@ class TestErrors:
                 return super().validation_step(batch, batch_idx, dataloader_idx)
 
         net, metrics = Logs(), {"acc": acc(), "extremes": MinMaxMetric(acc())}
-        run = trainer(callbacks=[MetricLogger(metrics)], num_sanity_val_steps=1)
         suffix = "/dataloader_idx_0" if loaders == 2 else ""
         with pytest.raises(MisconfigurationException) as caught:
-            run.fit(net, loader(), [loader(8)] * loaders)
+            fit(net, MetricLogger(metrics), val=[loader(8)] * loaders, num_sanity_val_steps=1)
         assert str(caught.value) == (
             f"MetricLogger logs 'val/{name}{suffix}', and so does self.log in validation_step; only one of the two "
             "values would show. Give one of them another name, such as MetricLogger(..., "
@@ -785,17 +724,15 @@ class TestErrors:
                 self.log("train/acc", 0.5, on_step=on_step, on_epoch=True)
                 return super().training_step(batch, batch_idx)
 
-        run = trainer(callbacks=[MetricLogger({"acc": acc()})])
         with pytest.raises(MisconfigurationException, match=r"'train/acc', and so does self\.log in training_step"):
-            run.fit(Logs(), loader(), loader(8))
+            fit(Logs(), MetricLogger({"acc": acc()}))
 
     def test_integer_value_is_logged_as_float(self) -> None:
         class Count(InPlace):
             def compute(self) -> Tensor:
                 return torch.tensor([self.update_count + 100_000])  # as tokens are counted
 
-        run = trainer(callbacks=[MetricLogger({"n": Count()})], max_epochs=1)
-        run.fit(Steps(), loader(), loader(8))
+        run = fit(Steps(), MetricLogger({"n": Count()}))
         assert run.callback_metrics["train/n"] == 100_006
 
 
@@ -830,9 +767,8 @@ class TestDicts:
     def test_scalars_of_a_dict_are_logged_and_the_rest_named_once(
         self, metrics: Any, names: set[str], left_out: str, caplog: pytest.LogCaptureFixture
     ) -> None:
-        run = trainer(callbacks=[MetricLogger(metrics)], max_epochs=2)
         with caplog.at_level("INFO", "lightning_freeze"):
-            run.fit(Steps(), loader(), loader(8))
+            run = fit(Steps(), MetricLogger(metrics), max_epochs=2)
         assert run.callback_metrics.keys() == {f"{stage}/{name}" for stage in ("train", "val") for name in names}
         assert [record.message for record in caplog.records if record.name.startswith("lightning_freeze")] == [
             f"MetricLogger logs scalars only, and leaves out what else metrics compute: {left_out}"
@@ -857,9 +793,7 @@ class TestDicts:
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_bar_shows_values_with_prog_bar(shown: bool) -> None:
-    callback = MetricLogger({"acc": acc()}, **({"prog_bar": True} if shown else {}))
-    run = trainer(callbacks=[callback], max_epochs=1)
-    run.fit(Steps(), loader(8), loader(8))
+    run = fit(Steps(), MetricLogger({"acc": acc()}, **({"prog_bar": True} if shown else {})))
     assert ({"train/acc", "val/acc"} <= run.progress_bar_metrics.keys()) is shown
 
 
@@ -876,21 +810,17 @@ class TestAfterAnException:
             return {**super().step(stage, batch, dataloader_idx), "value": value}
 
     def test_failing_sanity_check_keeps_the_resumed_state(self, tmp_path: Path) -> None:
-        def run(net: Steps, *callbacks: Any, resume: str | None = None, **options: Any) -> dict[int, dict[str, float]]:
+        def run(net: Steps, *callbacks: Callback, **options: Any) -> dict[int, dict[str, float]]:
             extremes = MetricLogger({"m": MinMaxMetric(MeanMetric())}, inputs=lambda outputs, _: (outputs["value"],))
-            epochs = Epochs()
-            fit = trainer(callbacks=[extremes, epochs, *callbacks], enable_checkpointing=True, **options)
-            loaders = StatefulDataLoader(data(8), batch_size=4), loader(8)
-            path = tmp_path / resume if resume else None
-            fit.fit(net, *loaders, ckpt_path=path, weights_only=True if resume else None)
-            return epochs.train
+            return fit(net, extremes, *callbacks, limit_train_batches=2, max_epochs=2, **options).epochs
 
-        whole = run(self.Fails(), ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}"), max_epochs=2)
-        failing, kept = self.Fails(), OnExceptionCheckpoint(tmp_path, "failed")
+        whole = run(self.Fails(), saving(tmp_path, "{epoch}"))
+        failing = self.Fails()
         failing.error = KeyboardInterrupt
+        kept = OnExceptionCheckpoint(tmp_path, "failed")
         with pytest.raises(SystemExit):
-            run(failing, kept, resume="epoch=0.ckpt", max_epochs=2, num_sanity_val_steps=2)
-        assert run(self.Fails(), resume="failed.ckpt", max_epochs=2) == {1: whole[1]}
+            run(failing, kept, resume=tmp_path / "epoch=0.ckpt", num_sanity_val_steps=2)
+        assert run(self.Fails(), resume=tmp_path / "failed.ckpt") == {1: whole[1]}
         assert [whole[epoch]["val/max"] for epoch in (0, 1)] == [2.0, 4.0]
 
     def test_values_after_an_exception_cover_what_was_seen_since(self) -> None:
@@ -913,18 +843,11 @@ def distributed(path: str) -> dict[str, Any]:
     results: dict[str, Any] = {}
     share = Subset(data(), range(dist.get_rank(), 24, 2))
     for label in ("whole", "resumed"):
-        net, epochs = Steps(), Epochs()
-        callbacks: list[Callback] = [MetricLogger({"acc": acc(), "auroc": tm.MulticlassAUROC(3)}), epochs]
-        if label == "whole":
-            callbacks.append(ModelCheckpoint(path, every_n_train_steps=5, save_top_k=-1, filename="{step}"))
-        run = trainer(
-            strategy="ddp",
-            devices=2,
-            callbacks=callbacks,
-            max_epochs=2,
-            enable_checkpointing=label == "whole",
-            use_distributed_sampler=False,
-        )
+        net = Steps()
+        callbacks: list[Callback] = [MetricLogger({"acc": acc(), "auroc": tm.MulticlassAUROC(3)}), epochs := Epochs()]
+        saves = [saving(Path(path), every_n_train_steps=5)] if label == "whole" else []
+        options = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False, "max_epochs": 2}
+        run = trainer(callbacks=[*callbacks, *saves], enable_checkpointing=label == "whole", **options)
         torch.manual_seed(0)
         resume = f"{path}/step=5.ckpt" if label == "resumed" else None
         run.fit(net, StatefulDataLoader(share, batch_size=4), DataLoader(share, batch_size=4), ckpt_path=resume)
