@@ -93,22 +93,23 @@ class NormLogger(Callback):
         self.per: Per = one_of("NormLogger", "per", per, get_args(Per))
         self.what: tuple[What, ...] = some_of("NormLogger", "what", what, get_args(What))
         self.nonfinite: tuple[str, ...] = ()
-        self._logged: dict[int, int] = {}
-        self._steps: dict[int, StepNorms] = {}
-        self._backwards = BackwardNorms()
+        self._steps: dict[int, StepNorms] = {}  # for each optimizer whose next step is logged
+        self._backwards = BackwardNorms()  # of the batch that runs
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse what cannot be measured rightly."""
         refuse_shards("NormLogger", trainer.strategy, fsdp2=True)
         refuse_without_hooks("NormLogger", trainer)
-        self.nonfinite, self._logged = (), {}
+        self.nonfinite = ()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Watch each optimizer whose next step is logged: the first one after so many batches that stepped."""
-        self._close()
-        for index, optimizer in enumerate(trainer.optimizers):
-            if self._tick(trainer, 1) > self._logged.setdefault(index, self._tick(trainer, 0)):
-                self._steps[index] = StepNorms(optimizer, self.what)
+        """Every so many batches that step, watch for each optimizer's next step, in whichever batch it comes."""
+        self._backwards = BackwardNorms()
+        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (logged_step(trainer) + 1) % every == 0:
+            for index, optimizer in enumerate(trainer.optimizers):
+                if index not in self._steps:
+                    self._steps[index] = StepNorms(optimizer, self.what)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """With manual optimization, see which gradients the user has clipped since they were measured."""
@@ -122,19 +123,20 @@ class NormLogger(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure gradients and weights."""
-        index = next(i for i, candidate in enumerate(trainer.optimizers) if candidate is optimizer)
+        step = self._steps.get(trainer.optimizers.index(optimizer))
         # LBFGS comes here several times in a step, a user with manual optimization several times in a batch.
-        if index in self._steps and not self._steps[index].norms:
-            self._logged[index] = self._tick(trainer, 1)
+        if step is not None and not step.norms:
             scale = loss_scale(trainer) if unscales_gradients(optimizer) else None
-            self._steps[index].begins(named_unique_parameters(pl_module), scale, self._backwards)
+            step.begins(named_unique_parameters(pl_module), scale, self._backwards)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Wait for the device and log."""
-        steps = self._close()
-        for step in steps.values():
+        for step in self._steps.values():
             step.end()
-        if norms := self._read(trainer, steps):
+        norms = self._read(trainer)
+        for index in norms:
+            self._steps.pop(index).close()
+        if norms:
             places = metric_places(named_unique_parameters(pl_module), self.per)
             several = len(trainer.optimizers) > 1
             metrics = {
@@ -146,36 +148,29 @@ class NormLogger(Callback):
             log_values(trainer, metrics)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remove the hooks of a batch that was left early."""
-        self._close()
+        """Remove the hooks."""
+        for step in self._steps.values():
+            step.close()
+        self._steps, self._backwards = {}, BackwardNorms()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Remove the hooks, and name what was not finite in the step that failed: often that is why."""
+        """Name what was not finite in the step that failed: often that is why."""
         with suppress(RuntimeError):  # the device itself may have failed
-            self._read(trainer, self._close())
+            self._read(trainer)
+        self.teardown(trainer, pl_module, "fit")
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to one fit in one process."""
-        return without_fit(self, _logged={}, _steps={}, _backwards=BackwardNorms())
+        return without_fit(self, _steps={}, _backwards=BackwardNorms())
 
     def _measures_backward(self, pl_module: LightningModule) -> bool:
         return not pl_module.automatic_optimization and "grad" in self.what and bool(self._steps)
 
-    def _tick(self, trainer: Trainer, ahead: int) -> int:
-        every = self.every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (logged_step(trainer) + ahead) // every if every else 0
-
-    def _close(self) -> dict[int, StepNorms]:
-        """End the batch and return what it has measured, for each optimizer that stepped."""
-        steps, self._steps, self._backwards = self._steps, {}, BackwardNorms()
-        for step in steps.values():
-            step.close()
-        return {index: step for index, step in steps.items() if step.norms}
-
-    def _read(self, trainer: Trainer, steps: dict[int, StepNorms]) -> dict[int, dict[str, dict[str, float]]]:
-        """Return each step's norms, with one wait for all, and say which gradients are not finite."""
-        values = iter(read([norms for step in steps.values() for norms in step.norms.values()]))
-        norms = {index: dict(zip(step.norms, values, strict=False)) for index, step in steps.items()}
+    def _read(self, trainer: Trainer) -> dict[int, dict[str, dict[str, float]]]:
+        """Return the norms of what has stepped, with one wait for all, and say which gradients are not finite."""
+        stepped = {index: step.norms for index, step in self._steps.items() if step.norms}
+        values = iter(read([norms for measured in stepped.values() for norms in measured.values()]))
+        norms = {index: dict(zip(measured, values, strict=False)) for index, measured in stepped.items()}
         if norms:  # two optimizers may hold one parameter
             bad = dict.fromkeys(name for one in norms.values() for name in nonfinite(one.get("grad", {})))
             self.nonfinite = tuple(bad)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,14 +66,12 @@ def nesterov(params: Any) -> torch.optim.Optimizer:
 
 
 def fit(
-    net: LightningModule, callback: NormLogger | None, samples: int = 24, data: Any = None, **options: Any
+    net: LightningModule, *callbacks: Callback, samples: int = 24, data: Any = None, resume: Any = None, **options: Any
 ) -> Recorder:
     recorder = Recorder()
     defaults = {"max_epochs": 1, "limit_val_batches": 0, "logger": recorder, "log_every_n_steps": 1}
-    others = options.pop("callbacks", [])
-    run = trainer(callbacks=[callback, *others] if callback else others, **{**defaults, **options})
-    run.fit(net, data or loader(samples))
-    recorder.trainer = run
+    recorder.trainer = trainer(callbacks=list(callbacks), **{**defaults, **options})
+    recorder.trainer.fit(net, data or loader(samples), ckpt_path=resume)
     return recorder
 
 
@@ -136,29 +133,26 @@ class TestValues:
         assert all(row["norm/grad_clipped"] == row["norm/grad"] for _, row in recorder.rows)
 
 
-class TestNames:
-    def names(self, net: LightningModule | None = None, **options: Any) -> set[str]:
-        recorder = fit(net or Plain(), NormLogger(**options), limit_train_batches=1)
-        return set(recorder.rows[0][1])
+ALL = {f"norm/{name}" for name in ("grad", "grad_clipped", "nonfinite_grads", "weight", "update", "update_ratio")}
 
-    ALL = {"grad", "grad_clipped", "nonfinite_grads", "weight", "update", "update_ratio"}  # noqa: RUF012
 
-    def test_total_logs_one_norm_of_each_quantity(self) -> None:
-        assert self.names() == {f"norm/{name}" for name in self.ALL}
-
-    def test_per_module_logs_each_module(self) -> None:
-        more = {f"norm/{name}/{m}" for name in self.ALL - {"nonfinite_grads"} for m in ("backbone", "neck", "head")}
-        assert self.names(per="module") == {f"norm/{name}" for name in self.ALL} | more
-
-    def test_per_parameter_logs_each_parameter(self) -> None:
-        names = [name for name, _ in Plain().named_parameters()]
-        more = {f"norm/{quantity}/{name}" for quantity in self.ALL - {"nonfinite_grads"} for name in names}
-        assert self.names(per="parameter") == {f"norm/{name}" for name in self.ALL} | more
-
-    def test_what_leaves_out_other_quantities(self) -> None:
-        assert self.names(what=("grad",)) == {"norm/grad", "norm/grad_clipped", "norm/nonfinite_grads"}
-        assert self.names(what=["weight"]) == {"norm/weight"}
-        assert self.names(what=("update",)) == {"norm/update", "norm/update_ratio"}
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ALL),
+        ({"what": ("grad",)}, {"norm/grad", "norm/grad_clipped", "norm/nonfinite_grads"}),
+        ({"what": ["weight"]}, {"norm/weight"}),
+        ({"what": ("update",)}, {"norm/update", "norm/update_ratio"}),
+        ({"per": "module"}, {"backbone", "neck", "head"}),
+        ({"per": "parameter"}, {name for name, _ in Plain().named_parameters()}),
+    ],
+    ids=str,
+)
+def test_what_and_per_choose_the_norms_that_are_logged(options: dict[str, Any], expected: set[str]) -> None:
+    if "per" in options:
+        expected = ALL | {f"{name}/{place}" for name in ALL - {"norm/nonfinite_grads"} for place in expected}
+    recorder = fit(Plain(), NormLogger(**options), limit_train_batches=1)
+    assert recorder.rows[0][1].keys() == expected
 
 
 class TestWhen:
@@ -180,23 +174,10 @@ class TestWhen:
     @pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6, 7])
     @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
     def test_resumed_fit_logs_at_the_same_steps(self, tmp_path: Path, stop: int) -> None:
-        fit(
-            Plain(),
-            NormLogger(every_n_steps=3),
-            max_steps=stop,
-            max_epochs=None,
-            enable_checkpointing=True,
-            callbacks=[ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1, filename="stop")],
-        )
-        recorder = Recorder()
-        run = trainer(
-            callbacks=[NormLogger(every_n_steps=3)],
-            logger=recorder,
-            limit_val_batches=0,
-            log_every_n_steps=1,
-            max_epochs=2,
-        )
-        run.fit(Plain(), loader(stateful=False), ckpt_path=tmp_path / "stop.ckpt")
+        saving = ModelCheckpoint(tmp_path, every_n_train_steps=1, filename="stop")
+        options = {"max_steps": stop, "max_epochs": None, "enable_checkpointing": True}
+        fit(Plain(), NormLogger(every_n_steps=3), saving, **options)
+        recorder = fit(Plain(), NormLogger(every_n_steps=3), resume=tmp_path / "stop.ckpt", max_epochs=2)
         assert all(step % 3 == 2 for step, _ in recorder.rows)
         assert recorder.rows[0][0] >= stop
 
@@ -360,10 +341,10 @@ class TwoOptimizers(Plain):
         for optimizer, parameters in zip(self.optimizers(), self.parts(), strict=True):
             optimizer.zero_grad()
             self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
-            row = {"before": norm(p.grad for p in parameters)}
+            row = {"grad": norm(p.grad for p in parameters)}
             if parameters[0] is self.neck.weight and self.clip:
                 nn.utils.clip_grad_norm_(parameters, self.clip)
-            row["after"] = norm(p.grad for p in parameters)
+            row["grad_clipped"] = norm(p.grad for p in parameters)
             self.seen.append(row)
             optimizer.step()
 
@@ -374,17 +355,25 @@ class TwoOptimizers(Plain):
         return [half_sgd(part) for part in self.parts()]
 
 
+def assert_shown(rows: list[dict[str, float]], seen: list[dict[str, float]]) -> None:
+    """Assert that each row shows what was seen of both optimizers in its batch."""
+    for index, row in enumerate(rows):
+        for which in (0, 1):
+            expected = seen[2 * index + which]
+            assert {name: row[f"norm/optimizer_{which}/{name}"] for name in expected} == pytest.approx(
+                expected, rel=1e-5
+            )
+
+
 class TestManualOptimization:
     def test_each_optimizer_logs_norms_around_clipping_by_hand(self) -> None:
         net = TwoOptimizers()
         rows = [row for _, row in fit(net, NormLogger(per="module")).rows]
         assert len(rows) == 6
-        for index, row in enumerate(rows):
-            for which in (0, 1):
-                seen = net.seen[2 * index + which]
-                assert row[f"norm/optimizer_{which}/grad"] == pytest.approx(seen["before"], rel=1e-5)
-                assert row[f"norm/optimizer_{which}/grad_clipped"] == pytest.approx(seen["after"], rel=1e-5)
-                assert row[f"norm/optimizer_{which}/update"] == pytest.approx(0.5 * seen["after"], rel=1e-3)
+        assert_shown(rows, net.seen)
+        for row in rows:
+            for which in ("norm/optimizer_0", "norm/optimizer_1"):
+                assert row[f"{which}/update"] == pytest.approx(0.5 * row[f"{which}/grad_clipped"], rel=1e-3)
             assert row["norm/optimizer_1/grad_clipped"] == pytest.approx(TwoOptimizers.clip, rel=1e-2)
             assert "norm/optimizer_0/grad/backbone" in row
             assert "norm/optimizer_1/grad/backbone" not in row
@@ -411,11 +400,7 @@ class TestManualOptimization:
         net = Together()
         rows = [row for _, row in fit(net, NormLogger()).rows]
         assert len(rows) == 6
-        for index, row in enumerate(rows):
-            for which in (0, 1):
-                seen = net.seen[2 * index + which]
-                shown = {name: row[f"norm/optimizer_{which}/{name}"] for name in seen}
-                assert shown == pytest.approx(seen, rel=1e-5)
+        assert_shown(rows, net.seen)
 
     def test_gradient_removed_before_the_step_does_not_count(self) -> None:
         class Forgets(TwoOptimizers):
@@ -494,50 +479,26 @@ class TestManualOptimization:
                 for _ in range(3):
                     first.zero_grad()
                     self.manual_backward(nn.functional.cross_entropy(self(batch[0]), batch[1]))
-                    self.seen.append({"before": norm(p.grad for p in self.backbone.parameters())})
+                    self.seen.append({"grad": norm(p.grad for p in self.backbone.parameters())})
                     first.step()
 
         net = Often()
         rows = fit(net, NormLogger()).rows
-        firsts = [seen["before"] for seen in net.seen[::3]]
+        firsts = [seen["grad"] for seen in net.seen[::3]]
         assert [row["norm/optimizer_0/grad"] for _, row in rows] == pytest.approx(firsts, rel=1e-5)
         assert [row["norm/optimizer_0/update"] for _, row in rows] == pytest.approx([0.5 * f for f in firsts], rel=1e-3)
 
 
-class TestNothingStaysBehind:
-    def leftovers(self, run: Trainer) -> int:
-        return sum(len(o._optimizer_step_post_hooks) + len(o._optimizer_step_pre_hooks) for o in run.optimizers)
+def test_no_hook_is_left_between_logged_steps() -> None:
+    counts: list[int] = []
 
-    def test_no_hook_is_left_after_a_fit(self) -> None:
-        net, plain, callback = Plain(), Plain(), NormLogger()
-        fit(plain, None)
-        recorder = fit(net, callback)
-        assert self.leftovers(recorder.trainer) == 0
-        assert vars(net).keys() == vars(plain).keys()
-        pickle.loads(pickle.dumps(callback))
-        copy.deepcopy(callback)
+    class Counts(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            (one,) = trainer.optimizers
+            counts.append(len(one._optimizer_step_post_hooks) + len(one._optimizer_step_pre_hooks))
 
-    def test_no_hook_is_left_between_logged_steps(self) -> None:
-        class Counts(Callback):
-            counts: list[int] = []  # noqa: RUF012
-
-            def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-                self.counts.append(TestNothingStaysBehind().leftovers(trainer))
-
-        fit(Plain(), NormLogger(), callbacks=[Counts()])
-        assert Counts.counts == [0] * 6
-
-    def test_no_hook_is_left_after_an_exception_in_the_step(self) -> None:
-        class Breaks(Plain):
-            def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
-                super().optimizer_step(epoch, batch_idx, optimizer, closure)
-                raise RuntimeError("broken")
-
-        callback = NormLogger()
-        run = trainer(callbacks=[callback], limit_val_batches=0, log_every_n_steps=1)
-        with pytest.raises(RuntimeError, match="broken"):
-            run.fit(Breaks(), loader())
-        assert self.leftovers(run) == 0
+    fit(Plain(), NormLogger(), Counts())
+    assert counts == [0] * 6
 
 
 class TestAfterAnException:
@@ -561,7 +522,7 @@ class TestAfterAnException:
         callback.nonfinite = ("head.bias",)
         seen = []
         look = Probe(start=lambda *_: seen.append(callback.nonfinite))
-        fit(Plain(), callback, callbacks=[look], limit_train_batches=1)
+        fit(Plain(), callback, look, limit_train_batches=1)
         assert seen == [()]
 
 
@@ -684,8 +645,4 @@ def test_clipped_gradients_in_a_shared_bucket_are_not_measured_again(tmp_path: P
     for rank in on_two_processes(clipped_between, tmp_path):
         for result in rank.values():
             assert len(result["rows"]) == 3
-            for index, row in enumerate(result["rows"]):
-                for which in (0, 1):
-                    seen = result["seen"][2 * index + which]
-                    shown = {name: row[f"norm/optimizer_{which}/{name}"] for name in seen}
-                    assert shown == pytest.approx(seen, rel=1e-5)
+            assert_shown(result["rows"], result["seen"])
