@@ -11,10 +11,10 @@ from torch.optim import Optimizer
 
 from lightning_freeze._lightning import Callback, LightningModule, Trainer, optimizers_of
 from lightning_freeze.audit.checks import At, Check, Moment
-from lightning_freeze.audit.findings import AuditError, Finding, Report, alike, described
+from lightning_freeze.audit.findings import AuditError, Report, alike, described, subject
 from lightning_freeze.audit.frozen_values import FrozenValues
 from lightning_freeze.audit.gradients import Gradients
-from lightning_freeze.audit.graphs import Graphs, container
+from lightning_freeze.audit.graphs import Graphs
 from lightning_freeze.audit.optimizers import Membership
 from lightning_freeze.audit.replicas import Replicas
 from lightning_freeze.freezing.strategies import refuse_shards
@@ -143,19 +143,17 @@ class GradientAudit(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check at the end of an audited epoch."""
-        if self._current().audited and self._is_due(trainer):
+        if self._is_due(trainer):
             self._check("epoch end")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check what is left, and log how it was."""
-        if self._current().audited:
-            self._check("train end")
+        self._check("train end")
         _log.info(self.report.summary)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Report gradients that were missing, which may have led to an error; leave nothing behind."""
         if self._fit is not None and self._fit.step is not None and isinstance(exception, Exception):
-            self._fit.end_step()
             self._check("exception", exception)
         self.teardown(trainer, pl_module, "fit")
 
@@ -178,23 +176,17 @@ class GradientAudit(Callback):
         checks = [check for check in fit.checks if at in check.moments]
         mine = [check.observe(now) for check in checks]
         by_rank = from_all(mine) if error is None else [mine]  # after an error, other processes may never answer
-        known, new = {_subject(finding) for finding in self.report}, dict[tuple[str, str], Finding]()
-        for check, facts in zip(checks, zip(*by_rank, strict=True), strict=True):
-            for finding in check.decide(now, facts):
-                if _subject(finding) not in known:
-                    new.setdefault(_subject(finding), finding)
-        self.report.extend(new.values())
+        facts = zip(*by_rank, strict=True)
+        found = [finding for check, of_it in zip(checks, facts, strict=True) for finding in check.decide(now, of_it)]
+        known = set(map(subject, self.report))
+        new = [finding for finding in found if subject(finding) not in known]
+        self.report += new
         self.report.parameters = len(now.parameters)
         self.report.checks += at not in ("epoch skipped", "train end", "exception")
         if new and self.on_violation == "raise" and error is None:
             raise AuditError(self.report)
-        for group in alike(new.values()):
+        for group in alike(new):
             _log.warning("audit, step %d: %s", group[0].step, described(group))
-
-
-def _subject(finding: Finding) -> tuple[str, str]:
-    """Return what of two findings only one is reported for."""
-    return finding.kind, container(finding.name)
 
 
 @dataclass

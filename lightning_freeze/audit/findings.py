@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -101,6 +102,21 @@ class AuditError(MisconfigurationException):
         self.report = report
 
 
+def subject(finding: Finding) -> tuple[str, str]:
+    """Return what of two findings only one is reported for."""
+    return finding.kind, container(finding.name)
+
+
+def container(way: str) -> str:
+    """Return the way to what a tensor is kept in: the same for all that is in one list or dict.
+
+    Example:
+        >>> container("self.outputs[31]['loss']"), container("self.last"), container("self.a[2]._base (… is a view)")
+        ('self.outputs', 'self.last', 'self.a')
+    """
+    return re.split(r"[\[{]|\._base ", way)[0]
+
+
 def alike(findings: Iterable[Finding]) -> list[list[Finding]]:
     """Return findings in groups of one kind, cause and fix."""
     groups: dict[tuple[str, str, str], list[Finding]] = {}
@@ -120,7 +136,7 @@ def merged(by_rank: Sequence[Sequence[Finding]]) -> list[Finding]:
     made: dict[tuple[str, str], dict[str, Finding]] = {}
     for rank, findings in enumerate(by_rank):
         for finding in findings:
-            made.setdefault((finding.kind, finding.name), {})[str(rank)] = finding
+            made.setdefault(subject(finding), {})[str(rank)] = finding
     found = []
     for ranks in made.values():
         first = next(iter(ranks.values()))

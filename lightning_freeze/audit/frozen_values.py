@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import StochasticWeightAveraging, WeightAveraging, callbacks_of, optimizers_of
-from lightning_freeze.audit.checks import At, Check, Moment
+from lightning_freeze.audit.checks import Check, Moment
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.freezing.batchnorm import has_running_statistics
 from lightning_freeze.freezing.eval_mode import is_held, wholly_frozen
@@ -28,9 +28,7 @@ _AVERAGERS = (WeightAveraging, StochasticWeightAveraging)
 class FrozenValues(Check):
     """Finds frozen parameters, and buffers of frozen modules, that move, and optimizers that step what is frozen."""
 
-    moments: tuple[At, ...] = (
-        *("phase start", "epoch start", "epoch skipped", "step end", "first steps end", "epoch end", "train end"),
-    )
+    moments = ("phase start", "epoch start", "epoch skipped", "step end", "first steps end", "epoch end", "train end")
 
     def __init__(self) -> None:
         self._seen: dict[str, Seen] = {}  # at the last look, which was at step `_since`

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import optimizers_of
-from lightning_freeze.audit.checks import At, Check, Moment
+from lightning_freeze.audit.checks import Check, Moment
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.uses import Uses, runs_in_python, watching
 from lightning_freeze.freezing.optimizers import members
@@ -63,7 +63,7 @@ class Facts:
 class Gradients(Check):
     """Finds trainable parameters without gradient in ``first_n_steps`` batches, and says what cuts them off."""
 
-    moments: tuple[At, ...] = ("phase start", "epoch start", "step end", "first steps end", "train end", "exception")
+    moments = ("phase start", "epoch start", "step end", "first steps end", "train end", "exception")
 
     def __init__(self, first_n_steps: int) -> None:
         self.waiting = False  # whether more batches have to be audited

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 import types
 import weakref
@@ -17,8 +16,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_freeze._lightning import Trainer, callbacks_of
-from lightning_freeze.audit.checks import At, Check, Moment
-from lightning_freeze.audit.findings import Finding
+from lightning_freeze.audit.checks import Check, Moment
+from lightning_freeze.audit.findings import Finding, container
 from lightning_freeze.audit.libraries import is_users
 from lightning_freeze.tensors import base_of
 
@@ -29,7 +28,7 @@ _SKIPPED = (str, bytes, int, float, complex, bool, type(None), type, range, torc
 class Graphs(Check):
     """Finds tensors that keep a graph, other than those that had one when the fit began, at ``start``."""
 
-    moments: tuple[At, ...] = ("phase start", "step end", "first steps end", "epoch end")
+    moments = ("phase start", "step end", "first steps end", "epoch end")
 
     def __init__(self, start: Moment) -> None:
         self._before = [weakref.ref(tensor) for tensor in tensors_with_graph(_roots(start)).values()]
@@ -72,16 +71,6 @@ def _finding(place: str, ways: list[str], step: int) -> Finding:
     cause = f"After the step {what} with a graph behind it, so all that the graph needs stays in memory."
     fix = "Keep loss.detach() instead, give metrics preds.detach(), or drop the tensor at the end of the step."
     return Finding("graph_kept", max(ways, key=lambda way: (len(way), way)), cause, fix, step)  # the last of them
-
-
-def container(way: str) -> str:
-    """Return the way to what a tensor is kept in: the same for all that is in one list or dict.
-
-    Example:
-        >>> container("self.outputs[31]['loss']"), container("self.last"), container("self.a[2]._base (… is a view)")
-        ('self.outputs', 'self.last', 'self.a')
-    """
-    return re.split(r"[\[{]|\._base ", way)[0]
 
 
 def by_design(module: nn.Module) -> set[int]:

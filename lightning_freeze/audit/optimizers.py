@@ -8,14 +8,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_freeze._lightning import optimizers_of
-from lightning_freeze.audit.checks import At, Check, Moment
+from lightning_freeze.audit.checks import Check, Moment
 from lightning_freeze.audit.findings import Finding
 
 
 class Membership(Check):
     """Finds trainable parameters that are in no optimizer, or in two places."""
 
-    moments: tuple[At, ...] = ("phase start", "epoch start")
+    moments = ("phase start", "epoch start")
 
     def observe(self, now: Moment) -> list[Finding]:
         """Return the findings of this process; without optimizers, the user steps by hand."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_freeze._lightning import DDPStrategy, averages_models
-from lightning_freeze.audit.checks import At, Check, Moment
+from lightning_freeze.audit.checks import Check, Moment
 from lightning_freeze.audit.findings import Finding
 from lightning_freeze.audit.frozen_values import FrozenValues
 from lightning_freeze.tensors import digest, has_values
@@ -20,7 +20,7 @@ class Replicas(Check):
     Buffers of a layer that trains differ rightly. ``late`` are the parameters that were frozen when DDP was set up.
     """
 
-    moments: tuple[At, ...] = ("first steps end", "epoch end")
+    moments = ("first steps end", "epoch end")
 
     def __init__(self, frozen: FrozenValues, late: Collection[str]) -> None:
         self._frozen, self._late = frozen, late

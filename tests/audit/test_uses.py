@@ -44,6 +44,7 @@ def test_watching_changes_no_result_and_no_random_number() -> None:
     [
         (lambda net, x: net.a(x), True, False, None),
         (lambda net, x: net.a(x).detach(), True, False, ".detach()"),
+        (lambda net, x: net.a(x).detach_(), True, False, ".detach_()"),
         (lambda net, x: (net.a(x) * 2).relu().data, True, False, ".data"),
         (lambda net, x: torch.detach(net.a(x)), True, False, ".detach()"),
         (lambda net, x: net.a(x).sum().tolist(), True, False, ".tolist()"),
