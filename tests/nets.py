@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, callbacks
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -32,6 +33,11 @@ def adamw(params: Any) -> torch.optim.Optimizer:
 
 def sgd(params: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(params, lr=1e-2, momentum=0.9, weight_decay=0.1)
+
+
+def half() -> MixedPrecision:
+    """Float16 whose loss scale is too high at first, so that steps are skipped."""
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=3))
 
 
 class Backbone(nn.Sequential):

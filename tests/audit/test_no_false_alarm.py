@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.plugins.precision import MixedPrecision
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -34,12 +33,7 @@ from lightning_freeze import (
 )
 from tests.audit.fits import Gan, Hooked, compiled, fit, found, no_gradients_in_checkpoint, swept
 from tests.followers import Student
-from tests.nets import Net, Probe, averaging, loader, sgd, trainer
-
-
-def half() -> MixedPrecision:
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=3))
-
+from tests.nets import Net, Probe, averaging, half, loader, sgd, trainer
 
 OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "plain": dict,

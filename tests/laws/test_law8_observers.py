@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torchmetrics.classification as tm
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from torchmetrics.wrappers import BootStrapper
@@ -28,7 +27,7 @@ from lightning_freeze import (
     Phase,
     TargetNetwork,
 )
-from tests.nets import Net, Probe, adamw, data, loader, same, sgd, snapshot, trainer
+from tests.nets import Net, Probe, adamw, data, half, loader, same, sgd, snapshot, trainer
 from tests.replicas import on_two_processes
 
 few_samples = pytest.mark.filterwarnings("ignore:No (positive|negative) samples in targets")
@@ -82,10 +81,6 @@ def observers() -> list[Callback]:
     metrics = {"acc": tm.MulticlassAccuracy(3), "auroc": tm.MulticlassAUROC(3), "draws": draws}
     norms = NormLogger(every_n_steps=1, per="parameter"), NormLogger(every_n_steps=2)
     return [GradientAudit(), *norms, MetricLogger(metrics)]
-
-
-def half() -> MixedPrecision:
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=3))
 
 
 def lbfgs(params: Any) -> torch.optim.Optimizer:
