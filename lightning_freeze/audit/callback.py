@@ -131,8 +131,7 @@ class GradientAudit(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note what requires grad for the backward."""
-        if self._fit is not None:
-            self._fit.note()
+        self._current().note()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Check after an audited batch."""
