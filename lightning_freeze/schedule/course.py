@@ -34,7 +34,7 @@ class Course:
         self.fit, self.trainer, self.phases = fit, trainer, fit.phases
         self._who, self._before, self._verbose = who, before, verbose
         self.progress = Progress()
-        self.looks = Looks(trainer, fit.ledger)
+        self.looks = Looks(trainer, fit.ledger, fit.phases)
         self._length = Length()  # how long the current phase is
         self._stepped = 0  # how often the user has stepped optimizers since the batch began
 
@@ -77,21 +77,21 @@ class Course:
 
     def begin_epoch(self) -> None:
         """Look at what the last epoch logged; begin the next phase if this one is over."""
-        self.looks.begin_epoch(self.progress, self.phases)
+        self.looks.begin_epoch(self.progress)
         self._move(self._asked(ask_function=True, epoch_begins=True))
         self.progress.seen, self._stepped = self.step, 0
         self._log_phase()
 
     def begin_batch(self, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
-        progress = self.progress
-        stepped, progress.seen, self._stepped = self.step != progress.seen, self.step, 0
+        progress, step = self.progress, self.step
+        stepped, progress.seen, self._stepped = step != progress.seen, step, 0
         # An accumulation window is open unless the last batch ended with a step.
         if progress.may_end_in_epoch and (stepped or batch_idx == 0) and self._move(self._asked(ask_function=stepped)):
             self._log_phase()
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logs = self.progress.phase.lr_scale is not None and self.trainer.loggers and every
+        logs = self.phases[progress.index].lr_scale is not None and self.trainer.loggers and every
         if logs and (logged_step(self.trainer) + 1) % every == 0:
             rates = self.fit.rates(self.progress.index)
             log_values(self.trainer, {f"freeze/lr/{select}": rate for select, rate in rates.items()}, monitored=False)
@@ -132,7 +132,7 @@ class Course:
         if progress.is_last:
             self._end_phase(progress.ended)
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.looks.check(progress, self.phases, range(len(self.phases)))
+            self.looks.check(progress, range(len(self.phases)))
         report.fit_ends(self.trainer, self.phases, progress)
 
     def agree(self) -> None:

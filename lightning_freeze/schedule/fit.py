@@ -80,8 +80,7 @@ class Fit:
     def state(self) -> list[dict[str, Any]]:
         """Return what the optimizers' own states do not have, for a checkpoint."""
         self.ledger.steps.suspend()
-        rates, states = self.schedulers.state(), [phased.state() for phased in self.optimizers]
-        return [{**state, "rates": own} for state, own in zip(states, rates, strict=True)] if rates else states
+        return [phased.state() | self.schedulers.state(phased.optimizer) for phased in self.optimizers]
 
     def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take over what :meth:`state` returned."""
@@ -89,7 +88,8 @@ class Fit:
             return
         for phased, state in zip(self.optimizers, states, strict=True):
             phased.load_state(state)
-        self.schedulers.saved = [dict(state["rates"]) for state in states if "rates" in state]
+            if "rates" in state:
+                self.schedulers.saved[phased.optimizer] = state["rates"]
 
     def rates(self, index: int) -> dict[str, float]:
         """Return the learning rates of what the phase scales and trains, by selector."""

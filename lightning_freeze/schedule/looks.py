@@ -31,6 +31,7 @@ class Looks:
 
     trainer: Trainer
     ledger: Ledger
+    phases: Sequence[Phase]
     validated_in: int | None = None  # the phase in which validation last ran
     epoch_over: bool = False  # whether an epoch has ended, and none has begun since
     by_validation: set[str] = field(default_factory=set)  # the names that validation has logged
@@ -74,27 +75,25 @@ class Looks:
         is_old = until.monitor in self.by_validation or value is self.earlier.get(until.monitor)
         return mean_over_ranks(self.trainer.strategy, None if is_old else value)
 
-    def begin_epoch(self, progress: Progress, phases: Sequence[Phase]) -> None:
+    def begin_epoch(self, progress: Progress) -> None:
         """Look at what training has logged in the epoch before; raise for a metric that nothing logs."""
         self._look(progress, self.epoch_value(progress), self.trainer.current_epoch - 1)
         progress.unlooked = None
         has_run = self.epoch_over and self.trainer.current_epoch > progress.history[-1][0]
         if has_run and (not self.trainer.enable_validation or self.validated_in == progress.index):
-            ahead = range(progress.index + 1, len(phases)) if not self.looked_ahead else ()
-            self.check(progress, phases, [progress.index, *ahead], progress.index)
+            ahead = range(progress.index + 1, len(self.phases)) if not self.looked_ahead else ()
+            self.check(progress, [progress.index, *ahead], progress.index)
             self.looked_ahead = True
         self.epoch_over = False
-        names = {phase.plateau.monitor for phase in phases if phase.plateau is not None}
+        names = {phase.plateau.monitor for phase in self.phases if phase.plateau is not None}
         self.earlier = {name: value for name, value in self.trainer.callback_metrics.items() if name in names}
 
-    def check(
-        self, progress: Progress, phases: Sequence[Phase], numbers: Iterable[int], current: int | None = None
-    ) -> None:
+    def check(self, progress: Progress, numbers: Iterable[int], current: int | None = None) -> None:
         """Raise for a plateau of the current phase that can never come, warn of one of another phase."""
         metrics = self.trainer.callback_metrics
         for number in numbers:
-            until = phases[number].plateau
-            if until is None or until.monitor in self.logged(progress, [phases[number]]):
+            phase, until = self.phases[number], self.phases[number].plateau
+            if until is None or until.monitor in self.logged(progress, [phase]):
                 continue
             logged = sorted(name for name in map(str, metrics) if not name.startswith("freeze/"))
             # With several dataloaders, and for each step and each epoch, Lightning puts something behind a name.
@@ -104,10 +103,10 @@ class Looks:
                 f"{next(iter(longer), suggestion(until.monitor, logged))} Logged are: {', '.join(logged) or 'none'}."
             )
             if number == current:
-                raise MisconfigurationException(f"Phase {phases[number].label!r} {missing}")
+                raise MisconfigurationException(f"Phase {phase.label!r} {missing}")
             _log.warning(
                 "%s %s If it is not logged in that phase either, the fit ends there with an error.",
-                *(numbered(phases, number), missing),
+                *(numbered(self.phases, number), missing),
             )
 
     def logged(self, progress: Progress, phases: Sequence[Phase]) -> list[str]:

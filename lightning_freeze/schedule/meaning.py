@@ -24,15 +24,8 @@ _TRAIN = "Phase(train={})"
 
 def asleep(module: nn.Module, phases: Sequence[Phase], came_frozen: Collection[int]) -> set[int]:
     """Return the identities of what came frozen and no phase names: ``"*"`` leaves it frozen."""
-    if not came_frozen:
-        return set()
-    named = {
-        id(parameter)
-        for phase in phases
-        for pattern in _named_patterns(phase)
-        for parameter in resolve(module, pattern, given=_TRAIN).values()
-    }
-    return set(came_frozen) - named
+    named = (keys for phase in phases for _, keys in _named(module, phase))
+    return set(came_frozen).difference(*named) if came_frozen else set()
 
 
 def phase_trains(
@@ -137,10 +130,11 @@ def what_came_frozen(
     return " ".join(sentences) or None
 
 
-def _named_patterns(phase: Phase) -> Iterator[str | Predicate]:
+def _named(module: nn.Module, phase: Phase) -> Iterator[tuple[str | Predicate, set[int]]]:
+    """Yield each pattern that names something, as ``"*"`` and ``"!…"`` do not, and the identities of what it names."""
     for pattern in as_patterns(phase.train):
         if not isinstance(pattern, str) or not (pattern == "*" or pattern.startswith("!")):
-            yield pattern
+            yield pattern, set(map(id, resolve(module, pattern, given=_TRAIN).values()))
 
 
 def _awake(asleep: Collection[int]) -> Predicate:
@@ -152,9 +146,9 @@ def _awake(asleep: Collection[int]) -> Predicate:
 
 
 def _check_named(module: nn.Module, phase: Phase, held: Mapping[int, str]) -> None:
-    for pattern in _named_patterns(phase) if held else ():
-        keepers = {held.get(id(parameter), "") for parameter in resolve(module, pattern, given=_TRAIN).values()}
-        if keepers and all(keeper.startswith("TargetNetwork") for keeper in keepers):
+    for pattern, keys in _named(module, phase) if held else ():
+        keepers = {held.get(key, "") for key in keys}
+        if all(keeper.startswith("TargetNetwork") for keeper in keepers):
             raise ValueError(
                 f"Phase {phase.label!r} would train what {keepers.pop().partition('{')[0]} keeps frozen: "
                 f"{selector_text(pattern)!r} selects nothing else. Leave it out of `train`."

@@ -51,7 +51,7 @@ class PhaseSchedulers:
         self, module: LightningModule, optimizers: Sequence[Optimizer], configs: list[LRSchedulerConfig]
     ) -> None:
         self.optimizers = optimizers
-        self.saved: list[Options] = []  # what a checkpoint holds of the phase's own, until they take it over
+        self.saved: dict[Optimizer, Options] = {}  # what a checkpoint holds of the phase's own, until they take it over
         self._module, self._configs = module, configs
         self._states = [copy.deepcopy(config.scheduler.state_dict()) for config in configs]
         self._rest: _Rates | None = None
@@ -82,7 +82,7 @@ class PhaseSchedulers:
         ``steps`` is how many the phase lasts at most, ``anew`` whether it begins here and now.
         """
         self.end()
-        saved, self.saved = self.saved, []
+        saved, self.saved = self.saved, {}
         if phase.lr_scheduler in (None, "restart"):
             if anew and phase.lr_scheduler == "restart":
                 for config, state in zip(self._first.configs, self._states, strict=True):
@@ -96,7 +96,7 @@ class PhaseSchedulers:
         self._configs[:] = self._own = scheduler_configs(self._module, made)
         for optimizer in self.optimizers:  # else torch warns where one is exchanged, which is seen in its first step
             vars(optimizer)["_opt_called"] = True
-        for optimizer, state in zip(self.optimizers, saved, strict=False):
+        for optimizer, state in saved.items():
             for config, own in zip(self._own_of(optimizer), state["schedulers"], strict=False):
                 config.scheduler.load_state_dict(own)
             _set_options({optimizer: state["options"]})
@@ -114,17 +114,12 @@ class PhaseSchedulers:
             vars(optimizer).update(traces)
         self._rest, self._own = None, []
 
-    def state(self) -> list[Options]:
-        """Return, for each optimizer, what a checkpoint has to hold of the phase's own schedulers; empty without."""
+    def state(self, optimizer: Optimizer) -> dict[str, Options]:
+        """Return what a checkpoint has to hold of the phase's own schedulers of an optimizer, empty without any."""
         if self._rest is None:
-            return self.saved
-        return [
-            {
-                "schedulers": [config.scheduler.state_dict() for config in self._own_of(optimizer)],
-                "options": _scheduled_options(optimizer),
-            }
-            for optimizer in self.optimizers
-        ]
+            return {"rates": self.saved[optimizer]} if optimizer in self.saved else {}
+        schedulers = [config.scheduler.state_dict() for config in self._own_of(optimizer)]
+        return {"rates": {"schedulers": schedulers, "options": _scheduled_options(optimizer)}}
 
     def as_the_users(self, checkpoint: dict[str, Any]) -> None:
         """Have a checkpoint hold the user's schedulers and options, as they rest."""

@@ -16,11 +16,9 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
-    LearningRateMonitor,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
@@ -402,27 +400,6 @@ def test_plateau_takes_no_value_from_checkpoints_or_validation_outside_the_fit(t
 
 
 # Other callbacks
-
-
-def test_phase_and_scaled_rates_are_logged_at_the_step_of_a_change(tmp_path: Path) -> None:
-    schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*", lr_scale={"backbone": 0.1}, steps=3), Phase("neck")])
-    net = Net(sgd, lambda o: lrs.ExponentialLR(o, 0.9))
-    callbacks = [schedule, LearningRateMonitor(log_momentum=True, log_weight_decay=True)]
-    run = trainer(tmp_path, callbacks=callbacks, max_epochs=3, logger=CSVLogger(tmp_path), log_every_n_steps=1)
-    run.fit(net, loader(), loader())
-    lines = (Path(run.log_dir) / "metrics.csv").read_text().splitlines()  # type: ignore[arg-type]
-    column = lines[0].split(",").index("freeze/phase")
-    steps = lines[0].split(",").index("step")
-    rows = [line.split(",") for line in lines[1:]]
-    logged = [(int(row[steps]), float(row[column])) for row in rows if row[column]]
-    assert logged == [(0, 0.0), (6, 1.0), (9, 2.0), (12, 2.0)]
-
-
-def test_scaled_rates_are_not_logged_where_no_step_is(tmp_path: Path) -> None:
-    phases = [Phase("*", lr_scale={"backbone": 0.1})]
-    run = trainer(callbacks=[FreezeSchedule(phases)], max_epochs=1, logger=CSVLogger(tmp_path), log_every_n_steps=0)
-    run.fit(Net(), loader())
-    assert "freeze/lr" not in (Path(str(run.log_dir)) / "metrics.csv").read_text()
 
 
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "WeightAveraging"])
