@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, SupportsFloat, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,9 +45,8 @@ def check_agreement(strategy: Strategy, tell: Callable[[], Mapping[str, Any]]) -
     )
 
 
-def mean_over_ranks(strategy: Strategy, value: SupportsFloat | None) -> float | None:
+def mean_over_ranks(strategy: Strategy, value: float | None) -> float | None:
     """Return the mean of a value over the ranks that have one, the same on every rank; None if no rank has one."""
-    value = None if value is None else float(value)
     if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
         return value
     pair = torch.tensor([0.0 if value is None else value, value is not None], dtype=torch.float64)

@@ -52,8 +52,7 @@ class Looks:
         self.by_validation |= new.keys()
         self.stale = {}  # which would keep what was logged alive
         if until is not None:
-            value = mean_over_ranks(self.trainer.strategy, new.get(until.monitor))
-            self._look(progress, value, self.trainer.current_epoch)
+            self._look(progress, self._mean(new.get(until.monitor)), self.trainer.current_epoch)
             self._make_way(progress, progress.plateau.why)
 
     def end_epoch(self, progress: Progress) -> None:
@@ -73,7 +72,7 @@ class Looks:
             return progress.unlooked
         value = self.trainer.callback_metrics.get(until.monitor)
         is_old = until.monitor in self.by_validation or value is self.earlier.get(until.monitor)
-        return mean_over_ranks(self.trainer.strategy, None if is_old else value)
+        return self._mean(None if is_old else value)
 
     def begin_epoch(self, progress: Progress) -> None:
         """Look at what training has logged in the epoch before; raise for a metric that nothing logs."""
@@ -114,6 +113,9 @@ class Looks:
         is_missing, metrics = self.trainer.strategy.reduce_boolean_decision, self.trainer.callback_metrics
         names = dict.fromkeys(phase.plateau.monitor for phase in phases if phase.plateau is not None)
         return [name for name in names if name in progress.logged or not is_missing(name not in metrics)]
+
+    def _mean(self, value: Any) -> float | None:
+        return mean_over_ranks(self.trainer.strategy, None if value is None else float(value))
 
     def _look(self, progress: Progress, value: float | None, epoch: int) -> None:
         until, begin = progress.phase.plateau, progress.history[-1][0]

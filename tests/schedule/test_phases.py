@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lightning_freeze import Phase, Plateau
 from lightning_freeze.schedule.phases import as_phases, describe
-from lightning_freeze.schedule.progress import Begin, Progress, walk
+from lightning_freeze.schedule.progress import walk
 
 ends = st.tuples(st.none() | st.integers(1, 4), st.none() | st.integers(1, 17)).filter(any)
 
@@ -105,23 +105,6 @@ def test_phase_is_immutable_and_takes_keywords_only() -> None:
 def test_slips_in_arguments_are_errors_with_the_right_name(build: Any, match: str) -> None:
     with pytest.raises(TypeError, match=match):
         build()
-
-
-@pytest.mark.parametrize(
-    ("phase", "epoch", "step", "why"),
-    [
-        (Phase("*", epochs=2), 2, 99, ""),
-        (Phase("*", epochs=2), 3, 10, "2 epochs"),
-        (Phase("*", epochs=1), 3, 10, "1 epoch"),
-        (Phase("*", steps=5), 99, 14, ""),
-        (Phase("*", steps=5), 1, 15, "5 steps"),
-        (Phase("*", epochs=2, steps=5), 3, 11, "2 epochs"),
-        (Phase("*"), 99, 999, ""),
-        (Phase("*", until=Plateau("x")), 99, 999, ""),
-    ],
-)
-def test_phase_is_over_after_its_epochs_or_steps(phase: Phase, epoch: int, step: int, why: str) -> None:
-    assert Progress([Begin(1, 10, 0)], phases=[phase]).over(epoch, step) == why
 
 
 def test_lr_scale_as_number_or_mapping() -> None:
