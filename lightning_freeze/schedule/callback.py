@@ -21,7 +21,7 @@ from lightning_freeze.schedule.plan import Plan
 from lightning_freeze.schedule.preset import Preset, as_schedule
 from lightning_freeze.schedule.preview import OptimizerLike, preview_table, schedule_text
 from lightning_freeze.schedule.progress import Begin, Progress
-from lightning_freeze.schedule.weights import restore, trained_so_far, weights_to_keep
+from lightning_freeze.schedule.weights import restore, weights_to_keep
 from lightning_freeze.tables import Table
 from lightning_freeze.words import one_of
 
@@ -66,6 +66,9 @@ class FreezeSchedule(Holder):
         Phase(train='head', epochs=2)
     """
 
+    _course: Course | None = None
+    _loaded: dict[str, Any] | None = None  # what a checkpoint has brought, until a hook takes it over
+
     def __init__(
         self,
         phases: Sequence[Phase | Mapping[str, Any]] | Preset,
@@ -78,11 +81,10 @@ class FreezeSchedule(Holder):
         self.frozen_mode = one_of("FreezeSchedule", "frozen_mode", frozen_mode, get_args(FrozenMode))
         self.optimizer_state = one_of("FreezeSchedule", "optimizer_state", optimizer_state, get_args(OptimizerState))
         self.verbose = verbose
-        self._course: Course | None = None
-        self._progress: Progress | None = None
-        self._optimizers: list[dict[str, Any]] = []  # of the last fit, for a checkpoint that is written after it
+        # Of the last fit, for a checkpoint that is written after it.
+        self._progress = Progress([])
+        self._optimizers: list[dict[str, Any]] = []
         self._trained: list[str] = []
-        self._loaded: dict[str, Any] | None = None  # what a checkpoint has brought
 
     def __repr__(self) -> str:
         return schedule_text(self)
@@ -90,7 +92,7 @@ class FreezeSchedule(Holder):
     @property
     def progress(self) -> Progress:
         """Where in the schedule the fit is, or the last one was."""
-        return self._course.progress if self._course is not None else self._progress or Progress([])
+        return self._course.progress if self._course is not None else self._progress
 
     @property
     def history(self) -> list[Begin]:
@@ -110,7 +112,10 @@ class FreezeSchedule(Holder):
     @property
     def trained(self) -> list[str]:
         """The names of what phases so far have trained, after the fit too: what a trainable-only file has to keep."""
-        return self._trained if self._course is None else trained_so_far(self._course.fit, self.history)
+        if self._course is None:
+            return self._trained
+        fit, begun = self._course.fit, {index for _, _, index in self.history}
+        return [name for name in fit.ledger.parameters if any(name in fit.resolved.trains[index] for index in begun)]
 
     @property
     def course(self) -> Course:
@@ -187,11 +192,11 @@ class FreezeSchedule(Holder):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save also a metric's value that no look has taken in yet, and weights that the module may leave out."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        state = checkpoint["callbacks"][self.state_key]
         if self._course is not None:
             self._course.fit.schedulers.as_the_users(checkpoint)
-            state.update(self._course.agreed())
-        state["trained"] = weights_to_keep(pl_module, trainer.strategy, self.trained)
+            self._course.agree()
+        trained = weights_to_keep(pl_module, trainer.strategy, self.trained)
+        checkpoint["callbacks"][self.state_key] = {**self.state_dict(), "trained": trained}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restore weights that a trainable-only checkpoint lacks; refuse what version 0.1.0 adopted."""
@@ -200,21 +205,16 @@ class FreezeSchedule(Holder):
             self._course.fit.schedulers.end()
         restore(checkpoint, checkpoint.get("callbacks", {}).get(self.state_key), pl_module)
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            report.refuse_rivals(trainer, FreezeSchedule)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resolve the schedule against the module and apply the phase, before anything is trained or restored."""
+        report.refuse_rivals(trainer, FreezeSchedule)
         if self.frozen_mode != "train":
             refuse_new_statistics(trainer, pl_module, type(self).__name__)
         super().on_fit_start(trainer, pl_module)
         is_fresh = self._loaded is not None or (trainer.current_epoch, trainer.global_step) == (0, 0)
         fit = begin_fit(self.phases, self.ledger, trainer, self.frozen_mode, self.optimizer_state, self.state_key)
         self.phases, self._optimizers, before = fit.phases, [], None if is_fresh else self._progress
-        self._course = Course(self.phases, fit, trainer, self.state_key, self.verbose, before)
+        self._course = Course(fit, trainer, self.state_key, before, verbose=self.verbose)
         self._course.begin(self._loaded)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,14 +229,14 @@ class FreezeSchedule(Holder):
         """Begin the next phase if this one is over."""
         if self._loaded is not None:
             self._restore()
-        if not self.course.begin_epoch():
-            super().on_train_epoch_start(trainer, pl_module)
+        self.course.begin_epoch()
+        super().on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over."""
         if self._loaded is not None:
             self._restore()
-        self.course.begin_batch(pl_module, batch_idx)
+        self.course.begin_batch(batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(
@@ -277,5 +277,4 @@ class FreezeSchedule(Holder):
         super()._close(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        progress = self._course.progress if self._course is not None else self._progress
-        return without_fit(self, _course=None, _optimizers=[], _progress=progress)
+        return without_fit(self, _optimizers=[], _progress=self.progress)

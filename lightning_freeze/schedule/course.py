@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_freeze._lightning import LightningModule, Trainer, callbacks_of, log_values, logged_step
+from lightning_freeze._lightning import Trainer, callbacks_of, log_values, logged_step
 from lightning_freeze.freezing.step_view import Scale
 from lightning_freeze.logs import get_logger
 from lightning_freeze.ranks import check_agreement, greatest
@@ -16,7 +15,7 @@ from lightning_freeze.schedule import report
 from lightning_freeze.schedule.fit import Fit
 from lightning_freeze.schedule.length import phase_length, refuse_unknown, steps_in_all, steps_per_epoch
 from lightning_freeze.schedule.looks import Looks, count_anew
-from lightning_freeze.schedule.phases import Phase, describe, function_name
+from lightning_freeze.schedule.phases import describe, function_name
 from lightning_freeze.schedule.progress import Progress, begin_or_go_on
 from lightning_freeze.schedule.rates import Length, planned_factor
 from lightning_freeze.schedule.weights import bring_back, movable, refuse_sharded
@@ -24,27 +23,26 @@ from lightning_freeze.schedule.weights import bring_back, movable, refuse_sharde
 _log = get_logger(__name__)
 
 
-@dataclass
 class Course:
-    """A schedule that moves on through its phases."""
+    """A schedule that moves on through its phases.
 
-    phases: Sequence[Phase]
-    fit: Fit
-    trainer: Trainer
-    who: str  # by which name the ledger knows the schedule
-    verbose: bool  # whether a line is logged for each phase that begins
-    before: Progress | None  # of the fit that this one goes on from
-    progress: Progress = field(default_factory=Progress)
-    looks: Looks = field(init=False)
-    length: Length = field(default_factory=Length)  # how long the current phase is
+    ``who`` is the name by which the ledger knows the schedule, ``before`` the progress of the fit that this one goes on
+    from; if ``verbose``, a line is logged for each phase that begins.
+    """
 
-    def __post_init__(self) -> None:
-        self.looks = Looks(self.trainer, self.fit.ledger)
+    def __init__(self, fit: Fit, trainer: Trainer, who: str, before: Progress | None, *, verbose: bool) -> None:
+        self.fit, self.trainer, self.phases = fit, trainer, fit.phases
+        self._who, self._before, self._verbose = who, before, verbose
+        self.progress = Progress()
+        self.looks = Looks(trainer, fit.ledger, fit.phases)
+        self._length = Length()  # how long the current phase is
+        self._stepped = 0  # how often the user has stepped optimizers since the batch began
 
     @property
     def step(self) -> int:
         """Optimizer steps taken, also those that ``trainer.global_step`` has missed."""
-        return self.trainer.global_step + self.progress.uncounted
+        step = self.trainer.global_step + self.progress.uncounted
+        return step + self._stepped if step == self.progress.seen else step
 
     def begin(self, saved: Mapping[str, Any] | None) -> None:
         """Find out which phase holds and apply it, before optimizers and loops are restored."""
@@ -52,6 +50,8 @@ class Course:
         report.refuse_averages(self.trainer, self.phases)
         self.fit.begin(self.trainer)
         self.fit.ledger.steps.before.insert(0, self._follow)
+        if not self.trainer.lightning_module.automatic_optimization:  # else Lightning counts every step
+            self.fit.ledger.steps.counted.append(self._count)
         self._find(saved)  # how many steps the fit takes is not known before the data is there
         self.apply(modes=False)
 
@@ -68,38 +68,30 @@ class Course:
             self.fit.load_state(saved.get("optimizers", []))
         self.fit.ledger.look_again()  # the module's own on_fit_start has run since
         self.apply()
-        self.fit.schedulers.begin(self.progress.phase, self.length.phase)
+        self.fit.schedulers.begin(self.progress.phase, self._length.phase)
 
     def start(self) -> None:
         """Begin the phase that holds if it is new; end the fit if the last phase was over."""
         self._tell_start()
-        if self.progress.ended:
-            self._end_fit(self.progress.ended)
         self._end_if_over()
 
-    def begin_epoch(self) -> bool:
-        """Look at what the last epoch logged; begin the next phase if this one is over, and return whether it was."""
-        self.looks.begin_epoch(self.progress, self.phases)
-        moved = self._move(self._asked(ask_function=True, epoch_begins=True))
-        self.progress.seen = self.step
+    def begin_epoch(self) -> None:
+        """Look at what the last epoch logged; begin the next phase if this one is over."""
+        self.looks.begin_epoch(self.progress)
+        self._move(self._asked(ask_function=True, epoch_begins=True))
+        self.progress.seen, self._stepped = self.step, 0
         self._log_phase()
-        return moved
 
-    def begin_batch(self, pl_module: LightningModule, batch_idx: int) -> None:
+    def begin_batch(self, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
-        automatic = pl_module.automatic_optimization
-        if not automatic or self.progress.may_end_in_epoch:
-            stepped = self.step != self.progress.seen
-            # Where the user steps, only a step in the last batch tells that no accumulation window is open.
-            closed = batch_idx % self.trainer.accumulate_grad_batches == 0 if automatic else stepped
-            if closed and self._move(self._asked(ask_function=stepped)):
-                self._log_phase()
-            self.progress.seen = self.step
-        if not automatic:
-            self.fit.stepped = (0, self.trainer.global_step)
+        progress, step = self.progress, self.step
+        stepped, progress.seen, self._stepped = step != progress.seen, step, 0
+        # An accumulation window is open unless the last batch ended with a step.
+        if progress.may_end_in_epoch and (stepped or batch_idx == 0) and self._move(self._asked(ask_function=stepped)):
+            self._log_phase()
         # As LearningRateMonitor does: after the batch a scheduler has gone on to the next step's rate.
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logs = self.phases[self.progress.index].lr_scale is not None and self.trainer.loggers and every
+        logs = self.phases[progress.index].lr_scale is not None and self.trainer.loggers and every
         if logs and (logged_step(self.trainer) + 1) % every == 0:
             rates = self.fit.rates(self.progress.index)
             log_values(self.trainer, {f"freeze/lr/{select}": rate for select, rate in rates.items()}, monitored=False)
@@ -109,7 +101,7 @@ class Course:
         steps = self.fit.ledger.steps
         if steps.begun:  # user code may have caught the error of one
             steps.reset()
-        if self.fit.stepped[0] and (uncounted := self.fit.uncounted(self.trainer.global_step)):
+        if self._stepped and (uncounted := self.step - self.trainer.global_step - self.progress.uncounted):
             if self.progress.uncounted == 0:
                 _log.warning(
                     "the optimizer is stepped past Lightning, as SAM's first_step() and second_step() do: "
@@ -131,23 +123,23 @@ class Course:
         self.looks.end_epoch(self.progress)
         self._end_if_over(epochs=1)
         if self.progress.ended and _may_stop(self.trainer):
-            self._end_last()
+            self._end_phase(self.progress.ended)
 
     def end(self) -> None:
         """End the last phase with the fit."""
         progress = self.progress
-        self.agreed()
-        self._end_last()
+        self.agree()
+        if progress.is_last:
+            self._end_phase(progress.ended)
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.looks.check(progress, self.phases, range(len(self.phases)))
+            self.looks.check(progress, range(len(self.phases)))
         report.fit_ends(self.trainer, self.phases, progress)
 
-    def agreed(self) -> dict[str, Any]:
-        """Return what of the progress the ranks have to agree on before it is saved."""
+    def agree(self) -> None:
+        """Have the ranks agree on the progress before it is saved."""
         progress = self.progress
         progress.unlooked, progress.logged = self.looks.epoch_value(progress), self.looks.logged(progress, self.phases)
         progress.asked = greatest(self.trainer.strategy, progress.asked) > 0
-        return {name: getattr(progress, name) for name in ("unlooked", "logged", "asked")}
 
     def apply(self, *, modes: bool = True) -> None:
         """Bring everything in line with the phase; doing it twice changes nothing."""
@@ -161,15 +153,17 @@ class Course:
                 "trains": [(name, tuple(p.shape)) for name, p in resolved.trains[index].items()],
             },
         )
-        self.fit.ledger.hold(self.who, resolved.holds[index])
+        self.fit.ledger.hold(self._who, resolved.holds[index])
         self.fit.ledger.settle(modes=modes)
-        self.length = phase_length(self.trainer, self.progress.phase, self.progress.history[-1][:2])
+        self._length = phase_length(self.trainer, self.progress.phase, self.progress.history[-1][:2])
         self.fit.apply(index, self.factor)
 
     def factor(self, scale: Scale) -> float:
         """Return the factor that a learning rate scale of the current phase is in the next step."""
-        step = self.step + self.fit.uncounted(self.trainer.global_step)
-        return planned_factor(scale, step - self.progress.history[-1][1], self.length)
+        return planned_factor(scale, self.step - self.progress.history[-1][1], self._length)
+
+    def _count(self, optimizer: Optimizer) -> None:
+        self._stepped += self.fit.ledger.has(optimizer)
 
     def _follow(self, optimizer: Optimizer) -> None:
         """Take over an optimizer that somebody has put in the place of another, before its first step."""
@@ -177,12 +171,13 @@ class Course:
         if not followed and self.fit.follow(self.trainer):
             _log.info("the Trainer's optimizers have been exchanged; the schedule goes on with the new ones")
             self.fit.apply(self.progress.index, self.factor)
-            self.fit.schedulers.begin(self.progress.phase, self.length.phase)
+            self.fit.schedulers.begin(self.progress.phase, self._length.phase)
 
     def _find(self, saved: Mapping[str, Any] | None, total: int | None = None) -> None:
+        self._stepped = 0
         self.progress = begin_or_go_on(
-            *(self.phases, self.before, saved, (self.trainer.current_epoch, self.trainer.global_step)),
-            lambda: steps_per_epoch(self.trainer),
+            *(self.phases, self._before, saved, (self.trainer.current_epoch, self.trainer.global_step)),
+            steps_per_epoch(self.trainer),
             total=total if any(phase.fraction is not None for phase in self.phases) else None,
             dry_run=bool(self.trainer.fast_dev_run),  # type: ignore[attr-defined]
         )
@@ -212,40 +207,35 @@ class Course:
         self._end_phase(why)
         progress.begin_next(epoch, self.step, why)
         self.apply()
-        self.fit.schedulers.begin(progress.phase, self.length.phase, anew=True)
+        self.fit.schedulers.begin(progress.phase, self._length.phase, anew=True)
         count_anew(self.trainer)
         self._tell_start()
         return True
 
     def _tell_start(self) -> None:
-        if self.verbose:
+        if self._verbose:
             report.phase_begins(self.phases, self.progress, self.fit)
         if not (self.progress.told or self.progress.ended):
             self.progress.told = True  # before the hooks: they may save, and restore
             self._call("on_phase_start")
 
     def _end_phase(self, why: str) -> None:
-        """End a phase that is over; ``why`` is empty if only the fit ends."""
-        watch = self.progress.plateau
+        """End the phase that has begun; ``why`` is empty if only the fit ends."""
+        progress, watch = self.progress, self.progress.plateau
+        if not progress.told:
+            return
         if why:
             if why == watch.why:
                 bring_back(watch.kept, movable(self.fit.ledger))
             watch.kept = {}
         self._call("on_phase_end")
-
-    def _end_last(self) -> None:
-        progress = self.progress
-        if progress.is_last and progress.told:
-            self._end_phase(progress.ended)
-            progress.told = not progress.ended
+        progress.told = not why
 
     def _end_if_over(self, *, epochs: int = 0) -> None:
         """End the fit if the last phase is over, ``epochs`` after the current one began."""
-        progress = self.progress
-        if not progress.is_last or progress.ended:
-            return
-        why = progress.over(self.trainer.current_epoch + epochs, self.step)
-        if why and (epochs or _window_is_closed(self.trainer, stepped=self.step != progress.seen)):
+        progress, epoch = self.progress, self.trainer.current_epoch + epochs
+        is_closed = progress.ended or epochs or self.step != progress.seen  # the accumulation window
+        if progress.is_last and is_closed and (why := progress.ended or progress.over(epoch, self.step)):
             self._end_fit(why)
 
     def _end_fit(self, why: str) -> None:
@@ -264,13 +254,6 @@ class Course:
         for owner in (*callbacks_of(self.trainer), pl_module):
             if callable(function := getattr(owner, hook, None)):
                 function(self.trainer, pl_module, phase)
-
-
-def _window_is_closed(trainer: Trainer, *, stepped: bool) -> bool:
-    """Return whether the batch that has run ended an accumulation window; where the user steps, ``stepped`` tells."""
-    if not trainer.lightning_module.automatic_optimization:
-        return stepped
-    return (trainer.fit_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
 
 
 def _may_stop(trainer: Trainer) -> bool:

@@ -39,15 +39,12 @@ class Fit:
     resolve: Callable[[Sequence[Phase]], Resolved]  # returns what phases mean for the module
     optimizers: list[PhasedOptimizer] = field(default_factory=list)
     checkpoints: CheckpointsByName | None = None
-    stepped: tuple[int, int] = (0, 0)  # optimizer steps since the batch began, and `trainer.global_step` then
 
     def begin(self, trainer: Trainer) -> None:
         """Take the Trainer's optimizers under the schedule."""
         self.follow(trainer)
         if isinstance(trainer.strategy, SHARDED):
             self.checkpoints = CheckpointsByName(trainer.strategy, self.ledger.parameters, self.ledger.steps.paused)
-        if not trainer.lightning_module.automatic_optimization:  # else Lightning counts every step
-            self.ledger.steps.counted.append(self._count)
 
     def take_steps(self, trainer: Trainer) -> None:
         """Take the phases that depend on how many optimizer steps the fit takes, now that its data is there."""
@@ -57,7 +54,7 @@ class Fit:
     def follow(self, trainer: Trainer) -> bool:
         """Take optimizers over that somebody has put in the place of others; return whether there were any."""
         optimizers = optimizers_of(trainer)
-        if list(map(id, optimizers)) == [id(phased.optimizer) for phased in self.optimizers]:
+        if optimizers == [phased.optimizer for phased in self.optimizers]:
             return False
         self._release_optimizers()
         self.schedulers = _schedulers(trainer)
@@ -83,8 +80,7 @@ class Fit:
     def state(self) -> list[dict[str, Any]]:
         """Return what the optimizers' own states do not have, for a checkpoint."""
         self.ledger.steps.suspend()
-        rates, states = self.schedulers.state(), [phased.state() for phased in self.optimizers]
-        return [{**state, "rates": own} for state, own in zip(states, rates, strict=True)] if rates else states
+        return [phased.state() | self.schedulers.state(phased.optimizer) for phased in self.optimizers]
 
     def load_state(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Take over what :meth:`state` returned."""
@@ -92,12 +88,8 @@ class Fit:
             return
         for phased, state in zip(self.optimizers, states, strict=True):
             phased.load_state(state)
-        self.schedulers.saved = [dict(state["rates"]) for state in states if "rates" in state]
-
-    def uncounted(self, step: int) -> int:
-        """Return the steps since the batch began if ``trainer.global_step`` has counted none of them."""
-        steps, before = self.stepped
-        return steps if step == before else 0
+            if "rates" in state:
+                self.schedulers.saved[phased.optimizer] = state["rates"]
 
     def rates(self, index: int) -> dict[str, float]:
         """Return the learning rates of what the phase scales and trains, by selector."""
@@ -127,10 +119,6 @@ class Fit:
             phased.release()
         self.optimizers = []
 
-    def _count(self, optimizer: Optimizer) -> None:
-        if self.ledger.has(optimizer):
-            self.stepped = (self.stepped[0] + 1, self.stepped[1])
-
     def _to_adopt(self, optimizers: Sequence[Optimizer]) -> dict[str, nn.Parameter]:
         parameters, strategy = self.ledger.parameters, self.ledger.strategy
         held, ours = {id(p): p for p in members(optimizers)}, set(map(id, parameters.values()))
@@ -159,7 +147,7 @@ class Fit:
                 "the optimizer in configure_optimizers; a phase says from when on they train."
             )
         # What came trainable was left out by the user, not by a filter.
-        say = _log.info if keys <= self.resolved.came_frozen else _log.warning
+        say = _log.info if keys <= self.ledger.came_frozen else _log.warning
         say(
             "the schedule trains %d parameters that the optimizer was not given; it takes them into its first group: "
             '%s. To leave them out, take them away: Phase(["*", %s]).',

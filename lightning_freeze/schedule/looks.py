@@ -15,7 +15,7 @@ from lightning_freeze.logs import get_logger
 from lightning_freeze.ranks import mean_over_ranks
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.progress import Progress, numbered
-from lightning_freeze.schedule.weights import keep
+from lightning_freeze.schedule.weights import movable
 from lightning_freeze.words import suggestion
 
 _log = get_logger(__name__)
@@ -31,6 +31,7 @@ class Looks:
 
     trainer: Trainer
     ledger: Ledger
+    phases: Sequence[Phase]
     validated_in: int | None = None  # the phase in which validation last ran
     epoch_over: bool = False  # whether an epoch has ended, and none has begun since
     by_validation: set[str] = field(default_factory=set)  # the names that validation has logged
@@ -51,7 +52,7 @@ class Looks:
         self.by_validation |= new.keys()
         self.stale = {}  # which would keep what was logged alive
         if until is not None:
-            self._look(progress, self._agreed(new.get(until.monitor)), self.trainer.current_epoch)
+            self._look(progress, self._mean(new.get(until.monitor)), self.trainer.current_epoch)
             self._make_way(progress, progress.plateau.why)
 
     def end_epoch(self, progress: Progress) -> None:
@@ -59,12 +60,10 @@ class Looks:
         epoch = self.trainer.current_epoch
         self.epoch_over = epoch > progress.last_epoch  # a fit with max_steps that resumes ends an epoch once more
         progress.last_epoch = epoch
-        until = progress.phase.plateau
-        if until is not None and stoppers(self.trainer, until.monitor):
-            foreseen, value = replace(progress.plateau), self.epoch_value(progress)
-            if value is not None:
-                foreseen.look(until, value)
-            self._make_way(progress, foreseen.why)
+        foreseen, until = replace(progress.plateau), progress.phase.plateau
+        if until is not None and (value := self.epoch_value(progress)) is not None:
+            foreseen.look(until, value)
+        self._make_way(progress, foreseen.why)
 
     def epoch_value(self, progress: Progress) -> float | None:
         """Return the metric's value that the next epoch's start will look at, the same on all ranks."""
@@ -73,25 +72,27 @@ class Looks:
             return progress.unlooked
         value = self.trainer.callback_metrics.get(until.monitor)
         is_old = until.monitor in self.by_validation or value is self.earlier.get(until.monitor)
-        return self._agreed(None if is_old else value)
+        return self._mean(None if is_old else value)
 
-    def begin_epoch(self, progress: Progress, phases: Sequence[Phase]) -> None:
+    def begin_epoch(self, progress: Progress) -> None:
         """Look at what training has logged in the epoch before; raise for a metric that nothing logs."""
         self._look(progress, self.epoch_value(progress), self.trainer.current_epoch - 1)
         progress.unlooked = None
-        self.check(progress, phases, self._due(progress, len(phases)), progress.index)
+        has_run = self.epoch_over and self.trainer.current_epoch > progress.history[-1][0]
+        if has_run and (not self.trainer.enable_validation or self.validated_in == progress.index):
+            ahead = range(progress.index + 1, len(self.phases)) if not self.looked_ahead else ()
+            self.check(progress, [progress.index, *ahead], progress.index)
+            self.looked_ahead = True
         self.epoch_over = False
-        names = {phase.plateau.monitor for phase in phases if phase.plateau is not None}
+        names = {phase.plateau.monitor for phase in self.phases if phase.plateau is not None}
         self.earlier = {name: value for name, value in self.trainer.callback_metrics.items() if name in names}
 
-    def check(
-        self, progress: Progress, phases: Sequence[Phase], numbers: Iterable[int], current: int | None = None
-    ) -> None:
+    def check(self, progress: Progress, numbers: Iterable[int], current: int | None = None) -> None:
         """Raise for a plateau of the current phase that can never come, warn of one of another phase."""
         metrics = self.trainer.callback_metrics
         for number in numbers:
-            until = phases[number].plateau
-            if until is None or until.monitor in self.logged(progress, [phases[number]]):
+            phase, until = self.phases[number], self.phases[number].plateau
+            if until is None or until.monitor in self.logged(progress, [phase]):
                 continue
             logged = sorted(name for name in map(str, metrics) if not name.startswith("freeze/"))
             # With several dataloaders, and for each step and each epoch, Lightning puts something behind a name.
@@ -101,10 +102,10 @@ class Looks:
                 f"{next(iter(longer), suggestion(until.monitor, logged))} Logged are: {', '.join(logged) or 'none'}."
             )
             if number == current:
-                raise MisconfigurationException(f"Phase {phases[number].label!r} {missing}")
+                raise MisconfigurationException(f"Phase {phase.label!r} {missing}")
             _log.warning(
                 "%s %s If it is not logged in that phase either, the fit ends there with an error.",
-                *(numbered(phases, number), missing),
+                *(numbered(self.phases, number), missing),
             )
 
     def logged(self, progress: Progress, phases: Sequence[Phase]) -> list[str]:
@@ -113,26 +114,11 @@ class Looks:
         names = dict.fromkeys(phase.plateau.monitor for phase in phases if phase.plateau is not None)
         return [name for name in names if name in progress.logged or not is_missing(name not in metrics)]
 
-    def _agreed(self, value: Any) -> float | None:
+    def _mean(self, value: Any) -> float | None:
         return mean_over_ranks(self.trainer.strategy, None if value is None else float(value))
 
-    def _due(self, progress: Progress, phases: int) -> list[int]:
-        """Return the phases, of so many, whose metric should have been logged by now, or could have been.
-
-        The current one is due when every loop that could log its metric has run in it, later ones after an epoch.
-        """
-        if not self.epoch_over:  # in this process none has run
-            return []
-        index, validates = progress.index, self.trainer.enable_validation
-        has_run = self.trainer.current_epoch > progress.history[-1][0]
-        due = [index] if has_run and (not validates or self.validated_in == index) else []
-        if not self.looked_ahead and (not validates or self.validated_in is not None):
-            self.looked_ahead = True
-            due += range(index + 1, phases)
-        return due
-
     def _look(self, progress: Progress, value: float | None, epoch: int) -> None:
-        until = progress.phase.plateau
+        until, begin = progress.phase.plateau, progress.history[-1][0]
         if until is None or value is None:
             return
         if not math.isfinite(value) and self.warned_in != progress.index:
@@ -142,8 +128,9 @@ class Looks:
                 *(numbered(progress.phases, progress.index), until.monitor, value),
                 *(self.trainer.current_epoch, self.trainer.global_step),
             )
-        if progress.look(until, value, epoch) and until.restore_best:
-            progress.plateau.kept = keep(self.ledger)
+        if progress.plateau.look(until, value, early=epoch - begin < until.min_epochs) and until.restore_best:
+            now = movable(self.ledger).items()
+            progress.plateau.kept = {name: tensor.detach().to("cpu", copy=True) for name, tensor in now}
 
     def _make_way(self, progress: Progress, why: str) -> None:
         """Have EarlyStopping of the same metric not end the fit at the look at which only a phase ends."""

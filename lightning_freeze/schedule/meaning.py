@@ -24,15 +24,8 @@ _TRAIN = "Phase(train={})"
 
 def asleep(module: nn.Module, phases: Sequence[Phase], came_frozen: Collection[int]) -> set[int]:
     """Return the identities of what came frozen and no phase names: ``"*"`` leaves it frozen."""
-    if not came_frozen:
-        return set()
-    named = {
-        id(parameter)
-        for phase in phases
-        for pattern in _named_patterns(phase)
-        for parameter in resolve(module, pattern, given=_TRAIN).values()
-    }
-    return set(came_frozen) - named
+    named = (keys for phase in phases for _, keys in _named(module, phase))
+    return set(came_frozen).difference(*named) if came_frozen else set()
 
 
 def phase_trains(
@@ -65,23 +58,6 @@ def phase_trains(
     return left
 
 
-def phase_scales(module: nn.Module, phase: Phase, owner: Mapping[str, Any] | None = None) -> dict[int, float | Ramp]:
-    """Return the learning rate scale of each parameter that has one in a phase, by identity.
-
-    ``owner`` is what :func:`scale_owners` returns, if it is known.
-    """
-    if not phase.scales:
-        return {}
-    parameters, owner = named_unique_parameters(module), scale_owners(module, phase) if owner is None else owner
-    scales = {select: one if isinstance(one, Ramp) else float(one) for select, one in phase.scales.items()}
-    return {id(parameters[name]): scales[select] for name, select in owner.items()}
-
-
-def scale_owners(module: nn.Module, phase: Phase) -> dict[str, Any]:
-    """Return, for each parameter that ``lr_scale`` names, the selector that holds."""
-    return overlay(module, list(phase.scales), given="Phase(lr_scale={{{}: …}})")
-
-
 def eval_modules(module: nn.Module, trains: Collection[int], mode: FrozenMode) -> list[nn.Module]:
     """Return the modules that run in eval mode while only ``trains`` trains, see :class:`FreezeSchedule`."""
     frozen = wholly_frozen(module, trains) if mode != "train" else []
@@ -92,8 +68,6 @@ def eval_modules(module: nn.Module, trains: Collection[int], mode: FrozenMode) -
 class Resolved:
     """What each phase means for one module."""
 
-    came_frozen: set[int]  # the identities of what was frozen when the fit began
-    held: set[int]  # those of what another callback keeps frozen in every phase
     trains: list[dict[str, nn.Parameter]]  # for each phase, what trains, by name
     scales: list[dict[int, float | Ramp]]  # for each phase, the learning rate scales, by identity
     scaled: list[dict[str, nn.Parameter]]  # for each phase, the first that trains of each selector of its scales
@@ -113,21 +87,24 @@ def resolve_phases(
 
     ``held`` tells who keeps a parameter frozen in every phase; the modes of ``left_alone`` are other holders'.
     """
-    sleeping = asleep(module, phases, came_frozen)
-    trains = [phase_trains(module, phase, sleeping, held) for phase in phases]
-    everything, holds, scaled, scales = frozenset(map(id, module.parameters())), [], [], []
-    for phase, selected in zip(phases, trains, strict=True):
-        active = frozenset(map(id, selected.values()))
+    sleeping, resolved = asleep(module, phases, came_frozen), Resolved([], [], [], [])
+    parameters = named_unique_parameters(module)
+    everything = frozenset(map(id, parameters.values()))
+    for phase in phases:
+        trains = phase_trains(module, phase, sleeping, held)
+        active = frozenset(map(id, trains.values()))
         stay = [child for child in eval_modules(module, active, mode) if child not in left_alone]
-        holds.append(Hold(everything - active, tuple(stay), active))
-        owner = scale_owners(module, phase)
-        owners = [(name, select) for name, select in owner.items() if name in selected]
+        owner = overlay(module, list(phase.scales), given="Phase(lr_scale={{{}: …}})")
+        owners = [(name, select) for name, select in owner.items() if name in trains]
         if phase.scales and not owners:
             named = listed(map(selector_text, phase.scales))
             raise ValueError(f"Phase {phase.label!r} trains nothing that its lr_scale names ({named}): train it, too.")
-        scaled.append({selector_text(select): selected[name] for name, select in reversed(owners)})
-        scales.append(phase_scales(module, phase, owner))
-    return Resolved(came_frozen, set(held), trains, scales, scaled, holds)
+        factors = {select: one if isinstance(one, Ramp) else float(one) for select, one in phase.scales.items()}
+        resolved.trains.append(trains)
+        resolved.scales.append({id(parameters[name]): factors[select] for name, select in owner.items()})
+        resolved.scaled.append({selector_text(select): trains[name] for name, select in reversed(owners)})
+        resolved.holds.append(Hold(everything - active, tuple(stay), active))
+    return resolved
 
 
 def what_came_frozen(
@@ -153,10 +130,11 @@ def what_came_frozen(
     return " ".join(sentences) or None
 
 
-def _named_patterns(phase: Phase) -> Iterator[str | Predicate]:
+def _named(module: nn.Module, phase: Phase) -> Iterator[tuple[str | Predicate, set[int]]]:
+    """Yield each pattern that names something, as ``"*"`` and ``"!…"`` do not, and the identities of what it names."""
     for pattern in as_patterns(phase.train):
         if not isinstance(pattern, str) or not (pattern == "*" or pattern.startswith("!")):
-            yield pattern
+            yield pattern, set(map(id, resolve(module, pattern, given=_TRAIN).values()))
 
 
 def _awake(asleep: Collection[int]) -> Predicate:
@@ -168,9 +146,9 @@ def _awake(asleep: Collection[int]) -> Predicate:
 
 
 def _check_named(module: nn.Module, phase: Phase, held: Mapping[int, str]) -> None:
-    for pattern in _named_patterns(phase) if held else ():
-        keepers = {held.get(id(parameter), "") for parameter in resolve(module, pattern, given=_TRAIN).values()}
-        if keepers and all(keeper.startswith("TargetNetwork") for keeper in keepers):
+    for pattern, keys in _named(module, phase) if held else ():
+        keepers = {held.get(key, "") for key in keys}
+        if all(keeper.startswith("TargetNetwork") for keeper in keepers):
             raise ValueError(
                 f"Phase {phase.label!r} would train what {keepers.pop().partition('{')[0]} keeps frozen: "
                 f"{selector_text(pattern)!r} selects nothing else. Leave it out of `train`."

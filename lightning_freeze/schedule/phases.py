@@ -68,20 +68,6 @@ class Plateau:
         if not isinstance(self.restore_best, bool):
             raise TypeError(f"Plateau(restore_best={self.restore_best!r}): restore_best is True or False.")
 
-    def better(self, value: float, best: float | None) -> bool:
-        """Return whether a value improves on the best one so far."""
-        if not math.isfinite(value):
-            return False
-        if best is None:
-            return True
-        return value < best - self.min_delta if self.mode == "min" else value > best + self.min_delta
-
-    def reaches(self, value: float) -> bool:
-        """Return whether a value is as good as ``threshold``."""
-        if self.threshold is None:
-            return False
-        return value <= self.threshold if self.mode == "min" else value >= self.threshold
-
 
 @plain_options
 @dataclass(frozen=True)

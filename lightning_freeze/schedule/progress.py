@@ -14,7 +14,7 @@ from torch.serialization import add_safe_globals
 from lightning_freeze.schedule.phases import Phase, Plateau, describe
 from lightning_freeze.words import counted
 
-#: The optimizer step and the epoch at which a phase ends, and the unit that ends it, empty if none does.
+#: The optimizer step and the epoch at which a phase ends, and what ends it: "2 epochs".
 End: TypeAlias = tuple[int, int, str]
 
 
@@ -50,21 +50,20 @@ class PlateauWatch:
 
         What is reached stays so, but while it is ``early``, before ``min_epochs``, a later value can take it back.
         """
-        better = until.better(value, self.best)
+        sign, is_finite = 1 if until.mode == "min" else -1, math.isfinite(value)
+        better = is_finite and (self.best is None or sign * value < sign * self.best - until.min_delta)
         if better:
             self.best = value
         self.bad = 0 if better else self.bad + 1
-        if early or not self.why:
-            self.why = self._reached(until, value)
+        if self.why and not early:
+            return better
+        self.why = ""
+        if is_finite and until.threshold is not None and sign * value <= sign * until.threshold:
+            self.why = f"{until.monitor} reached {value:.4g}"
+        elif self.bad >= until.patience:
+            than = "finite value" if self.best is None else f"better value than {self.best:.4g}"
+            self.why = f"{until.monitor} had no {than} for {counted(self.bad, 'look')}"
         return better
-
-    def _reached(self, until: Plateau, value: float) -> str:
-        if math.isfinite(value) and until.reaches(value):
-            return f"{until.monitor} reached {value:.4g}"
-        if self.bad < until.patience:
-            return ""
-        than = "" if self.best is None else f" better value than {self.best:.4g}"
-        return f"{until.monitor} had no{than or ' finite value'} for {counted(self.bad, 'look')}"
 
 
 @dataclass
@@ -103,8 +102,7 @@ class Progress:
     def may_end_in_epoch(self) -> bool:
         """Whether the current phase may be over between two batches of an epoch; cheap enough for each."""
         phase = self.phase
-        by_function = phase.until is not None and phase.plateau is None
-        return phase.steps is not None or by_function or bool(self.plateau.why or self.asked or self.ended)
+        return phase.steps is not None or callable(phase.until) or bool(self.plateau.why or self.asked or self.ended)
 
     def over(self, epoch: int, step: int, asked: str = "") -> str:
         """Return why the current phase is over at an epoch and an optimizer step, an empty text while it is not.
@@ -116,12 +114,7 @@ class Progress:
             return why
         if asked:
             return asked
-        ends = (unit for at, in_epoch, unit in counted_ends(phase, begin) if at <= step and in_epoch <= epoch)
-        return _counted(phase, next(ends, ""))
-
-    def look(self, until: Plateau, value: float, epoch: int) -> bool:
-        """Take a value of the current phase's metric, logged in an epoch; return whether it is the best so far."""
-        return self.plateau.look(until, value, early=epoch - self.history[-1][0] < until.min_epochs)
+        return next((end for at, in_epoch, end in counted_ends(phase, begin) if at <= step and in_epoch <= epoch), "")
 
     def begin_next(self, epoch: int, step: int, why: str) -> None:
         """Begin the next phase."""
@@ -186,14 +179,14 @@ def counted_ends(phase: Phase, begin: Sequence[int], per_epoch: float | None = N
 
     Example:
         >>> list(counted_ends(Phase("*", epochs=2, steps=25), (3, 32), per_epoch=10))
-        [(50, 5, 'epoch'), (57, 5, 'step')]
+        [(50, 5, '2 epochs'), (57, 5, '25 steps')]
     """
     if phase.epochs is not None:
         epoch = begin[0] + phase.epochs
-        yield round(epoch * per_epoch) if per_epoch else begin[1], epoch, "epoch"
+        yield round(epoch * per_epoch) if per_epoch else begin[1], epoch, counted(phase.epochs, "epoch")
     if phase.steps is not None:
         step = begin[1] + phase.steps
-        yield step, int(step / per_epoch) if per_epoch else begin[0], "step"
+        yield step, int(step / per_epoch) if per_epoch else begin[0], counted(phase.steps, "step")
 
 
 def walk(
@@ -218,8 +211,8 @@ def walk(
         reached = [end for end in ends if end is not None and end[0] <= step and end[1] <= epoch]
         if not reached:
             break
-        end_step, end_epoch, unit = min(reached, key=lambda end: end[:2])
-        begins.append(Begin(end_epoch, end_step, index + 1, _counted(phase, unit)))
+        end_step, end_epoch, why = min(reached, key=lambda end: end[:2])
+        begins.append(Begin(end_epoch, end_step, index + 1, why))
     return begins
 
 
@@ -228,20 +221,14 @@ def begin_or_go_on(
     before: Progress | None,
     saved: Mapping[str, Any] | None,
     at: tuple[int, int],
-    per_epoch: Callable[[], float | None],
+    per_epoch: float | None,
     total: int | None = None,
     dry_run: bool = False,
 ) -> Progress:
     """Return the progress of a fit: resumed, resumed from another schedule, going on after another fit, or fresh.
 
-    Args:
-        phases: The schedule.
-        before: The progress of the fit that this one goes on from.
-        saved: The state of a checkpoint.
-        at: The epoch and the optimizer steps taken.
-        per_epoch: Returns the optimizer steps of an epoch, None if unknown.
-        total: The optimizer steps that the fit takes, if known; what was saved of it comes first.
-        dry_run: Whether each phase shall only be tried.
+    ``before`` is the progress of the fit that this one goes on from, ``saved`` the state of a checkpoint, ``at`` the
+    epoch and the optimizer steps taken; of the ``total`` of steps, what was saved comes first.
     """
     if saved is not None and saved["schedule"] == describe(phases):
         progress = Progress.from_state(saved)
@@ -251,12 +238,8 @@ def begin_or_go_on(
         # Of ends that nobody can foresee, those count as passed that another schedule had passed.
         passed = saved["history"][-1][2] if saved is not None and saved["history"] else 0
         guess = lambda begin: (begin[1], begin[0], "") if begin[2] < passed else None  # noqa: E731
-        progress = Progress(walk(planned(phases, total), *at, per_epoch(), guess))
+        progress = Progress(walk(planned(phases, total), *at, per_epoch, guess))
     if progress.total is None:
         progress.total = total
     progress.phases = planned(phases, progress.total, dry_run=dry_run)
     return progress
-
-
-def _counted(phase: Phase, unit: str) -> str:
-    return counted(getattr(phase, f"{unit}s"), unit) if unit else ""

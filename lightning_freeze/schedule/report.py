@@ -57,10 +57,10 @@ def refuse_averages(trainer: Trainer, phases: Sequence[Phase]) -> None:
 
 def fit_begins(trainer: Trainer, schedule: Callback, progress: Progress, fit: Fit) -> None:
     """Warn, before the first batch, of what the user may not expect."""
-    phases, pl_module = progress.phases, trainer.lightning_module
+    phases, pl_module, ledger = progress.phases, trainer.lightning_module, fit.ledger
     if isinstance(fit.phases, Preset) and fit.phases.said:
         _log.info("%s", fit.phases.said)
-    if said := what_came_frozen(pl_module, phases, fit.resolved.came_frozen, fit.resolved.held):
+    if said := what_came_frozen(pl_module, phases, ledger.came_frozen, ledger.held(without=schedule.state_key)):
         _log.warning("%s", said)
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]
         for number, why in _ends_too_early(trainer, schedule, phases):

@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -43,20 +44,14 @@ class _Rates:
 class PhaseSchedulers:
     """Puts a phase's own schedulers in the place of the user's, which rest until the phase is over.
 
-    Args:
-        module: What has configured them.
-        optimizers: Its optimizers.
-        configs: Its schedulers: the list itself by which they are stepped.
-
-    Attributes:
-        saved: What a checkpoint holds of the current phase's schedulers, for each optimizer, until they take it over.
+    ``module`` has configured them; ``configs`` is the list itself by which they are stepped.
     """
 
     def __init__(
         self, module: LightningModule, optimizers: Sequence[Optimizer], configs: list[LRSchedulerConfig]
     ) -> None:
         self.optimizers = optimizers
-        self.saved: list[Options] = []
+        self.saved: dict[Optimizer, Options] = {}  # what a checkpoint holds of the phase's own, until they take it over
         self._module, self._configs = module, configs
         self._states = [copy.deepcopy(config.scheduler.state_dict()) for config in configs]
         self._rest: _Rates | None = None
@@ -87,24 +82,24 @@ class PhaseSchedulers:
         ``steps`` is how many the phase lasts at most, ``anew`` whether it begins here and now.
         """
         self.end()
-        saved, self.saved = self.saved, []
+        saved, self.saved = self.saved, {}
         if phase.lr_scheduler in (None, "restart"):
             if anew and phase.lr_scheduler == "restart":
                 for config, state in zip(self._first.configs, self._states, strict=True):
                     config.scheduler.load_state_dict(copy.deepcopy(state))
-                _set_all(self._first.options)
+                _set_options(self._first.options)
             return
         assert steps is not None  # else it was refused
         self._rest = _Rates.of(self.optimizers, self._configs)
-        _set_all({one: map(_without_scheduler, options) for one, options in self._first.options.items()})
+        _set_options({one: map(_without_scheduler, options) for one, options in self._first.options.items()})
         made = [_make_scheduler(phase, optimizer, steps) for optimizer in self._driven()]
         self._configs[:] = self._own = scheduler_configs(self._module, made)
         for optimizer in self.optimizers:  # else torch warns where one is exchanged, which is seen in its first step
             vars(optimizer)["_opt_called"] = True
-        for number, optimizer in enumerate(self.optimizers if saved else []):
-            for config, state in zip(self._own_of(optimizer), saved[number]["schedulers"], strict=False):
-                config.scheduler.load_state_dict(state)
-            _set_options(optimizer, saved[number]["options"])
+        for optimizer, state in saved.items():
+            for config, own in zip(self._own_of(optimizer), state["schedulers"], strict=False):
+                config.scheduler.load_state_dict(own)
+            _set_options({optimizer: state["options"]})
 
     def end(self) -> None:
         """Have the user's schedulers go on from where they began to rest."""
@@ -112,24 +107,19 @@ class PhaseSchedulers:
             return
         if self._configs == self._own:  # else somebody has exchanged them too
             self._configs[:] = self._rest.configs
-        _set_all(self._rest.options)
+        _set_options(self._rest.options)
         for optimizer, traces in self._rest.traces.items():
             for name in _TRACES:
                 vars(optimizer).pop(name, None)
             vars(optimizer).update(traces)
         self._rest, self._own = None, []
 
-    def state(self) -> list[Options]:
-        """Return, for each optimizer, what a checkpoint has to hold of the phase's own schedulers; empty without."""
+    def state(self, optimizer: Optimizer) -> dict[str, Options]:
+        """Return what a checkpoint has to hold of the phase's own schedulers of an optimizer, empty without any."""
         if self._rest is None:
-            return self.saved
-        return [
-            {
-                "schedulers": [config.scheduler.state_dict() for config in self._own_of(optimizer)],
-                "options": _scheduled_options(optimizer),
-            }
-            for optimizer in self.optimizers
-        ]
+            return {"rates": self.saved[optimizer]} if optimizer in self.saved else {}
+        schedulers = [config.scheduler.state_dict() for config in self._own_of(optimizer)]
+        return {"rates": {"schedulers": schedulers, "options": _scheduled_options(optimizer)}}
 
     def as_the_users(self, checkpoint: dict[str, Any]) -> None:
         """Have a checkpoint hold the user's schedulers and options, as they rest."""
@@ -160,27 +150,22 @@ class PhaseSchedulers:
 
 def _make_scheduler(phase: Phase, optimizer: Optimizer, steps: int) -> dict[str, Any]:
     """Return the scheduler of a phase's own for an optimizer, as ``configure_optimizers`` may return one."""
-    own = phase.lr_scheduler
-    if isinstance(own, Mapping):
-        made = {key: value for key, value in own.items() if key not in ("class_path", "init_args")}
-        factory = pkgutil.resolve_name(own["class_path"])
-        made["scheduler"] = _with_steps(factory, optimizer, steps, own.get("init_args") or {})
-    elif isinstance(getattr(own, "func", own), type):
-        made = {"scheduler": _with_steps(own, optimizer, steps, {})}
+    make: Any = phase.lr_scheduler
+    by_name = isinstance(make, Mapping) or isinstance(getattr(make, "func", make), type)
+    options: Options = {}
+    if isinstance(make, Mapping):
+        options = {key: value for key, value in make.items() if key not in ("class_path", "init_args")}
+        make = partial(pkgutil.resolve_name(make["class_path"]), **(make.get("init_args") or {}))
+    if by_name:  # by place the steps could be a ``gamma``
+        takes = [name for name in _STEPS if name in inspect.signature(make).parameters]
+        is_told = any(name in getattr(make, "keywords", ()) for name in takes)
+        made = make(optimizer, **({} if is_told else dict.fromkeys(takes[:1], steps)))
     else:
-        assert callable(own)
-        returned = own(optimizer, steps)
-        made = dict(returned) if isinstance(returned, Mapping) else {"scheduler": returned}
+        made = make(optimizer, steps)
+    made = {**(made if isinstance(made, Mapping) else {"scheduler": made}), **options}
     # A metric comes once a validation run, so this one would count stale values.
     interval = "epoch" if isinstance(made.get("scheduler"), ReduceLROnPlateau) else "step"
     return {"interval": interval, **made}
-
-
-def _with_steps(make: Any, optimizer: Optimizer, steps: int, options: Mapping[str, Any]) -> Any:
-    """Return what a class makes, told the steps by name: by place they could be a ``gamma``."""
-    takes = [name for name in _STEPS if name in inspect.signature(make).parameters]
-    is_told = {*options, *getattr(make, "keywords", ())} & {*takes}
-    return make(optimizer, **options, **({} if is_told else dict.fromkeys(takes[:1], steps)))
 
 
 def is_scheduled(option: str) -> bool:
@@ -196,22 +181,17 @@ def _scheduled_options(optimizer: Optimizer) -> list[Options]:
     ]
 
 
-def _set_options(optimizer: Optimizer, options: Iterable[Options]) -> None:
+def _set_options(options: Mapping[Optimizer, Iterable[Options]]) -> None:
     """Set, for each group, what :func:`_scheduled_options` has returned, and remove other options of the kind."""
-    for group, own in zip(optimizer.param_groups, options, strict=False):
-        for option in [option for option in group if is_scheduled(option) and option not in own]:
-            del group[option]
-        for option, value in own.items():
-            if isinstance(mine := group.get(option), Tensor):
-                mine.copy_(value)  # in place: captured graphs hold on to a rate that is a tensor
-            else:
-                group[option] = copy.deepcopy(value)
-
-
-def _set_all(options: Mapping[Optimizer, Iterable[Options]]) -> None:
-    """Set the options of several optimizers."""
-    for optimizer, own in options.items():
-        _set_options(optimizer, own)
+    for optimizer, groups in options.items():
+        for group, own in zip(optimizer.param_groups, groups, strict=False):
+            for option in [option for option in group if is_scheduled(option) and option not in own]:
+                del group[option]
+            for option, value in own.items():
+                if isinstance(mine := group.get(option), Tensor):
+                    mine.copy_(value)  # in place: captured graphs hold on to a rate that is a tensor
+                else:
+                    group[option] = copy.deepcopy(value)
 
 
 def _without_scheduler(options: Options) -> Options:

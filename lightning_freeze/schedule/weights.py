@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_freeze._lightning import SHARDED, LightningModule, MisconfigurationException, Strategy
 from lightning_freeze.freezing.eval_mode import is_held
 from lightning_freeze.freezing.ledger import Ledger
-from lightning_freeze.schedule.fit import Fit
 from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.selectors import clean_name, named_unique_parameters
 
@@ -38,22 +37,11 @@ def movable(ledger: Ledger) -> dict[str, Tensor]:
     }
 
 
-def keep(ledger: Ledger) -> dict[str, Tensor]:
-    """Return copies of what can move, on the CPU."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in movable(ledger).items()}
-
-
 def bring_back(kept: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> None:
     """Write tensors that were kept into those of the same names that are there."""
     with torch.no_grad():
         for name in kept.keys() & now.keys():
             now[name].copy_(kept[name])
-
-
-def trained_so_far(fit: Fit, history: Sequence[tuple[int, int, int]]) -> list[str]:
-    """Return the names of all parameters that a phase so far has trained, in the module's order."""
-    begun = {index for _, _, index in history}
-    return [name for name in fit.ledger.parameters if any(name in fit.resolved.trains[index] for index in begun)]
 
 
 def weights_to_keep(pl_module: LightningModule, strategy: Strategy, trained: Collection[str]) -> dict[str, Tensor]:

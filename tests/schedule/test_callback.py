@@ -16,11 +16,9 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     GradientAccumulationScheduler,
     LearningRateFinder,
-    LearningRateMonitor,
     ModelCheckpoint,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as lrs
@@ -404,27 +402,6 @@ def test_plateau_takes_no_value_from_checkpoints_or_validation_outside_the_fit(t
 # Other callbacks
 
 
-def test_phase_and_scaled_rates_are_logged_at_the_step_of_a_change(tmp_path: Path) -> None:
-    schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*", lr_scale={"backbone": 0.1}, steps=3), Phase("neck")])
-    net = Net(sgd, lambda o: lrs.ExponentialLR(o, 0.9))
-    callbacks = [schedule, LearningRateMonitor(log_momentum=True, log_weight_decay=True)]
-    run = trainer(tmp_path, callbacks=callbacks, max_epochs=3, logger=CSVLogger(tmp_path), log_every_n_steps=1)
-    run.fit(net, loader(), loader())
-    lines = (Path(run.log_dir) / "metrics.csv").read_text().splitlines()  # type: ignore[arg-type]
-    column = lines[0].split(",").index("freeze/phase")
-    steps = lines[0].split(",").index("step")
-    rows = [line.split(",") for line in lines[1:]]
-    logged = [(int(row[steps]), float(row[column])) for row in rows if row[column]]
-    assert logged == [(0, 0.0), (6, 1.0), (9, 2.0), (12, 2.0)]
-
-
-def test_scaled_rates_are_not_logged_where_no_step_is(tmp_path: Path) -> None:
-    phases = [Phase("*", lr_scale={"backbone": 0.1})]
-    run = trainer(callbacks=[FreezeSchedule(phases)], max_epochs=1, logger=CSVLogger(tmp_path), log_every_n_steps=0)
-    run.fit(Net(), loader())
-    assert "freeze/lr" not in (Path(str(run.log_dir)) / "metrics.csv").read_text()
-
-
 @pytest.mark.parametrize("name", ["EMAWeightAveraging", "WeightAveraging"])
 def test_frozen_weights_stay_to_the_bit_in_an_average(name: str) -> None:
     """What is frozen from the start is to the bit what it was in the average too."""
@@ -644,28 +621,6 @@ trainer:
   enable_model_summary: false
 """
 
-CLI = f"""
-model: {{width: 4}}
-{TRAINER}
-  max_epochs: 3
-  callbacks:
-    - class_path: lightning_freeze.FreezeSchedule
-      init_args:
-        frozen_mode: eval
-        phases:
-          - train: head
-            epochs: 1
-          - train: [head, "backbone.*", "!*.bias"]
-            name: top
-            steps: 4
-            lr_scale: {{backbone: 0.1}}
-            until: {{monitor: val_loss, patience: 9}}
-          - train: "*"
-            lr_scale: 1
-    - class_path: lightning_freeze.FreezeBatchNorm
-      init_args: {{select: backbone}}
-"""
-
 
 class Configured(Net):
     def __init__(self, width: int = 4) -> None:
@@ -673,38 +628,22 @@ class Configured(Net):
         assert width == 4
 
 
-# Lightning's
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_schedule_reads_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cli_module = pytest.importorskip("lightning.pytorch.cli")
-    (tmp_path / "config.yaml").write_text(CLI)
-    monkeypatch.setattr("sys.argv", ["train.py", "--config", str(tmp_path / "config.yaml")])
-    cli = cli_module.LightningCLI(Configured, run=False, save_config_callback=None)
-    (schedule,) = [c for c in cli.trainer.callbacks if isinstance(c, FreezeSchedule)]
-    assert schedule.phases == [
-        Phase("head", epochs=1),
-        Phase(
-            ["head", "backbone.*", "!*.bias"],
-            name="top",
-            steps=4,
-            lr_scale={"backbone": 0.1},
-            until=Plateau("val_loss", 9),
-        ),
-        Phase("*", lr_scale=1),
-    ]
-    cli.trainer.fit(cli.model, loader(), loader())
-    assert schedule.history == [(0, 0, 0), (1, 6, 1), (1, 10, 2)]
-
-
-LISTS = f"""
+CONFIG = f"""
+model: {{width: 4}}
 {TRAINER}
   max_epochs: 2
   callbacks:
     - class_path: lightning_freeze.FreezeSchedule
       init_args:
+        frozen_mode: eval
         phases:
-          - {{train: [head, "backbone.*", "!*.bias"], epochs: 1, lr_scale: {{backbone: 1e-1}}}}
-          - {{train: "*", until: {{monitor: val_loss, min_delta: 1e-3}}, lr_scale: 1e-1}}
+          - {{train: head, steps: 4}}
+          - train: [head, "backbone.*", "!*.bias"]
+            name: top
+            epochs: 1
+            lr_scale: {{backbone: 1e-1}}
+            until: {{monitor: val_loss, patience: 9, min_delta: 1e-3}}
+          - {{train: "*", lr_scale: 1}}
     - class_path: lightning_freeze.FreezeBatchNorm
       init_args: {{select: [backbone.1, backbone.5], train_affine: true}}
     - class_path: lightning_freeze.GradientAudit
@@ -719,11 +658,11 @@ class Loads(LightningDataModule):
     val_dataloader = train_dataloader
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_config_that_lightning_saves_runs_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Lightning's
+def test_config_and_the_one_that_lightning_saves_of_it_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cli_module = pytest.importorskip("lightning.pytorch.cli")
     found = []
-    (tmp_path / "first.yaml").write_text(LISTS)
+    (tmp_path / "first.yaml").write_text(CONFIG)
     for config, folder in (("first.yaml", "one"), ("one/config.yaml", "two")):
         root = f"--trainer.default_root_dir={tmp_path / folder}"
         monkeypatch.setattr("sys.argv", ["train.py", "fit", "--config", str(tmp_path / config), root])
@@ -732,14 +671,18 @@ def test_config_that_lightning_saves_runs_again(tmp_path: Path, monkeypatch: pyt
             next(callback for callback in cli.trainer.callbacks if isinstance(callback, kind))
             for kind in (FreezeSchedule, FreezeBatchNorm, GradientAudit)
         ]
-        assert schedule.history == [(0, 0, 0), (1, 6, 1)]
-        found.append((schedule.phases, batchnorm.select, audit.ignore))
+        assert schedule.history == [(0, 0, 0), (0, 4, 1), (1, 6, 2)]
+        found.append((schedule.phases, schedule.frozen_mode, batchnorm.select, audit.ignore))
+    top = ["head", "backbone.*", "!*.bias"]
+    until = Plateau("val_loss", patience=9, min_delta=1e-3)
     assert found[0] == found[1]
     assert found[0] == (
         [
-            Phase(["head", "backbone.*", "!*.bias"], epochs=1, lr_scale={"backbone": 0.1}),
-            Phase("*", until=Plateau("val_loss", min_delta=1e-3), lr_scale=0.1),
+            Phase("head", steps=4),
+            Phase(top, name="top", epochs=1, lr_scale={"backbone": 0.1}, until=until),
+            Phase("*", lr_scale=1),
         ],
+        "eval",
         ["backbone.1", "backbone.5"],
         ["backbone", "!backbone.5"],
     )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from lightning_freeze import Phase, layers_of, layerwise_lr_decay
-from lightning_freeze.schedule.meaning import phase_scales
+from lightning_freeze.schedule.meaning import resolve_phases
 from tests.nets import Net
 from tests.trees import trees
 
@@ -325,7 +325,8 @@ def test_lr_decay_is_that_of_beit_with_embeddings_named() -> None:
 
 def test_lr_decay_scales_the_rates_of_a_phase() -> None:
     net = parts(head=nn.Linear(1, 1), blocks=nn.ModuleList(Residual(2) for _ in range(2)))
-    scales = phase_scales(net, Phase("*", lr_scale=layerwise_lr_decay(layers_of(net), 0.5, head=2.0)))
+    phase = Phase("*", lr_scale=layerwise_lr_decay(layers_of(net), 0.5, head=2.0))
+    (scales,) = resolve_phases(net, [phase], came_frozen=set(), held={}, mode="batchnorm").scales
     found = {name: scales[id(parameter)] for name, parameter in net.named_parameters() if name.endswith("weight")}
     assert found == {
         **{"head.weight": 2.0, "blocks.0.one.weight": 0.5, "blocks.0.two.weight": 0.5},

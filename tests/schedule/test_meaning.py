@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,9 +10,14 @@ from torch import nn
 
 from lightning_freeze import Phase
 from lightning_freeze.freezing.eval_mode import wholly_frozen
-from lightning_freeze.schedule.meaning import eval_modules, phase_scales, phase_trains
+from lightning_freeze.schedule.meaning import eval_modules, phase_trains, resolve_phases
 from tests.nets import Net
 from tests.trees import subsets, trees
+
+
+def scales_of(module: nn.Module, lr_scale: Any) -> list[Any]:
+    phases = [Phase("*", lr_scale=lr_scale)]
+    return resolve_phases(module, phases, came_frozen=set(), held={}, mode="batchnorm").scales
 
 
 @settings(max_examples=100, deadline=None)
@@ -20,7 +27,7 @@ def test_later_selector_of_lr_scale_counts(data: st.DataObject) -> None:
     names = [name for name, _ in module.named_parameters()]
     some = data.draw(st.lists(st.sampled_from(names), unique=True, max_size=len(names) - 1))
     factors = {name: data.draw(st.sampled_from([0.1, 2.0])) for name in some}
-    scales = phase_scales(module, Phase("*", lr_scale={"*": 0.5, **factors}))
+    (scales,) = scales_of(module, {"*": 0.5, **factors})
     assert scales == {id(p): factors.get(name, 0.5) for name, p in module.named_parameters()}
 
 
@@ -48,6 +55,6 @@ def test_errors_show_the_argument_of_the_phase() -> None:
     with pytest.raises(ValueError, match=r'Phase\(train="hed"\) matches no parameter\. Did you mean "head"\?'):
         phase_trains(Net(), Phase("hed"))
     with pytest.raises(ValueError, match=r'Phase\(lr_scale=\{"hed": …\}\) matches no parameter'):
-        phase_scales(Net(), Phase("*", lr_scale={"hed": 0.1}))
+        scales_of(Net(), {"hed": 0.1})
     with pytest.raises(ValueError, match="is left with no parameter: later selectors name all of them"):
-        phase_scales(Net(), Phase("*", lr_scale={"head": 0.1, "*": 0.2}))
+        scales_of(Net(), {"head": 0.1, "*": 0.2})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim import lr_scheduler as lrs
 
@@ -67,15 +67,18 @@ def test_checkpoints_are_named_by_them(tmp_path: Path) -> None:
 def rows_of(folder: Path, net: Net, phases: list[Phase], **options: Any) -> list[dict[str, str]]:
     logger = CSVLogger(folder, flush_logs_every_n_steps=1)
     options = {"max_epochs": 3, "log_every_n_steps": 1, **options}
-    trainer(folder, callbacks=[FreezeSchedule(phases, verbose=False)], logger=logger, **options).fit(net, loader())
+    callbacks = [FreezeSchedule(phases, verbose=False), LearningRateMonitor(log_momentum=True, log_weight_decay=True)]
+    trainer(folder, callbacks=callbacks, logger=logger, **options).fit(net, loader())
     with open(Path(logger.log_dir) / "metrics.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_scaled_rates_are_logged_while_they_train(tmp_path: Path) -> None:
-    """By selector, the rate of the very step; absent where it is frozen or not scaled."""
+def test_phases_and_scaled_rates_are_logged_at_their_steps(tmp_path: Path) -> None:
+    """Rates by selector, that of the very step; absent where it is frozen or not scaled."""
     net = Net(sgd, lambda o: lrs.LambdaLR(o, lambda step: 0.9**step), interval="step")
     rows = rows_of(tmp_path, net, PHASES)
+    phases = [(int(row["step"]), float(row["freeze/phase"])) for row in rows if row["freeze/phase"]]
+    assert phases == [(0, 0.0), (6, 1.0), (9, 2.0), (12, 2.0)]
     logged = {
         name: {int(row["step"]): float(row[f"freeze/lr/{name}"]) for row in rows if row.get(f"freeze/lr/{name}")}
         for name in ("backbone", "neck")
@@ -92,8 +95,9 @@ def test_scaled_rates_are_logged_while_they_train(tmp_path: Path) -> None:
 
 
 def test_no_rates_without_scales_and_none_where_nothing_is_logged(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, Net(), [Phase("head", epochs=1), Phase("*")])
-    assert not [name for row in rows for name in row if name.startswith("freeze/lr/")]
+    for phases, every in (([Phase("head", epochs=1), Phase("*")], 1), ([Phase("*", lr_scale={"neck": 0.5})], 0)):
+        rows = rows_of(tmp_path, Net(), phases, log_every_n_steps=every)
+        assert not [name for row in rows for name in row if name.startswith("freeze/lr/")]
     rows = rows_of(tmp_path, Net(), [Phase("*", lr_scale={("neck", "head"): 0.5})], log_every_n_steps=5)
     assert [int(row["step"]) for row in rows if row.get("freeze/lr/neck, head")] == [4, 9, 14]
 

@@ -34,6 +34,13 @@ def move(progress: Progress, epoch: int, step: int, asked: str = "") -> None:
         progress.begin_next(epoch, step, why)
 
 
+def look(progress: Progress, value: float, epoch: int) -> None:
+    """What a fit does with a value of an epoch."""
+    until = progress.phase.plateau
+    assert until is not None
+    progress.plateau.look(until, value, early=epoch - progress.history[-1][0] < until.min_epochs)
+
+
 def followed(progress: Progress, epochs: int, begin: int = 0) -> list[int]:
     """Return the phase of each step from ``begin`` on."""
     found = []
@@ -153,7 +160,7 @@ def simulated(
         epoch = step // PER_EPOCH
         until = progress.phase.plateau
         if step and step % PER_EPOCH == 0 and until is not None:
-            progress.look(until, values[epoch - 1], epoch - 1)
+            look(progress, values[epoch - 1], epoch - 1)
         asks = progress.phase.until is UNKNOWN and step > progress.history[-1][1] and step in says
         move(progress, epoch, step, "says" if asks else "")
         if progress.ended:
@@ -171,7 +178,7 @@ def test_a_fit_with_all_options_goes_where_a_plain_model_goes_and_resumes(
     def begin(state: Any) -> Progress:
         at = (0, 0) if state is None else (stop // PER_EPOCH, stop)
         # Another max_epochs does not move what was resolved.
-        return begin_or_go_on(phases, None, state, at, lambda: PER_EPOCH, STEPS if state is None else 3 * STEPS)
+        return begin_or_go_on(phases, None, state, at, PER_EPOCH, STEPS if state is None else 3 * STEPS)
 
     whole = begin(None)
     found = simulated(whole, values, says)
@@ -202,7 +209,7 @@ def test_resumed_at_any_step(ends: Any, epochs: int, data: Any) -> None:
     old = {**saved, "plateau": {"best": None, "bad": 0, "ended_at": None}}
     at = (stop // PER_EPOCH, stop)
     for state in (saved, {key: old[key] for key in ("history", "plateau", "schedule")}, None):
-        resumed = begin_or_go_on(phases, None, state, at, lambda: PER_EPOCH)
+        resumed = begin_or_go_on(phases, None, state, at, PER_EPOCH)
         assert followed(resumed, epochs, stop) == found[stop:]
         assert resumed.history == whole.history
 
@@ -256,12 +263,12 @@ def test_min_epochs_lets_a_later_value_take_a_plateau_back() -> None:
     until = Plateau("x", patience=1, min_epochs=3)
     progress = Progress(phases=[Phase("a", until=until), Phase("b")])
     for epoch, value in enumerate((1.0, 1.0)):
-        progress.look(until, value, epoch)
+        look(progress, value, epoch)
     assert progress.plateau.why
     assert not progress.over(2, 12)
-    progress.look(until, 0.5, 2)
+    look(progress, 0.5, 2)
     assert not progress.over(3, 18)
-    progress.look(until, 0.5, 3)
+    look(progress, 0.5, 3)
     assert progress.over(4, 24) == "x had no better value than 0.5 for 1 look"
 
 
@@ -305,11 +312,11 @@ def test_where_a_fit_goes_on() -> None:
     before = Progress([Begin(0, 0, 0), Begin(1, 4, 1)])
     # The same schedule's own state comes first, then the fit before, then what epochs and steps say.
     state = Progress([Begin(0, 0, 0)]).state_dict(phases)
-    assert begin_or_go_on(phases, before, state, (1, 6), UNKNOWN).history == [(0, 0, 0)]
-    assert begin_or_go_on(other, before, state, (1, 6), UNKNOWN) is before
-    assert begin_or_go_on(other, None, state, (1, 6), lambda: PER_EPOCH).history == [(0, 0, 0), (1, 6, 1)]
-    assert begin_or_go_on(phases, before, None, (0, 3), lambda: PER_EPOCH).history == [(0, 0, 0)]  # went back
+    assert begin_or_go_on(phases, before, state, (1, 6), None).history == [(0, 0, 0)]
+    assert begin_or_go_on(other, before, state, (1, 6), None) is before
+    assert begin_or_go_on(other, None, state, (1, 6), PER_EPOCH).history == [(0, 0, 0), (1, 6, 1)]
+    assert begin_or_go_on(phases, before, None, (0, 3), PER_EPOCH).history == [(0, 0, 0)]  # went back
     # What only a plateau ends counts as over where a checkpoint of another schedule was past it.
     waits = [Phase("a", until=Plateau("x")), Phase("b", until=Plateau("x")), Phase("c")]
     past = Progress([Begin(0, 0, 0), Begin(3, 18, 1)]).state_dict(phases)
-    assert begin_or_go_on(waits, None, past, (4, 24), lambda: PER_EPOCH).index == 1
+    assert begin_or_go_on(waits, None, past, (4, 24), PER_EPOCH).index == 1
