@@ -49,7 +49,7 @@ def test_preview_has_phases_begin_and_end_where_a_fit_does(
     phases = [Phase("*", epochs=e, steps=s) for e, s in lengths]
     steps = max_epochs * steps_per_epoch
     limits = (max_epochs, None) if unit == "epoch" else (None, steps)
-    borders = FitLength.of(*limits, steps_per_epoch).borders(phases)
+    _, borders = FitLength.of(*limits, steps_per_epoch).planned(phases)
     begins = [step for _, step, _ in walk([*phases, Phase("*")], max_epochs - 1, steps - 1, steps_per_epoch)]
     assert borders == [*begins, *[steps] * (len(phases) + 1 - len(begins))]
 
