@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from lightning_freeze.patterns import nearest
 from lightning_freeze.selectors import clean_name
-from lightning_freeze.words import suggestion
 
 T = TypeVar("T")
 
@@ -86,7 +86,6 @@ def module_named(model: nn.Module, name: str, given: str) -> nn.Module:
         modules.setdefault(clean_name(path), module)
     if name and name in modules:
         return modules[name]
-    below = [f" Did you mean {path!r}?" for path in modules if path.endswith(f".{name}")]  # a wrapper
-    hint = (*below, suggestion(name, filter(None, modules)))[0]
+    hint = "".join(f" Did you mean {path!r}?" for path in nearest(name, [*filter(None, modules)])[:1])
     tops = ", ".join(top for top, _ in model.named_children()) or "none"
     raise ValueError(f"{given} names no module of {type(model).__name__}.{hint}\nTop-level modules: {tops}.")

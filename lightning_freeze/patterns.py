@@ -102,13 +102,10 @@ def nearest(pattern: str, known: Collection[str]) -> list[str]:
         ends = set(known) - {name.rpartition(".")[0] for name in known}
         if _SPECIAL.search(pattern) and any(map(re.compile(pattern).fullmatch, ends)):
             return [f"re:{pattern}"]
-    fixed = _fixed(pattern, known)
-    if fixed != pattern and any(one.fullmatch(name) for one in expressions(fixed, fixed) for name in known):
-        return [fixed]
-    if _is_glob(pattern):
-        return []
-    below_top = {name.partition(".")[2]: name for name in known}  # of a LightningModule that wraps a model
-    return closest(pattern, known, most=2) or [below_top[name] for name in closest(pattern, below_top, most=2)]
+    if (fixed := _fixed(pattern, known)) != pattern:
+        matches = any(one.fullmatch(name) for one in expressions(fixed, fixed) for name in known)
+        return [fixed] if matches else nearest(fixed, known)
+    return [] if _is_glob(pattern) else closest(pattern, known, most=2)
 
 
 def _is_glob(pattern: str) -> bool:
