@@ -89,7 +89,9 @@ def nearest(pattern: str, known: Collection[str]) -> list[str]:
         (['head.*'], ['model.fc'])
     """
     if pattern.startswith("re:"):
-        return closest(_literal(pattern.removeprefix("re:")), known, most=2)
+        # Without everything that stands for something else.
+        text = re.sub(r"(?<!\\)\.[*+?]?|\\\w|[][(){}^$|?*+]", "", pattern.removeprefix("re:"))
+        return closest(text.replace("\\", "").strip("."), known, most=2)
     before, after = split_slice(pattern)
     if after:
         return [] if before in known else [name + after for name in nearest(before, known)]
@@ -110,12 +112,6 @@ def nearest(pattern: str, known: Collection[str]) -> list[str]:
 
 def _is_glob(pattern: str) -> bool:
     return any(character in pattern for character in "*?[")
-
-
-def _literal(expression: str) -> str:
-    """Return a regular expression without everything in it that stands for something else."""
-    text = re.sub(r"(?<!\\)\.[*+?]?|\\\w|[][(){}^$|?*+]", "", expression)
-    return text.replace("\\", "").strip(".")
 
 
 def _fixed(pattern: str, known: Collection[str]) -> str:

@@ -48,7 +48,10 @@ def layers_of(module: nn.Module, select: Selector = "*") -> list[str]:
     if not blocks:
         raise ValueError(f"layers_of(select={select!r}) finds no layer with a weight matrix. Name the layers yourself.")
 
-    units = _units(root, blocks)
+    def has_some(node: _Node) -> bool:
+        return any(child in blocks or has_some(child) for child in node.children)
+
+    units = list(_highest(root, lambda node: node in blocks or not has_some(node)))
     places = [place for place, unit in enumerate(units) if unit in blocks]
     between = units[places[0] : places[-1] + 1]
     return [unit.name for unit in between if unit in blocks or unit.children]
@@ -142,12 +145,6 @@ def _search(node: _Node, rule: Callable[[_Node], list[_Node]]) -> Iterator[_Node
     """Yield what a rule finds among a module's children, or below them."""
     found = rule(node)
     yield from found or (block for child in node.children for block in _search(child, rule))
-
-
-def _units(node: _Node, blocks: set[_Node]) -> list[_Node]:
-    """Return the blocks, and the highest modules without a block in them, in order."""
-    below = [unit for child in node.children for unit in _units(child, blocks)]
-    return below if node not in blocks and not blocks.isdisjoint(below) else [node]
 
 
 def _alike(siblings: Sequence[_Node]) -> list[_Node]:

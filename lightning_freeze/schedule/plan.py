@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -147,7 +148,9 @@ class Plan:
         With ``happened`` it is what the schedule did, if it has begun in a fit of the model.
         """
         model = unwrapped(model)
-        trainer = _trainer_of(model)
+        trainer = None
+        with suppress(RuntimeError):  # it is attached to none
+            trainer = model.trainer if isinstance(model, LightningModule) else None
         ledger = ledger_of(trainer) if trainer is not None else None
         if callbacks is None:
             callbacks = callbacks_of(trainer) if trainer is not None else []
@@ -211,11 +214,3 @@ def _went(schedule: FreezeSchedule, trainer: Trainer) -> tuple[FitLength, list[i
         return None
     length = FitLength(steps_in_all(trainer) or taken, "step", steps_per_epoch(trainer) or _UNKNOWN)
     return length, [*(step for _, step, _ in schedule.history), taken]
-
-
-def _trainer_of(model: nn.Module) -> Trainer | None:
-    """Return the Trainer that a LightningModule is attached to."""
-    try:
-        return model.trainer if isinstance(model, LightningModule) else None
-    except RuntimeError:  # it is attached to none
-        return None
