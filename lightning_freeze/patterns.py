@@ -56,12 +56,7 @@ def sliced(pattern: str, lists: Mapping[str, Sequence[str]], shown: str) -> list
 
 
 def split_slice(pattern: str) -> tuple[str, str]:
-    """Return what is before the first index or slice of a pattern, and the rest, empty if there is none.
-
-    Example:
-        >>> split_slice("blocks[-4:].attn"), split_slice("blocks")
-        (('blocks', '[-4:].attn'), ('blocks', ''))
-    """
+    """Return what is before the first index or slice of a pattern, and the rest, empty if there is none."""
     match = _SLICE.search(pattern)
     return (pattern[: match.start()], pattern[match.start() :]) if match else (pattern, "")
 

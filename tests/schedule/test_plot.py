@@ -348,15 +348,12 @@ def test_plot_draws_into_axes_of_the_user() -> None:
     assert axes.get_xlim() == (0, 8)
 
 
-def test_what_a_target_network_keeps_frozen_is_drawn_frozen() -> None:
-    net = nn.ModuleDict({"online": nn.Linear(2, 2), "target": nn.Linear(2, 2)})
+def test_what_a_target_network_keeps_frozen_or_came_frozen_is_drawn_frozen() -> None:
+    net = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("online", "target", "teacher")})
+    freeze(net, "teacher")
     follow = TargetNetwork("online", "target", tau=0.1)
     plan = Plan.of(FreezeSchedule([Phase("*")]), net, 3, callbacks=[follow])
-    assert [(row.label, list(row.courses)) for row in rows_of(plan)] == [("online", [(1.0,)]), ("target", [(None,)])]
-
-
-def test_what_came_frozen_is_drawn_frozen() -> None:
-    net = Net()
-    freeze(net, "neck")
-    rows = rows_of(Plan.of(FreezeSchedule([Phase("*")]), net, 3))
-    assert {row.label: list(row.courses) for row in rows}["neck"] == [(None,)]
+    assert [(row.label, list(row.courses)) for row in rows_of(plan)] == [
+        ("online", [(1.0,)]),
+        ("target, teacher", [(None,)]),
+    ]
