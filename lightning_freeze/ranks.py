@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -51,9 +51,10 @@ def refuse_differences(strategy: Strategy, why: str, **facts: Any) -> None:
         raise MisconfigurationException(f"{why} {error}") from None
 
 
-def mean_over_ranks(strategy: Strategy, value: float | None) -> float | None:
+def mean_over_ranks(strategy: Strategy, value: SupportsFloat | None) -> float | None:
     """Return the mean of a value over the ranks that have one, the same on every rank; None if no rank has one."""
-    values = [one for one in ([value] if _is_alone(strategy) else from_all(value)) if one is not None]
+    mine = None if value is None else float(value)
+    values = [one for one in ([mine] if _is_alone(strategy) else from_all(mine)) if one is not None]
     return sum(values) / len(values) if values else None
 
 

@@ -254,28 +254,27 @@ class _Names:
     def hint(self, pattern: str | Predicate) -> str:
         """Return what would have been right: the closest names, and the top-level modules."""
         below = [name for name, _ in self.modules if name]
-        hint = ""
+        hint, close = "", list[str]()
         if isinstance(pattern, str):
             if pattern in below:
                 hint = f' There is a module "{pattern}", but it has none.'
-            elif pattern.startswith("type:") and self.of_class(pattern):
-                hint = " There are modules of that class, but they have none."
             elif (of := split_slice(pattern)[0]) != pattern and of in set(below) - self.lists.keys():
                 hint = f' "{of}" is no nn.ModuleList or nn.Sequential.'
-            elif close := self.closest(pattern, sorted({*below, *chain.from_iterable(self.names.values())})):
-                hint = f" Did you mean {' or '.join(map(_quote, close))}?"
+            elif not pattern.startswith("type:"):
+                close = nearest(pattern, sorted({*below, *chain.from_iterable(self.names.values())}))
+            elif self.of_class(pattern):
+                hint = " There are modules of that class, but they have none."
+            else:
+                classes = sorted({base.__name__ for _, module in self.modules for base in type(module).__mro__[:-1]})
+                meant = closest(pattern.removeprefix("type:").rpartition(".")[2], classes, most=2)
+                close = [f"type:{name}" for name in meant]
+        if close:
+            hint = f" Did you mean {' or '.join(map(_quote, close))}?"
         if below:
             return f"{hint}\nTop-level modules: {', '.join(dict.fromkeys(name.split('.')[0] for name in below))}."
         if self.names:
             return f"{hint}\nParameters: {', '.join(names[0] for names in self.names.values())}."
         return f"{hint}\nThe module has no parameters yet."
-
-    def closest(self, pattern: str, known: list[str]) -> list[str]:
-        """Return the patterns that one without a match may have been meant to be."""
-        if pattern.startswith("type:"):
-            classes = sorted({base.__name__ for _, module in self.modules for base in type(module).__mro__[:-1]})
-            return [f"type:{name}" for name in closest(pattern[len("type:") :].rpartition(".")[2], classes, most=2)]
-        return nearest(pattern, known)
 
 
 def _class_names(cls: type) -> set[str]:

@@ -45,11 +45,9 @@ class Table:
             widths[widest] = max(1, widths[widest] - 1)
         rows = [[shortened(cell, width) for cell, width in zip(line, widths, strict=True)] for line in lines]
         rows.insert(1, ["-" * width for width in widths])
+        pads = [str.rjust if right else str.ljust for right in numeric]
         text = "\n".join(
-            "  ".join(
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, numeric, strict=True)
-            ).rstrip()
+            "  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)).rstrip()
             for row in rows
         )
         notes = [textwrap.fill(note, most, break_long_words=False, break_on_hyphens=False) for note in self.notes]

@@ -73,7 +73,7 @@ class Preset(list[Phase]):
         """
         if self.build is None:
             return self
-        parts = parts_of(module, self.layers, idle, given=f"{self.name}(layers={{}})")
+        parts = self._parts(unwrapped(module), idle)
         resolved = Preset(self.name, self.layers, self.build, self.others, self.build(parts, steps))
         resolved.parts = parts
         names = [("no layer names ", parts.rest), ("before them ", parts.before), ("after them ", parts.after)]
@@ -82,6 +82,24 @@ class Preset(list[Phase]):
             said.insert(0, f"{counted(len(parts.layers), 'layer')}, {parts.layers[0][0]} to {parts.layers[-1][0]}")
         resolved.said = f"{self.called}: {'; '.join(filter(None, [*said, self.others]))}." if said else ""
         return resolved
+
+    def _parts(self, module: nn.Module, idle: Collection[int]) -> Parts:
+        """Return the parts of a module; what is between two layers, such as a norm, is of the layer before it."""
+        given, layers = f"{self.name}(layers={{}})", self.layers
+        if isinstance(layers, str):
+            resolve(module, layers, given=given)  # for an error that shows it so
+            layers = [[name] for name in layers_of(module, layers)]
+        owner = {name: place for place, layer in enumerate(layers) for name in resolve(module, layer, given=given)}
+        loose: dict[int, set[int]] = {}
+        place = -1
+        for name, parameter in named_unique_parameters(module).items():
+            place = max(place, owner.get(name, place))
+            if name not in owner and id(parameter) not in idle:
+                loose.setdefault(place, set()).add(id(parameter))
+        if not isinstance(self.layers, str):
+            return Parts(layers, rest=topmost(module, set[int]().union(*loose.values())))
+        before, *between, after = (topmost(module, loose.get(place, set())) for place in range(-1, len(layers)))
+        return Parts([[*layer, *more] for layer, more in zip(layers, [*between, []], strict=True)], before, after)
 
     def take_steps(self, steps: float | None) -> bool:
         """Make the phases anew if they depend on the optimizer steps of the fit; return whether they did."""
@@ -109,34 +127,6 @@ class Preset(list[Phase]):
 
     def __reduce__(self) -> Any:
         return type(self), (self.name, self.layers, self.build, self.others, list(self) if len(self) else [])
-
-
-def parts_of(module: nn.Module, layers: Layers, idle: Collection[int] = (), *, given: str = "layers={}") -> Parts:
-    """Return the parts of a model; arguments as of :meth:`Preset.resolve`, and how an error shows a layer.
-
-    What is between two layers of one module, such as a norm, is of the layer before it.
-
-    Example:
-        >>> net = nn.Sequential(nn.Embedding(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 1))
-        >>> parts_of(net, "1")
-        Parts(layers=[['1.0'], ['1.1']], before=['0'], after=['2'], rest=[])
-    """
-    module = unwrapped(module)
-    if isinstance(layers, str) and resolve(module, layers, given=given):
-        names = [[name] for name in layers_of(module, layers)]
-    else:
-        names = as_layers("layers", layers)
-    owner = {name: place for place, layer in enumerate(names) for name in resolve(module, layer, given=given)}
-    loose: dict[int, set[int]] = {}
-    place = -1
-    for name, parameter in named_unique_parameters(module).items():
-        place = max(place, owner.get(name, place))
-        if name not in owner and id(parameter) not in idle:
-            loose.setdefault(place, set()).add(id(parameter))
-    if not isinstance(layers, str):
-        return Parts(names, rest=topmost(module, set[int]().union(*loose.values())))
-    before, *between, after = (topmost(module, loose.get(place, set())) for place in range(-1, len(names)))
-    return Parts([[*layer, *more] for layer, more in zip(names, [*between, []], strict=True)], before, after)
 
 
 def as_schedule(phases: Any, *others: Any) -> Sequence[Phase]:
