@@ -78,8 +78,7 @@ def branches(
 def module_named(model: nn.Module, name: str, given: str) -> nn.Module:
     """Return the module of a dotted name, the outermost one where ``torch.compile`` put one around another.
 
-    Raises:
-        ValueError: If there is none; it shows the name as ``given``, the closest one and the top-level modules.
+    If there is none, a ValueError shows the name as ``given``, the closest one and the top-level modules.
     """
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):

@@ -77,12 +77,7 @@ def _members(name: str, members: Sequence[str], picked: str, shown: str) -> Sequ
 
 
 def nearest(pattern: str, known: Collection[str]) -> list[str]:
-    """Return what a pattern that matches no known name may have been meant to be, at most two.
-
-    Example:
-        >>> nearest("hed.*", ["head.weight", "neck.weight"]), nearest("fc", ["model", "model.fc", "model.fc.bias"])
-        (['head.*'], ['model.fc'])
-    """
+    """Return what a pattern that matches no known name may have been meant to be, at most two."""
     if pattern.startswith("re:"):
         # Without everything that stands for something else.
         text = re.sub(r"(?<!\\)\.[*+?]?|\\\w|[][(){}^$|?*+]", "", pattern.removeprefix("re:"))

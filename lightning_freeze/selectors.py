@@ -28,12 +28,7 @@ _KINDS = "A selector is a string, a callable or a list of them"
 
 
 def clean_name(name: str) -> str:
-    """Return a dotted name without the segments that wrappers put into it.
-
-    Example:
-        >>> clean_name("backbone._orig_mod.conv.weight")
-        'backbone.conv.weight'
-    """
+    """Return a dotted name without the segments that wrappers put into it."""
     return _WRAPPED.sub("", name).removeprefix(".")
 
 
@@ -127,11 +122,7 @@ def select_layers(
 
 
 def overlay(module: nn.Module, selects: Sequence[Selector], *, given: str = "select={}") -> dict[str, Selector]:
-    """Return, for each parameter that one of several selectors names, the last selector that does.
-
-    Raises:
-        ValueError: If a selector matches nothing, or if later ones leave it nothing.
-    """
+    """Return the last of several selectors that names it, for each parameter; refuse one that is left none."""
     names = _Names(module := unwrapped(module), module.named_parameters(remove_duplicate=False))
     named = [(select, list(names.choose(select, given, "parameter"))) for select in selects]
     owner = {name: select for select, mine in named for name in mine}
