@@ -15,9 +15,13 @@ from lightning_freeze.norms.callback import NormLogger
 from lightning_freeze.schedule.callback import FreezeSchedule
 from lightning_freeze.schedule.layers import layers_of, layerwise_lr_decay
 from lightning_freeze.schedule.phases import Phase, Plateau
-from lightning_freeze.schedule.presets import chain_thaw, gradual_unfreezing, linear_probe_then_finetune
+from lightning_freeze.schedule.presets import (
+    chain_thaw,
+    gradual_unfreezing,
+    layerwise_sampling,
+    linear_probe_then_finetune,
+)
 from lightning_freeze.schedule.rates import Ramp
-from lightning_freeze.schedule.sampling import layerwise_sampling
 from lightning_freeze.selectors import Selector, select_parameters
 from lightning_freeze.target.callback import TargetNetwork
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -23,24 +24,17 @@ from torch.optim import Optimizer
 OLDEST = "2.5.3"
 
 
-def _is_recent(distribution: str) -> bool:
-    try:
-        return Version(version(distribution)) >= Version(OLDEST)
-    except PackageNotFoundError:
-        return False
-
-
 for _module, _needed in ((torch, "2.6"), (torchmetrics, "1.4")):
     if Version(_module.__version__) < Version(_needed):
         raise ImportError(f"lightning_freeze needs {_module.__name__} {_needed} or later, not {_module.__version__}.")
-_HOMES = [
-    {"pytorch": pytorch, "fabric": fabric}
-    for distribution, pytorch, fabric in (
-        ("lightning", "lightning.pytorch", "lightning.fabric"),
-        ("pytorch-lightning", "pytorch_lightning", "lightning_fabric"),
-    )
-    if _is_recent(distribution)
-]
+_HOMES: list[dict[str, str]] = []
+for _distribution, _pytorch, _fabric in (
+    ("lightning", "lightning.pytorch", "lightning.fabric"),
+    ("pytorch-lightning", "pytorch_lightning", "lightning_fabric"),
+):
+    with suppress(PackageNotFoundError):
+        if Version(version(_distribution)) >= Version(OLDEST):
+            _HOMES.append({"pytorch": _pytorch, "fabric": _fabric})
 if not _HOMES:
     raise ImportError(f"lightning_freeze needs Lightning {OLDEST} or later: pip install 'lightning>={OLDEST}'")
 

@@ -243,7 +243,11 @@ def to_numpy(outputs: Any) -> Any:
     if isinstance(outputs, Tensor):
         return as_array(outputs)
     if isinstance(outputs, tuple):
-        return _tuple(type(outputs), list(map(to_numpy, outputs)))
+        items = list(map(to_numpy, outputs))
+        try:
+            return tuple.__new__(type(outputs), items)  # whatever arguments its own __new__ takes
+        except TypeError:
+            return type(outputs)(items)  # one that is written in C, such as torch.return_types.max
     if isinstance(outputs, Mapping) and not isinstance(outputs, MutableMapping):
         return type(outputs)({key: to_numpy(value) for key, value in outputs.items()})  # type: ignore[call-arg]
     is_record = dataclasses.is_dataclass(outputs) and not isinstance(outputs, type)
@@ -257,11 +261,3 @@ def to_numpy(outputs: Any) -> Any:
         if hasattr(twin, field.name):
             object.__setattr__(twin, field.name, to_numpy(getattr(twin, field.name)))  # it may be frozen
     return twin
-
-
-def _tuple(kind: type, items: list[Any]) -> Any:
-    """Return a tuple of a kind of its own."""
-    try:
-        return tuple.__new__(kind, items)  # whatever arguments its own __new__ takes
-    except TypeError:
-        return kind(items)  # one that is written in C, such as torch.return_types.max

@@ -17,9 +17,5 @@ if _package.level == logging.NOTSET:  # a level that the user has set is kept
 def get_logger(name: str) -> logging.Logger:
     """Return the logger of a module of this package."""
     logger = logging.getLogger(name)
-    logger.addFilter(_is_rank_zero)
+    logger.addFilter(lambda record: getattr(rank_zero_only, "rank", 0) == 0)  # every launcher of both sets it
     return logger
-
-
-def _is_rank_zero(record: logging.LogRecord) -> bool:
-    return getattr(rank_zero_only, "rank", 0) == 0  # every launcher of both Lightnings sets it

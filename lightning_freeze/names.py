@@ -8,8 +8,8 @@ from typing import TypeVar
 
 from torch import nn
 
+from lightning_freeze.patterns import nearest
 from lightning_freeze.selectors import clean_name
-from lightning_freeze.words import suggestion
 
 T = TypeVar("T")
 
@@ -78,15 +78,13 @@ def branches(
 def module_named(model: nn.Module, name: str, given: str) -> nn.Module:
     """Return the module of a dotted name, the outermost one where ``torch.compile`` put one around another.
 
-    Raises:
-        ValueError: If there is none; it shows the name as ``given``, the closest one and the top-level modules.
+    If there is none, a ValueError shows the name as ``given``, the closest one and the top-level modules.
     """
     modules: dict[str, nn.Module] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         modules.setdefault(clean_name(path), module)
     if name and name in modules:
         return modules[name]
-    below = [f" Did you mean {path!r}?" for path in modules if path.endswith(f".{name}")]  # a wrapper
-    hint = (*below, suggestion(name, filter(None, modules)))[0]
+    hint = "".join(f" Did you mean {path!r}?" for path in nearest(name, [*filter(None, modules)])[:1])
     tops = ", ".join(top for top, _ in model.named_children()) or "none"
     raise ValueError(f"{given} names no module of {type(model).__name__}.{hint}\nTop-level modules: {tops}.")

@@ -56,12 +56,7 @@ def sliced(pattern: str, lists: Mapping[str, Sequence[str]], shown: str) -> list
 
 
 def split_slice(pattern: str) -> tuple[str, str]:
-    """Return what is before the first index or slice of a pattern, and the rest, empty if there is none.
-
-    Example:
-        >>> split_slice("blocks[-4:].attn"), split_slice("blocks")
-        (('blocks', '[-4:].attn'), ('blocks', ''))
-    """
+    """Return what is before the first index or slice of a pattern, and the rest, empty if there is none."""
     match = _SLICE.search(pattern)
     return (pattern[: match.start()], pattern[match.start() :]) if match else (pattern, "")
 
@@ -82,14 +77,11 @@ def _members(name: str, members: Sequence[str], picked: str, shown: str) -> Sequ
 
 
 def nearest(pattern: str, known: Collection[str]) -> list[str]:
-    """Return what a pattern that matches no known name may have been meant to be, at most two.
-
-    Example:
-        >>> nearest("hed.*", ["head.weight", "neck.weight"]), nearest("fc", ["model", "model.fc", "model.fc.bias"])
-        (['head.*'], ['model.fc'])
-    """
+    """Return what a pattern that matches no known name may have been meant to be, at most two."""
     if pattern.startswith("re:"):
-        return closest(_literal(pattern.removeprefix("re:")), known, most=2)
+        # Without everything that stands for something else.
+        text = re.sub(r"(?<!\\)\.[*+?]?|\\\w|[][(){}^$|?*+]", "", pattern.removeprefix("re:"))
+        return closest(text.replace("\\", "").strip("."), known, most=2)
     before, after = split_slice(pattern)
     if after:
         return [] if before in known else [name + after for name in nearest(before, known)]
@@ -102,23 +94,14 @@ def nearest(pattern: str, known: Collection[str]) -> list[str]:
         ends = set(known) - {name.rpartition(".")[0] for name in known}
         if _SPECIAL.search(pattern) and any(map(re.compile(pattern).fullmatch, ends)):
             return [f"re:{pattern}"]
-    fixed = _fixed(pattern, known)
-    if fixed != pattern and any(one.fullmatch(name) for one in expressions(fixed, fixed) for name in known):
-        return [fixed]
-    if _is_glob(pattern):
-        return []
-    below_top = {name.partition(".")[2]: name for name in known}  # of a LightningModule that wraps a model
-    return closest(pattern, known, most=2) or [below_top[name] for name in closest(pattern, below_top, most=2)]
+    if (fixed := _fixed(pattern, known)) != pattern:
+        matches = any(one.fullmatch(name) for one in expressions(fixed, fixed) for name in known)
+        return [fixed] if matches else nearest(fixed, known)
+    return [] if _is_glob(pattern) else closest(pattern, known, most=2)
 
 
 def _is_glob(pattern: str) -> bool:
     return any(character in pattern for character in "*?[")
-
-
-def _literal(expression: str) -> str:
-    """Return a regular expression without everything in it that stands for something else."""
-    text = re.sub(r"(?<!\\)\.[*+?]?|\\\w|[][(){}^$|?*+]", "", expression)
-    return text.replace("\\", "").strip(".")
 
 
 def _fixed(pattern: str, known: Collection[str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, SupportsFloat, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,36 +29,18 @@ def check_agreement(strategy: Strategy, tell: Callable[[], Mapping[str, Any]]) -
     ``tell`` returns what must be the same everywhere, by name; what is compared is its ``repr``. Every rank raises
     if one differs.
     """
-    if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
+    if _is_alone(strategy):
         return
     facts = tell()
-    mine = torch.tensor([_digest(repr(fact)) for fact in facts.values()], device=strategy.root_device)
-    greatest, least = strategy.reduce(torch.stack([mine, -mine]), reduce_op="max")
-    differ = [name for name, same in zip(facts, (greatest == -least).tolist(), strict=True) if not same]
-    if not differ:
-        return
-    shown = "; ".join(f"{name} = {facts[name]!r}"[:500] for name in differ)
-    raise RuntimeError(
-        f"The ranks do not agree on the schedule's next phase: they differ in {' and '.join(differ)}. Here, on rank "
-        f"{strategy.global_rank} of {strategy.world_size}: {shown}. Every rank needs the same module, the same "
-        "schedule and the same number of training batches."
-    )
-
-
-def mean_over_ranks(strategy: Strategy, value: float | None) -> float | None:
-    """Return the mean of a value over the ranks that have one, the same on every rank; None if no rank has one."""
-    if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
-        return value
-    pair = torch.tensor([0.0 if value is None else value, value is not None], dtype=torch.float64)
-    total, count = strategy.reduce(pair.to(strategy.root_device), reduce_op="sum").tolist()
-    return total / count if count else None
-
-
-def greatest(strategy: Strategy, value: int) -> int:
-    """Return the greatest of the ranks' values, the same on every rank."""
-    if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
-        return value
-    return int(strategy.reduce(torch.tensor(value, device=strategy.root_device), reduce_op="max").item())
+    digests = {name: hashlib.blake2b(repr(fact).encode(), digest_size=8).digest() for name, fact in facts.items()}
+    ranks = from_all(digests)
+    if differ := [name for name in facts if any(rank[name] != digests[name] for rank in ranks)]:
+        shown = "; ".join(f"{name} = {facts[name]!r}"[:500] for name in differ)
+        raise RuntimeError(
+            f"The ranks do not agree on the schedule's next phase: they differ in {' and '.join(differ)}. Here, on "
+            f"rank {dist.get_rank()} of {len(ranks)}: {shown}. Every rank needs the same module, the same "
+            "schedule and the same number of training batches."
+        )
 
 
 def refuse_differences(strategy: Strategy, why: str, **facts: Any) -> None:
@@ -69,5 +51,20 @@ def refuse_differences(strategy: Strategy, why: str, **facts: Any) -> None:
         raise MisconfigurationException(f"{why} {error}") from None
 
 
-def _digest(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+def mean_over_ranks(strategy: Strategy, value: SupportsFloat | None) -> float | None:
+    """Return the mean of a value over the ranks that have one, the same on every rank; None if no rank has one."""
+    mine = None if value is None else float(value)
+    values = [one for one in ([mine] if _is_alone(strategy) else from_all(mine)) if one is not None]
+    return sum(values) / len(values) if values else None
+
+
+def greatest(strategy: Strategy, value: int) -> int:
+    """Return the greatest of the ranks' values, the same on every rank."""
+    if _is_alone(strategy):
+        return value
+    # Not by `from_all`: where a function may end a phase, every step asks.
+    return int(strategy.reduce(torch.tensor(value, device=strategy.root_device), reduce_op="max").item())
+
+
+def _is_alone(strategy: Strategy) -> bool:
+    return not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1

@@ -21,23 +21,15 @@ Predicate: TypeAlias = Callable[[str, Any], bool]
 Selector: TypeAlias = str | Sequence[str | Predicate] | Predicate
 
 # The segments that torch.compile, FSDP1 and activation checkpointing put into names.
-_WRAPPER_SEGMENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-_WRAPPED = re.compile("|".join(_WRAPPER_SEGMENTS))
+_WRAPPED = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 _PARAMETRIZED = re.compile(r"\bparametrizations\.([^.]+)\..*")
 
 _KINDS = "A selector is a string, a callable or a list of them"
 
 
 def clean_name(name: str) -> str:
-    """Return a dotted name without the segments that wrappers put into it.
-
-    Example:
-        >>> clean_name("backbone._orig_mod.conv.weight")
-        'backbone.conv.weight'
-    """
-    if _WRAPPED.search(name) is None:  # most names, and there can be thousands of them
-        return name
-    return ".".join(segment for segment in name.split(".") if segment not in _WRAPPER_SEGMENTS)
+    """Return a dotted name without the segments that wrappers put into it."""
+    return _WRAPPED.sub("", name).removeprefix(".")
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -120,47 +112,39 @@ def select_layers(
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     if not tensors and select == "*":
         return {}
-    names = _Names(module, tensors)
-    chosen = set(map(id, names.choose(select, given, "parameter or buffer").values()))
-    layers: dict[nn.Module, str] = {}
-    for name, layer in names.modules:
+    chosen = set(map(id, _Names(module, tensors).choose(select, given, "parameter or buffer").values()))
+
+    def is_chosen(layer: nn.Module) -> bool:
         own = chain(layer.parameters(recurse=False), layer.buffers(recurse=False))
-        if layer not in layers and keep(layer) and any(id(tensor) in chosen for tensor in own):
-            layers[layer] = name
-    return {name: layer for layer, name in layers.items()}
+        return not chosen.isdisjoint(map(id, own))
+
+    return {clean_name(name): one for name, one in module.named_modules() if keep(one) and is_chosen(one)}
 
 
 def overlay(module: nn.Module, selects: Sequence[Selector], *, given: str = "select={}") -> dict[str, Selector]:
-    """Return, for each parameter that one of several selectors names, the last selector that does.
-
-    Raises:
-        ValueError: If a selector matches nothing, or if later ones leave it nothing.
-    """
+    """Return the last of several selectors that names it, for each parameter; refuse one that is left none."""
     names = _Names(module := unwrapped(module), module.named_parameters(remove_duplicate=False))
     named = [(select, list(names.choose(select, given, "parameter"))) for select in selects]
     owner = {name: select for select, mine in named for name in mine}
     for select, mine in named:
-        if not any(holder is select for holder in owner.values()):
-            for other, theirs in named:
-                if other is not select and theirs == mine:
-                    raise ValueError(
-                        f"{given.format(repr(selector_text(select)))} names the same parameters as "
-                        f"{selector_text(other)!r}: {', '.join(mine)}. Tied parameters are one. Keep one of the two."
-                    )
-            raise ValueError(
-                f"{given.format(repr(selector_text(select)))} is left with no parameter: later selectors name all of "
-                "them, and the later one holds. Put the wider selector first."
-            )
+        if any(holder is select for holder in owner.values()):
+            continue
+        shown = given.format(repr(selector_text(select)))
+        for other, theirs in named:
+            if other is not select and theirs == mine:
+                raise ValueError(
+                    f"{shown} names the same parameters as {selector_text(other)!r}: {', '.join(mine)}. Tied "
+                    "parameters are one. Keep one of the two."
+                )
+        raise ValueError(
+            f"{shown} is left with no parameter: later selectors name all of them, and the later one holds. Put the "
+            "wider selector first."
+        )
     return owner
 
 
 def selector_text(select: Selector) -> str:
-    """Return a selector as text, the same in every run.
-
-    Example:
-        >>> selector_text(["head", "!head.bias"])
-        'head, !head.bias'
-    """
+    """Return a selector as text, the same in every run."""
     if isinstance(select, str):
         return select
     if callable(select):
@@ -169,30 +153,24 @@ def selector_text(select: Selector) -> str:
 
 
 def as_patterns(select: Selector) -> list[str | Predicate]:
-    """Return a selector as a list of its patterns; raise if it is none, as a module and a class are not.
-
-    Example:
-        >>> as_patterns("head"), as_patterns(("*", "!head"))
-        (['head'], ['*', '!head'])
-    """
+    """Return a selector as a list of its patterns; raise if it is none, as a module and a class are not."""
     patterns = [select] if isinstance(select, str) or callable(select) else select
     if not isinstance(patterns, Iterable) or isinstance(patterns, Mapping):
         raise TypeError(f"{_KINDS}, not {select!r}.")
     patterns = list(patterns)
     for pattern in patterns:
+        kind, wrong = type(pattern).__name__, ""
+        by_name = 'Give its dotted name, for example "backbone.layer4"'
         if isinstance(pattern, type):
-            raise TypeError(
-                f'{_KINDS}, not the class {pattern.__name__}. Give "type:{pattern.__name__}" for its layers.'
-            )
-        if isinstance(pattern, nn.Module | Tensor):
-            kind = type(pattern).__name__
-            others = f', or "type:{kind}" for all of its class' if isinstance(pattern, nn.Module) else ""
-            what = "module" if others else "tensor"
-            raise TypeError(
-                f'{_KINDS}, not a {what} ({kind}). Give its dotted name, for example "backbone.layer4"{others}.'
-            )
-        if not isinstance(pattern, str) and not callable(pattern):
-            raise TypeError(f"{_KINDS}, not {pattern!r} in {select!r}.")
+            wrong = f'the class {pattern.__name__}. Give "type:{pattern.__name__}" for its layers'
+        elif isinstance(pattern, nn.Module):
+            wrong = f'a module ({kind}). {by_name}, or "type:{kind}" for all of its class'
+        elif isinstance(pattern, Tensor):
+            wrong = f"a tensor ({kind}). {by_name}"
+        elif not isinstance(pattern, str) and not callable(pattern):
+            wrong = f"{pattern!r} in {select!r}"
+        if wrong:
+            raise TypeError(f"{_KINDS}, not {wrong}.")
         if callable(pattern):
             check_takes(selector_text(pattern), pattern, "name", "parameter")
     return patterns
@@ -222,7 +200,7 @@ class _Names:
                     f"{shown} takes away from nothing: it comes first. "
                     f'Say what it takes away from, for example ["*", {_quote(written)}].'
                 )
-            pattern = written[1:] if isinstance(written, str) and takes_away else written
+            pattern = written.removeprefix("!") if isinstance(written, str) else written
             found = self.matches(pattern, shown)
             if not found and not partial:
                 raise ValueError(f"{shown} matches no {kind}.{self.hint(pattern)}")
@@ -267,28 +245,27 @@ class _Names:
     def hint(self, pattern: str | Predicate) -> str:
         """Return what would have been right: the closest names, and the top-level modules."""
         below = [name for name, _ in self.modules if name]
-        hint = ""
+        hint, close = "", list[str]()
         if isinstance(pattern, str):
             if pattern in below:
                 hint = f' There is a module "{pattern}", but it has none.'
-            elif pattern.startswith("type:") and self.of_class(pattern):
-                hint = " There are modules of that class, but they have none."
             elif (of := split_slice(pattern)[0]) != pattern and of in set(below) - self.lists.keys():
                 hint = f' "{of}" is no nn.ModuleList or nn.Sequential.'
-            elif close := self.closest(pattern, sorted({*below, *chain.from_iterable(self.names.values())})):
-                hint = f" Did you mean {' or '.join(map(_quote, close))}?"
+            elif not pattern.startswith("type:"):
+                close = nearest(pattern, sorted({*below, *chain.from_iterable(self.names.values())}))
+            elif self.of_class(pattern):
+                hint = " There are modules of that class, but they have none."
+            else:
+                classes = sorted({base.__name__ for _, module in self.modules for base in type(module).__mro__[:-1]})
+                meant = closest(pattern.removeprefix("type:").rpartition(".")[2], classes, most=2)
+                close = [f"type:{name}" for name in meant]
+        if close:
+            hint = f" Did you mean {' or '.join(map(_quote, close))}?"
         if below:
             return f"{hint}\nTop-level modules: {', '.join(dict.fromkeys(name.split('.')[0] for name in below))}."
         if self.names:
             return f"{hint}\nParameters: {', '.join(names[0] for names in self.names.values())}."
         return f"{hint}\nThe module has no parameters yet."
-
-    def closest(self, pattern: str, known: list[str]) -> list[str]:
-        """Return the patterns that one without a match may have been meant to be."""
-        if pattern.startswith("type:"):
-            classes = sorted({base.__name__ for _, module in self.modules for base in type(module).__mro__[:-1]})
-            return [f"type:{name}" for name in closest(pattern[len("type:") :].rpartition(".")[2], classes, most=2)]
-        return nearest(pattern, known)
 
 
 def _class_names(cls: type) -> set[str]:

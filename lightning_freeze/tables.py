@@ -36,23 +36,22 @@ class Table:
     width: int | None = None
 
     def __str__(self) -> str:
-        lines, numeric = self._cells()
+        (lines, numeric), most = self._cells(), self.width or sys.maxsize
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         texts = [index for index, right in enumerate(numeric) if not right]
-        too_long = sum(widths) + 2 * len(widths) - 2 - (self.width or sys.maxsize)
+        too_long = sum(widths) + 2 * len(widths) - 2 - most
         for _ in range(too_long if texts else 0):
             widest = max(texts, key=widths.__getitem__)
             widths[widest] = max(1, widths[widest] - 1)
         rows = [[shortened(cell, width) for cell, width in zip(line, widths, strict=True)] for line in lines]
         rows.insert(1, ["-" * width for width in widths])
+        pads = [str.rjust if right else str.ljust for right in numeric]
         text = "\n".join(
-            "  ".join(
-                cell.rjust(width) if right else cell.ljust(width)
-                for cell, width, right in zip(row, widths, numeric, strict=True)
-            ).rstrip()
+            "  ".join(pad(cell, width) for pad, cell, width in zip(pads, row, widths, strict=True)).rstrip()
             for row in rows
         )
-        return "\n".join([text, *([""] if self.notes else []), *(_wrapped(note, self.width) for note in self.notes)])
+        notes = [textwrap.fill(note, most, break_long_words=False, break_on_hyphens=False) for note in self.notes]
+        return "\n".join([text, *([""] if notes else []), *notes])
 
     def _repr_html_(self) -> str:
         """Return what notebooks show: the cells in full."""
@@ -103,7 +102,3 @@ def in_bytes(count: int) -> str:
     power = min(4, (len(str(count)) - 1) // 3)
     size = count / 1000**power
     return f"{size:.{max(0, 3 - len(str(int(size))))}f} {' kMGT'[power]}B"
-
-
-def _wrapped(note: str, width: int | None) -> str:
-    return note if width is None else textwrap.fill(note, width, break_long_words=False, break_on_hyphens=False)

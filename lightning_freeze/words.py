@@ -16,12 +16,7 @@ def closest(word: object, known: Iterable[str], *, most: int = 1) -> list[str]:
 
 
 def suggestion(word: object, known: Iterable[str]) -> str:
-    """Return a sentence with the known word that is most like a word; an empty text if none is.
-
-    Example:
-        >>> suggestion("heads", ["head", "neck"])
-        " Did you mean 'head'?"
-    """
+    """Return a sentence with the known word that is most like a word; an empty text if none is."""
     return "".join(f" Did you mean {name!r}?" for name in closest(word, known))
 
 
@@ -42,12 +37,7 @@ def quoted(names: Sequence[str]) -> str:
 
 
 def counted(number: int, unit: str) -> str:
-    """Return a number of units as text.
-
-    Example:
-        >>> counted(1, "epoch"), counted(3, "step")
-        ('1 epoch', '3 steps')
-    """
+    """Return a number of units as text: ``1 epoch``, ``3 steps``."""
     return f"{number:,} {unit}{'s' * (number != 1)}"
 
 
@@ -92,11 +82,7 @@ def some_of(where: str, name: str, values: Iterable[object], allowed: Sequence[s
 
 
 def check_takes(shown: str, function: Callable[..., object], *arguments: str) -> None:
-    """Refuse a function that does not take as many arguments as it will be called with.
-
-    Raises:
-        TypeError: If it does not.
-    """
+    """Raise a TypeError for a function that does not take as many arguments as it will be called with."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:

@@ -133,11 +133,6 @@ def test_wrappers_change_neither_names_nor_selection(data: st.DataObject) -> Non
     assert {n: id(p) for n, p in select_parameters(module, selector).items()} == {n: id(p) for n, p in plain.items()}
 
 
-def test_star_selects_all_under_the_modules_own_names() -> None:
-    net = Net()
-    assert list(select_parameters(net, "*")) == [name for name, _ in net.named_parameters()]
-
-
 @pytest.mark.parametrize(
     ("select", "message"),
     [

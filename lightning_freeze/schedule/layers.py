@@ -43,15 +43,11 @@ def layers_of(module: nn.Module, select: Selector = "*") -> list[str]:
     chosen = set(map(id, select_parameters(module, select).values()))
     modules = {clean_name(name): child for name, child in unwrapped(module).named_modules()}
     top = select if isinstance(select, str) and select in modules else ""
-    root = _tree(top, modules[top], chosen, set())
+    root = _tree(top, modules[top], chosen)
     blocks = _blocks(root)
     if not blocks:
         raise ValueError(f"layers_of(select={select!r}) finds no layer with a weight matrix. Name the layers yourself.")
-
-    def has_some(node: _Node) -> bool:
-        return any(child in blocks or has_some(child) for child in node.children)
-
-    units = list(_highest(root, lambda node: node in blocks or not has_some(node)))
+    units = list(_highest(root, lambda node: node in blocks or not any(_highest(node, blocks.__contains__))))
     places = [place for place, unit in enumerate(units) if unit in blocks]
     between = units[places[0] : places[-1] + 1]
     return [unit.name for unit in between if unit in blocks or unit.children]
@@ -111,14 +107,14 @@ def _weights(shapes: Counter[tuple[int, ...]]) -> int:
     return sum(math.prod(shape) * count for shape, count in shapes.items())
 
 
-def _tree(name: str, module: nn.Module, chosen: set[int], seen: set[int]) -> _Node:
+def _tree(name: str, module: nn.Module, chosen: set[int]) -> _Node:
     node = _Node(clean_name(name), module)
     for parameter in module.parameters(recurse=False):
-        if id(parameter) in chosen and id(parameter) not in seen:
-            seen.add(id(parameter))
+        if id(parameter) in chosen:
+            chosen.remove(id(parameter))  # a tied one counts once
             node.shapes[() if is_lazy(parameter) else tuple(parameter.shape)] += 1
     for key, child in module.named_children():
-        below = _tree(f"{name}.{key}" if name else key, child, chosen, seen)
+        below = _tree(f"{name}.{key}" if name else key, child, chosen)
         if below.name == node.name:  # a wrapper's inside
             node.module, node.children, below.children = below.module, below.children, []
         elif below.shapes:
@@ -135,16 +131,15 @@ def _blocks(root: _Node) -> set[_Node]:
         lambda node: _three([child for child in node.children if child.has_class]),
         lambda node: [child for child in node.children if isinstance(node.module, _LISTS) and child.children],
     ]
-    found = [_of_their_class(root, list(_search(root, rule))) for rule in rules]
+    found = [_of_their_class(root, _search(root, rule)) for rule in rules]
     sizes = [sum(_weights(block.shapes) for block in blocks) for blocks in found]
     best = next((blocks for blocks, size in zip(found, sizes, strict=True) if 4 * size >= max(sizes)), set())
     return best or set(_highest(root, lambda node: bool(node.name) and _is_around_matrices(node)))
 
 
-def _search(node: _Node, rule: Callable[[_Node], list[_Node]]) -> Iterator[_Node]:
-    """Yield what a rule finds among a module's children, or below them."""
-    found = rule(node)
-    yield from found or (block for child in node.children for block in _search(child, rule))
+def _search(node: _Node, rule: Callable[[_Node], list[_Node]]) -> list[_Node]:
+    """Return what a rule finds among a module's children, or below them."""
+    return rule(node) or [block for child in node.children for block in _search(child, rule)]
 
 
 def _alike(siblings: Sequence[_Node]) -> list[_Node]:

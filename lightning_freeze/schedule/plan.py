@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -13,9 +14,10 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from lightning_freeze._lightning import Callback, LightningModule, Trainer, callbacks_of
-from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
+from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand
 from lightning_freeze.freezing.eval_mode import BY_HAND, interceptor
 from lightning_freeze.freezing.holder import Holder, ledger_of
+from lightning_freeze.freezing.ledger import Hold, Ledger
 from lightning_freeze.functional import can_train
 from lightning_freeze.schedule.length import planned_length, steps_in_all, steps_per_epoch
 from lightning_freeze.schedule.meaning import resolve_phases
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     from lightning_freeze.schedule.callback import FreezeSchedule
 
 Factor = float | Ramp
-Span = tuple[float, float]
 
 # The steps that an epoch of unknown length counts as: more than any fit takes, and shares of it come out.
 _UNKNOWN = 10**12
@@ -42,32 +43,32 @@ class FitLength:
 
     total: int
     unit: Literal["epoch", "step"]
-    per_epoch: float = _UNKNOWN  # optimizer steps an epoch takes
+    per_epoch: float  # optimizer steps an epoch takes
 
     @classmethod
     def of(
         cls,
         max_epochs: int | None = None,
         max_steps: int | None = None,
-        per_epoch: int | None = None,
+        per_epoch: float | None = None,
         trainer: Trainer | None = None,
     ) -> FitLength:
         """Return the length of a fit that ends at the first of its limits; those of the Trainer if none is given."""
         if max_epochs is None and max_steps is None and trainer is not None:
             max_epochs, max_steps = (n if n and n > 0 else None for n in (trainer.max_epochs, trainer.max_steps))
-        if max_epochs is not None or max_steps is None:
-            max_epochs = whole_number("preview", "max_epochs", max_epochs)
-        if max_steps is not None:
-            max_steps = whole_number("preview", "max_steps", max_steps)
-        known = steps_per_epoch(trainer) if trainer is not None else None
         if per_epoch is not None:
-            known = whole_number("preview", "steps_per_epoch", per_epoch)
-        length = cls(max_steps or sys.maxsize, "step" if max_epochs is None else "epoch", known or _UNKNOWN)
-        if max_epochs is None:
-            return length
+            per_epoch = whole_number("preview", "steps_per_epoch", per_epoch)
+        elif trainer is not None:
+            per_epoch = steps_per_epoch(trainer)
+        per_epoch, total = per_epoch or _UNKNOWN, sys.maxsize
         if max_steps is not None:
-            length.check("With max_epochs,", steps=max_steps)
-        return replace(length, total=min(length.total, round(max_epochs * length.per_epoch)))
+            total = whole_number("preview", "max_steps", max_steps)
+            if max_epochs is None:
+                return cls(total, "step", per_epoch)
+        epochs = whole_number("preview", "max_epochs", max_epochs)
+        length = cls(min(total, round(epochs * per_epoch)), "epoch", per_epoch)
+        length.check("With max_epochs,", steps=max_steps)
+        return length
 
     @property
     def size(self) -> float:
@@ -84,41 +85,50 @@ class FitLength:
             if count is not None and not self.knows(unit):
                 raise ValueError(f"{who} {count:,.15g} {unit}{'s' * (count != 1)}: give steps_per_epoch.")
 
-    def planned(self, phases: Sequence[Phase]) -> tuple[Phase, ...]:
-        """Return a schedule as the fit goes through it; raise a ValueError if that cannot be told in the unit."""
-        for phase in phases:
-            self.check(f"Phase {phase.label!r} lasts", epochs=phase.epochs, steps=phase.steps)
-        return planned(phases, self.total)
-
-    def borders(self, phases: Sequence[Phase]) -> list[int]:
-        """Return the steps at which phases begin, and at which the last one ends; none is beyond the end of the fit.
+    def planned(self, phases: Sequence[Phase]) -> tuple[Sequence[Phase], list[int]]:
+        """Return a schedule as the fit goes through it, and the steps at which phases begin and the last one ends.
 
         When a plateau comes, nobody knows: a phase that only a plateau or a function ends has an equal share of what
-        is left.
-
-        Example:
-            >>> FitLength.of(4, per_epoch=10).borders([Phase("a", steps=15), Phase("b", epochs=9), Phase("c")])
-            [0, 15, 40, 40]
+        is left. A ValueError says what cannot be told in the unit.
         """
+        for phase in phases:
+            self.check(f"Phase {phase.label!r} lasts", epochs=phase.epochs, steps=phase.steps)
+        phases = planned(phases, self.total)
 
         def share(begin: Begin) -> End:
             step = begin[1] + max(1, round((self.total - begin[1]) / (len(phases) - begin[2])))
             return step, int(step / self.per_epoch), ""
 
         begins = walk([*phases, Phase("*")], math.inf, math.inf, self.per_epoch, share)
-        return [min(step, self.total) for _, step, _ in begins]
+        return phases, [min(step, self.total) for _, step, _ in begins]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A phase in a plan; where it begins and ends are optimizer steps."""
+
+    number: int  # from 1
+    phase: Phase
+    begin: int
+    end: int  # its begin, if the fit does not reach it
+    lasts: Length  # at most
+    factors: dict[str, Factor]  # the learning rate scale of all that trains, by name
+    in_eval: set[nn.Module]  # what runs in eval mode
+
+    def at(self, factor: Factor, step: float) -> float:
+        """Return what a scale of the phase is at a step of the fit."""
+        return planned_factor(factor, step - self.begin, self.lasts)
 
 
 @dataclass(frozen=True)
 class Plan:
     """A schedule over a fit of one module."""
 
-    phases: Sequence[Phase]
+    parts: Sequence[Part]
     model: nn.Module  # without wrappers
     length: FitLength
-    reached: dict[int, Span]  # for each phase that begins, from where to where it lasts, in the length's unit
-    factors: list[dict[str, Factor]]  # for each phase, the learning rate scale of all that trains, by name
-    in_eval: list[set[nn.Module]]  # for each phase, the modules that run in eval mode
+    trainer: Trainer | None  # that the model is attached to
+    ledger: Ledger | None  # of the fit that runs
     happened: bool = False  # whether this is what a fit did, rather than what one would do
 
     @classmethod
@@ -137,41 +147,38 @@ class Plan:
 
         With ``happened`` it is what the schedule did, if it has begun in a fit of the model.
         """
-        model, trainer = unwrapped(model), trainer_of(model)
-        past = _went(schedule, trainer) if happened and trainer is not None else None
-        length, borders = past or (FitLength.of(max_epochs, max_steps, steps_per_epoch, trainer), None)
+        model = unwrapped(model)
+        trainer = None
+        with suppress(RuntimeError):  # it is attached to none
+            trainer = model.trainer if isinstance(model, LightningModule) else None
+        ledger = ledger_of(trainer) if trainer is not None else None
         if callbacks is None:
             callbacks = callbacks_of(trainer) if trainer is not None else []
-        parameters, layers = named_unique_parameters(model), running_statistics(model)
-        ledger = ledger_of(trainer) if trainer is not None else None
-        found = {id(p) for p in parameters.values() if can_train(p) and not p.requires_grad}
-        came_frozen = found if ledger is None else ledger.came_frozen
-        holds = {one.state_key: one.holds(model) for one in callbacks if isinstance(one, Holder)}
+        holds = _holds(model, callbacks)
         held = {key: who for who, hold in holds.items() for key in hold.frozen}
-        held |= dict.fromkeys(affine_frozen_by_hand(model.modules()), BY_HAND)
-        steps = length.total if length.knows("step") else math.inf
-        phases = schedule.progress.phases
-        if borders is None:
-            phases = length.planned(phases_for(schedule.phases, model, {*came_frozen, *held}, steps))
-            borders = length.borders(phases)
+        parameters = named_unique_parameters(model).values()
+        found = {id(p) for p in parameters if can_train(p) and not p.requires_grad}
+        came_frozen = ledger.came_frozen if ledger is not None else found
+        past = _went(schedule, trainer) if happened and trainer is not None else None
+        if past is not None:
+            phases, (length, borders) = schedule.progress.phases, past
+        else:
+            length = FitLength.of(max_epochs, max_steps, steps_per_epoch, trainer)
+            steps = length.total if length.knows("step") else math.inf
+            phases, borders = length.planned(phases_for(schedule.phases, model, {*came_frozen, *held}, steps))
+        left_alone = {module for hold in holds.values() for module in hold.own}
         resolved = resolve_phases(
-            model,
-            phases,
-            came_frozen=came_frozen,
-            held=held,
-            mode=schedule.frozen_mode,
-            left_alone={module for hold in holds.values() for module in hold.own},
+            *(model, phases), came_frozen=came_frozen, held=held, mode=schedule.frozen_mode, left_alone=left_alone
         )
-        stay = {module for hold in holds.values() for module in hold.eval_mode}
-        stay |= {one for one in layers if (by := interceptor(one)) is not None and BY_HAND in by.holders}
-        in_eval = [stay.union(hold.eval_mode) for hold in resolved.holds]
-        factors: list[dict[str, Factor]] = [
-            {name: scales.get(id(parameter), 1.0) for name, parameter in trains.items()}
-            for scales, trains in zip(resolved.scales, resolved.trains, strict=True)
-        ]
-        spans = enumerate((begin / length.size, end / length.size) for begin, end in pairwise(borders))
-        reached = {index: span for index, span in spans if span[0] < span[1]}
-        return cls(phases, model, length, reached, factors, in_eval, happened=past is not None)
+        parts, spans = [], pairwise([*borders, *borders[-1:] * len(phases)])
+        for index, (phase, (begin, end)) in enumerate(zip(phases, spans, strict=False)):
+            at = (int(begin / length.per_epoch), begin)
+            lasts = planned_length(phase, at, epoch=length.per_epoch, total=length.total)
+            scales, trains = resolved.scales[index], resolved.trains[index]
+            factors: dict[str, Factor] = {name: scales.get(id(p), 1.0) for name, p in trains.items()}
+            in_eval = {module for hold in (resolved.holds[index], *holds.values()) for module in hold.eval_mode}
+            parts.append(Part(index + 1, phase, begin, end, lasts, factors, in_eval))
+        return cls(parts, model, length, trainer, ledger, happened=past is not None)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -179,29 +186,25 @@ class Plan:
         return {name: p for name, p in named_unique_parameters(self.model).items() if can_train(p)}
 
     @property
-    def end(self) -> float:
-        """Where the fit ends: at its limit, or with the last phase."""
-        return max(end for _, end in self.reached.values())
+    def reached(self) -> list[Part]:
+        """The phases that begin before the fit ends."""
+        return [part for part in self.parts if part.begin < part.end]
+
+    @property
+    def end(self) -> int:
+        """The step at which the fit ends: at its limit, or with the last phase."""
+        return max(part.end for part in self.parts)
 
     def course(self, name: str) -> tuple[Factor | None, ...]:
         """Return the learning rate scale of a parameter in each phase that begins, None where it is frozen."""
-        return tuple(self.factors[index].get(name) for index in self.reached)
+        return tuple(part.factors.get(name) for part in self.reached)
 
-    def ramp_end(self, index: int, ramp: Ramp) -> float:
-        """Return where a ramp of a phase ends."""
-        self.length.check(f"{ramp} takes", epochs=ramp.epochs, steps=ramp.steps)
-        return self.reached[index][0] + (self.length_of(index).of(ramp) or 0) / self.length.size
 
-    def at(self, index: int, factor: Factor, position: float) -> float:
-        """Return what a scale of a phase is at a position of the fit."""
-        steps = (position - self.reached[index][0]) * self.length.size
-        return planned_factor(factor, steps, self.length_of(index))
-
-    def length_of(self, index: int) -> Length:
-        """Return how long a phase lasts at most."""
-        fit, step = self.length, round(self.reached[index][0] * self.length.size)
-        begin = (int(step / fit.per_epoch), step)
-        return planned_length(self.phases[index], begin, epoch=fit.per_epoch, total=fit.total)
+def _holds(model: nn.Module, callbacks: Sequence[Callback]) -> dict[str, Hold]:
+    """Return what callbacks, and the user by :func:`freeze_batchnorm`, keep frozen in every phase."""
+    holds = {one.state_key: one.holds(model) for one in callbacks if isinstance(one, Holder)}
+    by_hand = [one for one in model.modules() if (stay := interceptor(one)) is not None and BY_HAND in stay.holders]
+    return {**holds, BY_HAND: Hold(frozenset(affine_frozen_by_hand(by_hand)), tuple(by_hand))}
 
 
 def _went(schedule: FreezeSchedule, trainer: Trainer) -> tuple[FitLength, list[int]] | None:
@@ -211,16 +214,3 @@ def _went(schedule: FreezeSchedule, trainer: Trainer) -> tuple[FitLength, list[i
         return None
     length = FitLength(steps_in_all(trainer) or taken, "step", steps_per_epoch(trainer) or _UNKNOWN)
     return length, [*(step for _, step, _ in schedule.history), taken]
-
-
-def trainer_of(model: nn.Module) -> Trainer | None:
-    """Return the Trainer that a LightningModule is attached to."""
-    try:
-        return model.trainer if isinstance(model, LightningModule) else None
-    except RuntimeError:  # it is attached to none
-        return None
-
-
-def running_statistics(model: nn.Module) -> list[nn.Module]:
-    """Return the layers with running statistics."""
-    return [layer for layer in model.modules() if has_running_statistics(layer)]

@@ -8,12 +8,15 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, groupby, pairwise
-from typing import TYPE_CHECKING
+from itertools import chain, pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lightning_freeze.functional import scalars
 from lightning_freeze.names import branches, runs
-from lightning_freeze.schedule.forecast import Forecast, Point, curve, forecast_rates
+from lightning_freeze.schedule.forecast import Forecast, forecast_rates
+from lightning_freeze.schedule.phases import Phase
 from lightning_freeze.schedule.plan import Factor, Plan
 from lightning_freeze.schedule.preview import selected_text
 from lightning_freeze.schedule.rates import Ramp
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.text import Annotation
 
 Course = tuple[Factor | None, ...]
+Piece = tuple[float, float, tuple[float, float]]
 
 FROZEN = "#e4e4e4"
 _ROWS = 32  # more than these are drawn only where layers of the first level differ
@@ -74,29 +78,30 @@ class Row:
 class Colours:
     """The colours of learning rate scales, from the lowest to the highest: the darker, the faster."""
 
-    low: float
-    high: float
+    scales: list[float]  # that there are, sorted; of one that moves its ends
 
     @classmethod
     def of(cls, plan: Plan) -> Colours:
         """Return the colours for what a plan trains."""
-        values = _scales(plan)
-        low, high = min(value for value in values if value > 0), max(values)
-        return cls(min(low, high / 100) if 0 in values else low, high)
+        factors = {factor for part in plan.reached for factor in part.factors.values()}
+        ends = ([one.start, one.end] if isinstance(one, Ramp) else [one] for one in factors)
+        return cls(sorted(set(chain.from_iterable(ends))))
 
-    def __call__(self, factor: float | None) -> str:
-        """Return the colour of a scale, of what is frozen for None."""
-        if factor is None:
+    def __call__(self, factor: float) -> str:
+        """Return the colour of a scale, of what is frozen for NaN."""
+        if math.isnan(factor):
             return FROZEN
-        span = math.log(self.high / self.low)
-        place = math.log(max(factor, self.low) / self.low) / span if span else 1.0
+        high, low = self.scales[-1], min(scale for scale in self.scales if scale > 0)
+        if self.scales[0] == 0:
+            low = min(low, high / 100)
+        place = math.log(max(factor, low) / low) / math.log(high / low) if high > low else 1.0
         return to_hex(colormaps["viridis_r"](0.2 + 0.7 * place))
 
 
 def plot_schedule(plan: Plan) -> Figure:
     """Return a figure with what :func:`draw_schedule` draws, and the learning rates below if any is scaled."""
     height, rates = 0.24 * max(4, len(rows_of(plan))), forecast_rates(plan)
-    scaled = _scales(plan) != [1.0] or (rates is not None and rates.moves)
+    scaled = Colours.of(plan).scales != [1.0] or (rates is not None and len(set(rates.rates)) > 1)
     figure = Picture(figsize=(9, 0.6 + height + 1.7 * scaled), layout="constrained")
     if scaled:
         bars, below = figure.subplots(2, 1, sharex=True, height_ratios=[height, 1.5])
@@ -114,27 +119,24 @@ def plot_schedule(plan: Plan) -> Figure:
 
 def draw_schedule(axes: Axes, plan: Plan) -> None:
     """Draw a row for each run of layers that do the same throughout: pale while frozen, the darker the faster."""
-    rows, colours = rows_of(plan), Colours.of(plan)
+    rows, colours, size = rows_of(plan), Colours.of(plan), plan.length.size
     for place, row in enumerate(rows):
         # The few that train among many that do not are still to be seen.
         shares = [max(0.15, count / row.courses.total()) for count in row.courses.values()]
         top = place - 0.42
         for course, share in zip(row.courses, shares, strict=True):
-            height = 0.84 * share / sum(shares)
-            pieces = list(_pieces(plan, course))
+            height, pieces = 0.84 * share / sum(shares), list(_pieces(plan, course))
             axes.broken_barh(
-                [(begin, end - begin) for (begin, _), (end, _) in pieces], (top, height),
-                facecolors=[colours(_mean(one, other)) for one, other in pieces], linewidth=0, antialiased=False,
+                [(begin / size, (end - begin) / size) for begin, end, *_ in pieces], (top, height),
+                facecolors=[colours(sum(ends) / 2) for *_, ends in pieces], linewidth=0, antialiased=False,
             )  # fmt: skip
             top += height
-    for begin in _borders(plan):
-        axes.axvline(begin, color="white", linewidth=1.0)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_yticks(range(len(rows)), [row.label for row in rows], parse_math=False, fontsize=8)
     axes.tick_params(left=False)
     axes.spines[:].set_visible(False)
-    _draw_time(axes, plan)
-    scales = _scales(plan)
+    _draw_time(axes, plan, color="white")
+    scales = colours.scales
     shown = [scales[round(step * (len(scales) - 1) / 6)] for step in range(7)]  # all of them, or seven
     handles = [Patch(color=colours(one), label=f"lr ×{one:.2g}") for one in dict.fromkeys(reversed(shown))]
     if scales == [1.0]:
@@ -148,18 +150,16 @@ def draw_schedule(axes: Axes, plan: Plan) -> None:
 
 def draw_rates(axes: Axes, plan: Plan, rates: Forecast | None = None) -> None:
     """Draw the learning rate of what trains over the fit; where the optimizer's is not known, the factor on it."""
-    colours, scales, drawn = Colours.of(plan), _scales(plan), list[float]()
+    colours, known, drawn = Colours.of(plan), rates or Forecast([1.0], each=math.inf), list[float]()
     for course in dict.fromkeys(map(plan.course, plan.parameters)):
-        for trains, group in groupby(_pieces(plan, course), key=lambda piece: piece[0][1] is not None):
-            if trains:
-                points = list(curve(group, rates))
-                lines = list(pairwise((place, rate) for place, rate, _ in points))
-                colors = [colours((one[2] + other[2]) / 2) for one, other in pairwise(points)]
-                axes.add_collection(LineCollection(lines, colors=colors, linewidths=1.8))
-                drawn += [rate for _, rate, _ in points]
-    high = max(drawn)
+        points = np.array([point for piece in _pieces(plan, course) for point in _curve(piece, known)])
+        lines = np.stack([points[:-1, :2], points[1:, :2]], axis=1) / (plan.length.size, 1)
+        colors = [colours(factor) for factor in (points[:-1, 2] + points[1:, 2]) / 2]
+        axes.add_collection(LineCollection([*lines], colors=colors, linewidths=1.8))
+        drawn += points[:, 1].tolist()
+    high, scales = np.nanmax(drawn), colours.scales
     if scales[0] > 0 and scales[-1] / scales[0] > 5:
-        low = max(min(drawn), high * scales[0] / scales[-1] / 30)  # many schedulers end at nothing
+        low = max(np.nanmin(drawn), high * scales[0] / scales[-1] / 30)  # many schedulers end at nothing
         axes.set_yscale("log")
         axes.set_ylim(low / 1.5, high * 1.5)
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 3) if high / low < 1000 else (1,)))
@@ -167,11 +167,9 @@ def draw_rates(axes: Axes, plan: Plan, rates: Forecast | None = None) -> None:
         axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_ylim(0, high * 1.1)
-    for begin in _borders(plan):
-        axes.axvline(begin, color=FROZEN, linewidth=1.0, zorder=0)
     axes.set_ylabel("learning rate" if rates is not None else "factor on the\nlearning rate", fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    _draw_time(axes, plan)
+    _draw_time(axes, plan, color=FROZEN, zorder=0)
 
 
 def rows_of(plan: Plan) -> list[Row]:
@@ -197,41 +195,35 @@ def _rows(plan: Plan, courses: Mapping[str, Course], depth: int) -> list[Row]:
     return rows
 
 
-def _pieces(plan: Plan, course: Course) -> Iterator[tuple[Point, Point]]:
-    """Yield from where to where a scale holds, with its value at both ends: None while frozen."""
-    for (index, (begin, end)), factor in zip(plan.reached.items(), course, strict=True):
+def _pieces(plan: Plan, course: Course) -> Iterator[Piece]:
+    """Yield from which step to which a scale holds, with its value at both: NaN while frozen."""
+    for part, factor in zip(plan.reached, course, strict=True):
         if not isinstance(factor, Ramp):
-            yield (begin, factor), (end, factor)
+            yield part.begin, part.end, (math.nan if factor is None else factor,) * 2
             continue
-        until, step = min(end, plan.ramp_end(index, factor)), 1 / plan.length.size
-        if by_steps := until - begin <= _SLICES * step:
-            edges = [begin + step * number for number in range(math.ceil((until - begin) / step - 1e-6) + 1)]
-        else:
-            edges = [begin + (until - begin) * number / _SLICES for number in range(_SLICES + 1)]
-        edges += [end] * (edges[-1] < end)
-        for one, other in pairwise(edges):
-            value = plan.at(index, factor, one)
-            yield (one, value), (other, value if by_steps else plan.at(index, factor, other))
+        plan.length.check(f"{factor} takes", epochs=factor.epochs, steps=factor.steps)
+        until = min(part.end, part.begin + (part.lasts.of(factor) or 0))
+        by_steps = until - part.begin <= _SLICES
+        edges = [*range(part.begin, math.ceil(until) + 1)] if by_steps else np.linspace(part.begin, until, _SLICES + 1)
+        for one, other in pairwise([*edges, *([part.end] if edges[-1] < part.end else [])]):
+            value = part.at(factor, one)
+            yield one, other, (value, value if by_steps else part.at(factor, other))
 
 
-def _mean(one: Point, other: Point) -> float | None:
-    return None if one[1] is None or other[1] is None else (one[1] + other[1]) / 2
+def _curve(piece: Piece, rates: Forecast) -> Iterator[tuple[float, float, float]]:
+    """Yield points of a scale: the step, the rate that it makes of the optimizer's, and the scale."""
+    begin, end, (one, other) = piece
+    for left, right in pairwise(rates.edges(begin, end)):
+        for step in (left, right):
+            factor = one + (other - one) * (step - begin) / (end - begin)
+            yield step, rates.at(left) * factor, factor
 
 
-def _scales(plan: Plan) -> list[float]:
-    """Return all learning rate scales that there are, sorted; of one that moves its ends."""
-    factors = {factor for index in plan.reached for factor in plan.factors[index].values()}
-    ends = ([one.start, one.end] if isinstance(one, Ramp) else [one] for one in factors)
-    return sorted(set(chain.from_iterable(ends)))
-
-
-def _borders(plan: Plan) -> list[float]:
-    """Return where a phase takes over from another."""
-    return [begin for begin, _ in plan.reached.values()][1:]
-
-
-def _draw_time(axes: Axes, plan: Plan) -> None:
-    axes.set_xlim(0, plan.end)
+def _draw_time(axes: Axes, plan: Plan, **line: Any) -> None:
+    """Draw the axis, and a ``line`` where a phase takes over from another."""
+    for part in plan.reached[1:]:
+        axes.axvline(part.begin / plan.length.size, linewidth=1.0, **line)
+    axes.set_xlim(0, plan.end / plan.length.size)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.tick_params(labelsize=8)
@@ -242,19 +234,18 @@ def _draw_time(axes: Axes, plan: Plan) -> None:
 def _draw_phases(axes: Axes, plan: Plan) -> None:
     """Write the names of phases above them: across where there is room, else upright, as many as there is."""
     figure = axes.figure.figure  # the whole, also around a subfigure
-    texts = {
-        index: axes.annotate(
-            _phase_text(plan, index), ((begin + end) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, 3),
-            textcoords="offset points", ha="center", va="bottom", fontsize=8, parse_math=False,
+    texts = [
+        axes.annotate(
+            _phase_text(plan, part.phase), ((part.begin + part.end) / 2 / plan.length.size, 1), xytext=(0, 3),
+            xycoords=("data", "axes fraction"), textcoords="offset points", ha="center", va="bottom", fontsize=8,
+            parse_math=False,
         )
-        for index, (begin, end) in plan.reached.items()
-    }  # fmt: skip
+        for part in plan.reached
+    ]  # fmt: skip
     figure.draw_without_rendering()  # how wide the axes are is known when they have been laid out
-    pixels = axes.get_window_extent().width / plan.end
-    right = -math.inf
-    for index, text in texts.items():
-        begin, end = plan.reached[index]
-        _fit(text, (end - begin) * pixels - 8)
+    pixels, right = axes.get_window_extent().width / plan.end, -math.inf
+    for part, text in zip(plan.reached, texts, strict=True):
+        _fit(text, (part.end - part.begin) * pixels - 8)
         box = text.get_window_extent()
         if box.x0 < right:
             text.remove()
@@ -272,8 +263,7 @@ def _fit(text: Annotation, room: float) -> None:
             text.set(rotation=90, text=shortened(words, _LABEL))
 
 
-def _phase_text(plan: Plan, index: int) -> str:
-    phase = plan.phases[index]
+def _phase_text(plan: Plan, phase: Phase) -> str:
     text = phase.name if phase.name is not None else selected_text(phase.train)
     return text if plan.happened or phase.plateau is None else f"{text} (until {phase.plateau.monitor} plateaus)"
 

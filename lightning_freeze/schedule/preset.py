@@ -37,18 +37,21 @@ Build: TypeAlias = Callable[[Parts, float | None], list[Phase]]
 class Preset(list[Phase]):
     """The phases of a well-known schedule, and how they are made for a module.
 
-    Before :meth:`resolve` it has the phases that the arguments alone tell; where these name a module, none. ``build``
-    is None if they are the same for every module, ``called`` how the log shows the call, and ``others`` what it says
-    becomes of parameters that no layer names.
+    Before :meth:`resolve` it has the phases that the arguments alone tell, if none are given; where these name a
+    module, none. ``build`` is None if they are the same for every module, ``called`` how the log shows the call, and
+    ``others`` what it says becomes of parameters that no layer names.
     """
 
     def __init__(
-        self, build: Build | None, layers: Layers, called: str, others: Sequence[str], phases: Iterable[Phase] = ()
+        self, name: str, layers: Layers, build: Build | None, others: str = "", phases: Iterable[Phase] | None = None
     ) -> None:
-        super().__init__(phases)
-        self.build, self.layers, self.called, self.others = build, layers, called, others
-        self.said = ""
+        self.name, self.build, self.others, self.said = name, build, others, ""
+        self.layers = layers if isinstance(layers, str) else as_layers("layers", layers)
+        self.called = f"{name}({layers!r})" if isinstance(layers, str) else name
         self.parts: Parts | None = None
+        if phases is None:
+            phases = [] if build is None or isinstance(self.layers, str) else build(Parts(self.layers), None)
+        super().__init__(phases)
 
     def resolve(self, module: nn.Module, *, idle: Collection[int] = (), steps: float | None = None) -> Preset:
         """Return the phases for a module.
@@ -70,15 +73,33 @@ class Preset(list[Phase]):
         """
         if self.build is None:
             return self
-        parts = parts_of(module, self.layers, idle, given=f"{self.called.partition('(')[0]}(layers={{}})")
-        resolved = Preset(self.build, self.layers, self.called, self.others, self.build(parts, steps))
+        parts = self._parts(unwrapped(module), idle)
+        resolved = Preset(self.name, self.layers, self.build, self.others, self.build(parts, steps))
         resolved.parts = parts
         names = [("no layer names ", parts.rest), ("before them ", parts.before), ("after them ", parts.after)]
         said = [f"{where}{listed(found)}" for where, found in names if found]
         if isinstance(self.layers, str):
             said.insert(0, f"{counted(len(parts.layers), 'layer')}, {parts.layers[0][0]} to {parts.layers[-1][0]}")
-        resolved.said = f"{self.called}: {'; '.join([*said, *self.others])}." if said else ""
+        resolved.said = f"{self.called}: {'; '.join(filter(None, [*said, self.others]))}." if said else ""
         return resolved
+
+    def _parts(self, module: nn.Module, idle: Collection[int]) -> Parts:
+        """Return the parts of a module; what is between two layers, such as a norm, is of the layer before it."""
+        given, layers = f"{self.name}(layers={{}})", self.layers
+        if isinstance(layers, str):
+            resolve(module, layers, given=given)  # for an error that shows it so
+            layers = [[name] for name in layers_of(module, layers)]
+        owner = {name: place for place, layer in enumerate(layers) for name in resolve(module, layer, given=given)}
+        loose: dict[int, set[int]] = {}
+        place = -1
+        for name, parameter in named_unique_parameters(module).items():
+            place = max(place, owner.get(name, place))
+            if name not in owner and id(parameter) not in idle:
+                loose.setdefault(place, set()).add(id(parameter))
+        if not isinstance(self.layers, str):
+            return Parts(layers, rest=topmost(module, set[int]().union(*loose.values())))
+        before, *between, after = (topmost(module, loose.get(place, set())) for place in range(-1, len(layers)))
+        return Parts([[*layer, *more] for layer, more in zip(layers, [*between, []], strict=True)], before, after)
 
     def take_steps(self, steps: float | None) -> bool:
         """Make the phases anew if they depend on the optimizer steps of the fit; return whether they did."""
@@ -105,37 +126,7 @@ class Preset(list[Phase]):
         return super().__repr__() if len(self) else self.called
 
     def __reduce__(self) -> Any:
-        return type(self), (self.build, self.layers, self.called, self.others, list(self) if len(self) else [])
-
-
-def parts_of(module: nn.Module, layers: Layers, idle: Collection[int] = (), *, given: str = "layers={}") -> Parts:
-    """Return the parts of a model; arguments as of :meth:`Preset.resolve`, and how an error shows a layer.
-
-    What is between two layers of one module, such as a norm, is of the layer before it.
-
-    Example:
-        >>> net = nn.Sequential(nn.Embedding(2, 2), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), nn.Linear(2, 1))
-        >>> parts_of(net, "1")
-        Parts(layers=[['1.0'], ['1.1']], before=['0'], after=['2'], rest=[])
-        >>> parts_of(net, [["0", "1"]])
-        Parts(layers=[['0', '1']], before=[], after=[], rest=['2'])
-    """
-    module = unwrapped(module)
-    if isinstance(layers, str) and resolve(module, layers, given=given):
-        names = [[name] for name in layers_of(module, layers)]
-    else:
-        names = as_layers("layers", layers)
-    owner = {name: place for place, layer in enumerate(names) for name in resolve(module, layer, given=given)}
-    loose: dict[int, set[int]] = {}
-    place = -1
-    for name, parameter in named_unique_parameters(module).items():
-        place = max(place, owner.get(name, place))
-        if name not in owner and id(parameter) not in idle:
-            loose.setdefault(place, set()).add(id(parameter))
-    if not isinstance(layers, str):
-        return Parts(names, rest=topmost(module, set[int]().union(*loose.values())))
-    before, *between, after = (topmost(module, loose.get(place, set())) for place in range(-1, len(names)))
-    return Parts([[*layer, *more] for layer, more in zip(names, [*between, []], strict=True)], before, after)
+        return type(self), (self.name, self.layers, self.build, self.others, list(self) if len(self) else [])
 
 
 def as_schedule(phases: Any, *others: Any) -> Sequence[Phase]:
@@ -148,20 +139,6 @@ def phases_for(
 ) -> Sequence[Phase]:
     """Return the phases for a module, those of a preset resolved; arguments as of :meth:`Preset.resolve`."""
     return phases.resolve(module, idle=idle, steps=steps) if isinstance(phases, Preset) else phases
-
-
-def preset(
-    build: Build, name: str, layers: Layers, *, rest: str, beside: str | None = None, is_known: bool = True
-) -> Preset:
-    """Return a preset with the phases that its arguments tell; those of a named module are not among them.
-
-    ``rest`` is what becomes of parameters that no name names, ``beside`` of those beside the layers of a named module;
-    ``is_known`` is whether the phases do not depend on the fit.
-    """
-    if isinstance(layers, str):
-        return Preset(build, layers, f"{name}({layers!r})", [beside] if beside else [])
-    named = as_layers("layers", layers)
-    return Preset(build, named, name, [rest], build(Parts(named), None) if is_known else ())
 
 
 def as_selector(layer: Sequence[str]) -> Selector:

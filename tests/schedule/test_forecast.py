@@ -74,7 +74,7 @@ def test_rates_are_foreseen_as_the_fit_has_them(name: str, phases: str) -> None:
     trainer(max_epochs=EPOCHS, callbacks=[schedule]).fit(net, loader(), loader())
     assert len(net.rates) == EPOCHS * STEPS
     assert forecast.rates == net.rates
-    assert [forecast.at(step / STEPS) for step in range(EPOCHS * STEPS)] == net.rates
+    assert [forecast.at(step) for step in range(EPOCHS * STEPS)] == net.rates
 
 
 @pytest.mark.parametrize("per_epoch", [None, STEPS])
@@ -82,7 +82,7 @@ def test_rates_by_the_epoch_need_no_steps_and_others_do(per_epoch: int | None) -
     by_epoch = Plan.of(FreezeSchedule([Phase("*")]), Scheduled(SCHEDULERS["StepLR"]), 4, steps_per_epoch=per_epoch)
     forecast = forecast_rates(by_epoch)
     assert forecast is not None
-    assert [forecast.at(epoch) for epoch in range(4)] == [0.01, 0.01, 0.005, 0.005]
+    assert [forecast.at(epoch * by_epoch.length.per_epoch) for epoch in range(4)] == [0.01, 0.01, 0.005, 0.005]
     by_step = Plan.of(FreezeSchedule([Phase("*")]), Scheduled(SCHEDULERS["OneCycleLR"]), 4, steps_per_epoch=per_epoch)
     assert (forecast_rates(by_step) is None) == (per_epoch is None)
 

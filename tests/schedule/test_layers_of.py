@@ -163,40 +163,15 @@ def parts(**modules: nn.Module) -> nn.Module:
 
 
 class Attention(nn.Module):
-    def __init__(self, has_bias: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
-        if has_bias:
-            self.relative = nn.Embedding(4, 2)
-
-
-class CrossAttention(Attention):
-    """A class of its own."""
 
 
 class Ff(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.wi, self.wo, self.norm = nn.Linear(8, 32), nn.Linear(32, 8), nn.LayerNorm(8)
-
-
-class T5Block(nn.Module):
-    def __init__(self, is_decoder: bool, has_bias: bool) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList([Attention(has_bias), *([CrossAttention()] if is_decoder else []), Ff()])
-
-
-class T5Stack(nn.Module):
-    def __init__(self, shared: nn.Embedding, is_decoder: bool, depth: int) -> None:
-        super().__init__()
-        self.embed_tokens = shared
-        self.block = nn.ModuleList(T5Block(is_decoder, has_bias=not number) for number in range(depth))
-        self.final_layer_norm = nn.LayerNorm(8)
-
-
-def t5(depth: int = 2) -> nn.Module:
-    shared = nn.Embedding(100, 8)
-    return parts(shared=shared, encoder=T5Stack(shared, False, depth), decoder=T5Stack(shared, True, depth))
 
 
 class MixtureBlock(nn.Module):
@@ -242,8 +217,6 @@ class Two(nn.Module):
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        (t5(), numbered("encoder.block.", 2) + numbered("decoder.block.", 2)),
-        (t5(depth=1), ["encoder.block.0", "decoder.block.0"]),
         (parts(model=nn.ModuleList(MixtureBlock() for _ in range(2))), numbered("model.", 2)),
         (
             parts(stem=nn.Linear(1, 2), stages=nn.Sequential(Stage(4, 2), Stage(8, 1), Stage(16, 3))),
@@ -290,10 +263,12 @@ def test_compiled_blocks_are_like_the_others() -> None:
 
 
 def test_layers_are_those_of_what_is_selected() -> None:
-    net = parts(model=t5(), other=nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)))
-    assert layers_of(net, "model.decoder") == numbered("model.decoder.block.", 2)
-    assert layers_of(net, ["model", "!model.encoder"]) == numbered("model.decoder.block.", 2)
-    assert layers_of(net, "model.encoder.block") == numbered("model.encoder.block.", 2)
+    net = parts(
+        model=nn.Transformer(8, 2, 2, 2, 16, batch_first=True), other=nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    )
+    assert layers_of(net, "model.decoder") == numbered("model.decoder.layers.", 2)
+    assert layers_of(net, ["model", "!model.encoder"]) == numbered("model.decoder.layers.", 2)
+    assert layers_of(net, "model.encoder.layers") == numbered("model.encoder.layers.", 2)
     assert layers_of(net, "other") == ["other.0", "other.1"]
     with pytest.raises(ValueError, match=r'"decoder" matches no parameter\. Did you mean "model\.decoder"'):
         layers_of(net, "decoder")

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib
 import logging
 from typing import Any
 
@@ -49,7 +48,7 @@ def test_preview_has_phases_begin_and_end_where_a_fit_does(
     phases = [Phase("*", epochs=e, steps=s) for e, s in lengths]
     steps = max_epochs * steps_per_epoch
     limits = (max_epochs, None) if unit == "epoch" else (None, steps)
-    borders = FitLength.of(*limits, steps_per_epoch).borders(phases)
+    _, borders = FitLength.of(*limits, steps_per_epoch).planned(phases)
     begins = [step for _, step, _ in walk([*phases, Phase("*")], max_epochs - 1, steps - 1, steps_per_epoch)]
     assert borders == [*begins, *[steps] * (len(phases) + 1 - len(begins))]
 
@@ -284,19 +283,6 @@ def test_what_other_callbacks_hold_is_counted(held: str, mode: Any) -> None:
         found = list(zip(map(int, column(table, "parameters")), frozen, strict=True))
         assert found == [fitted[index] for index in range(3)]
     assert attached == [str(before)] * 3  # also asked in mid-fit
-
-
-def test_the_example_of_byol() -> None:
-    pytest.importorskip("sklearn")
-    byol = importlib.import_module("examples.momentum_encoder").BYOL()
-    schedule = FreezeSchedule([Phase("predictor", epochs=1), Phase("*")], verbose=False)
-    follow, counts = TargetNetwork("online", "target", tau=0.02), list[str]()
-    table = schedule.preview(byol, 2, callbacks=[follow])
-    probe = Probe(lambda _, m: counts.append(f"{sum(p.numel() for p in m.parameters() if p.requires_grad):,}"))
-    images = torch.utils.data.TensorDataset(torch.randn(8, 1, 8, 8))
-    run = trainer(callbacks=[schedule, follow, probe], max_epochs=2)
-    run.fit(byol, torch.utils.data.DataLoader(images, batch_size=8))
-    assert column(table, "parameters") == counts
 
 
 def test_the_repr_of_a_schedule_is_the_code_that_makes_it() -> None:
