@@ -9,6 +9,8 @@ VISION := torchvision==0.29.1
 WORKERS ?= 2
 # Where tests import Lightning from: lightning.pytorch or pytorch_lightning.
 export NAMESPACE ?= lightning.pytorch
+# A module is compiled once, not in each of the processes that tests start.
+unexport PYTHONDONTWRITEBYTECODE
 # The lower bounds in pyproject.toml as versions to install, and what tests need beside them.
 LOWEST = $(shell $(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	o = p['optional-dependencies']; print(*(n.replace('>=', '==') for n in p['dependencies'] + o['plot'] + o['cli']))")
