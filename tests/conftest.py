@@ -1,16 +1,33 @@
 from __future__ import annotations
 
+import gc
 import logging
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
-import torch
-from torch.optim import optimizer
+
+# Also for processes that tests start: threads that wait for each other keep all cores busy.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Nothing that an import makes is garbage, and to look for some takes a fifth of the time."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def _quiet_and_deterministic() -> Iterator[None]:
+    import torch  # not above: of several processes the first runs no tests
+    from torch.optim import optimizer
+
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_freeze").setLevel(logging.INFO)  # the main jobs are quiet

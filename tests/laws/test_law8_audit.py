@@ -20,6 +20,8 @@ from lightning_freeze import FreezeSchedule, GradientAudit, Phase
 from tests.nets import Net, Probe, adamw, data, loader, same, sgd, snapshot, trainer
 from tests.replicas import on_two_processes
 
+pytestmark = pytest.mark.usefixtures("only_what_it_imports")
+
 
 class Observed(Net):
     """With dropout, so that a random number more or less would show, and faults, so that the audit looks closely."""
