@@ -24,9 +24,13 @@ BENCHMARKS := rivals rivals_ddp overhead frozen_step feature_cache norms communi
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-$(VENV)/installed: pyproject.toml
+$(VENV)/torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile $(TORCH) $(VISION)
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
+	touch $@
+
+$(VENV)/installed: pyproject.toml $(VENV)/torch
+	$(BIN)/python -m pip install --quiet --no-compile $(VISION)
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 

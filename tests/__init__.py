@@ -10,8 +10,6 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-import lightning_freeze  # noqa: F401  # knows both packages, so before one gets the other's name
-
 _NAMES = {"lightning.pytorch": "pytorch_lightning", "lightning.fabric": "lightning_fabric"}
 
 
@@ -39,6 +37,7 @@ class _Other(MetaPathFinder, Loader):
 
 
 if os.environ.get("NAMESPACE") == "pytorch_lightning":
+    import_module("lightning_freeze")  # knows both packages, so before one gets the other's name
     for _name in [name for name in sys.modules if name.partition(".")[0] == "lightning"]:
         del sys.modules[_name]
     sys.meta_path.insert(0, _Other())

@@ -36,7 +36,7 @@ class Student(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         # Lightning does not save the state of random generators, so dropout draws from the step's number.
-        torch.manual_seed(self.trainer.fit_loop.total_batch_idx)
+        torch.default_generator.manual_seed(self.trainer.fit_loop.total_batch_idx)
         return self.loss(batch)
 
     def configure_optimizers(self) -> Any:

@@ -55,7 +55,7 @@ class Learner(LightningModule):
         self.batch = batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        torch.manual_seed(self.trainer.current_epoch)  # dropout draws the same in a run that resumes
+        torch.default_generator.manual_seed(self.trainer.current_epoch)  # dropout draws the same in a run that resumes
         return self.loss(self.net, self.batch)
 
     def configure_optimizers(self) -> Any:

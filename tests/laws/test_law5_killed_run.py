@@ -60,7 +60,7 @@ class SeededNet(Net):
     """Draws its dropout from the step's number: Lightning does not save the state of random generators."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        torch.manual_seed(WORLD * self.trainer.fit_loop.total_batch_idx + self.global_rank)
+        torch.default_generator.manual_seed(WORLD * self.trainer.fit_loop.total_batch_idx + self.global_rank)
         return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:

@@ -23,7 +23,7 @@ class SeededNet(Net):
     """Draws its dropout from the step's number: Lightning does not save the state of random generators."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        torch.manual_seed(self.trainer.fit_loop.total_batch_idx)
+        torch.default_generator.manual_seed(self.trainer.fit_loop.total_batch_idx)
         return super().training_step(batch, batch_idx)
 
 

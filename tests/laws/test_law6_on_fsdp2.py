@@ -167,12 +167,14 @@ def fit(
     }
 
 
-def resumed(case: dict[str, Any], folder: Path) -> list[tuple[str, list[str]]]:
-    """Stop in mid-epoch in several phases and resume: what differs from the uninterrupted run."""
-    saver = ModelCheckpoint(
+def saving(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
         folder, filename="{step}", save_top_k=-1, every_n_train_steps=5, save_on_train_epoch_end=False
     )
-    through = fit(case, ranks=WORLD, saver=saver)
+
+
+def resumed(case: dict[str, Any], folder: Path, through: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Resume from where a run was saved, in mid-epoch in several phases: what differs from that run."""
     dist.barrier()
     found = []
     for stop in sorted(folder.iterdir()):
@@ -218,9 +220,10 @@ def with_code(folder: Path) -> dict[str, Any]:
 def every_case(folder: Path) -> dict[str, Any]:
     results: dict[str, Any] = {"adopted": refused({"net": HeadOnly})}
     for name, case in CASES.items():
-        results[name] = fit(case, ranks=WORLD)
-        if name in RESUMED:
-            results[name]["resumed"] = resumed(case, folder / name)
+        saver = saving(folder / name) if name in RESUMED else None
+        results[name] = fit(case, ranks=WORLD, saver=saver)
+        if saver is not None:
+            results[name]["resumed"] = resumed(case, folder / name, results[name])
     results["with code"] = with_code(folder)
     return results
 

@@ -41,7 +41,7 @@ class Steps(Net):
         return {"loss": nn.functional.cross_entropy(preds, batch[1]), "preds": preds, "target": batch[1]}
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        torch.manual_seed(self.trainer.fit_loop.total_batch_idx)  # for dropout, also after resuming
+        torch.default_generator.manual_seed(self.trainer.fit_loop.total_batch_idx)  # for dropout, also after resuming
         return self.step("train", batch)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:

@@ -106,7 +106,7 @@ class Late(Net):
     """Logs a metric of training in a hook of the module, which comes after every callback's."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        torch.manual_seed(self.trainer.fit_loop.total_batch_idx)
+        torch.default_generator.manual_seed(self.trainer.fit_loop.total_batch_idx)
         return super().training_step(batch, batch_idx)
 
     def on_train_epoch_end(self) -> None:

@@ -69,7 +69,7 @@ class Deep(Net):
         return self.head(self.last(x))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        torch.manual_seed(self.trainer.fit_loop.total_batch_idx)
+        torch.default_generator.manual_seed(self.trainer.fit_loop.total_batch_idx)
         return super().training_step(batch, batch_idx)
 
 
