@@ -30,6 +30,8 @@ from lightning_freeze import (
 from tests.nets import Net, Probe, adamw, data, half, loader, same, sgd, snapshot, trainer
 from tests.replicas import on_two_processes
 
+pytestmark = pytest.mark.usefixtures("only_what_it_imports")
+
 few_samples = pytest.mark.filterwarnings("ignore:No (positive|negative) samples in targets")
 
 
