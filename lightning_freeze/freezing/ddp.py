@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_freeze._distributed import PeriodicModelAverager, PowerSGDState, 
 from lightning_freeze._lightning import DDPStrategy, Strategy
 
 
-def follow_trainable_set(strategy: Strategy, froze: Iterable[nn.Parameter] = ()) -> None:
+def follow_trainable_set(strategy: Strategy, froze: Sequence[nn.Parameter] = ()) -> None:
     """Build the wrapper of DDP for what trains now; other strategies need nothing. For all ranks at the same step.
 
     DDP's reducer only knows parameters that required grad when it was built; one that is unfrozen later would never be
@@ -26,9 +26,9 @@ def follow_trainable_set(strategy: Strategy, froze: Iterable[nn.Parameter] = ())
         return
     if not any(parameter.requires_grad for parameter in strategy.model.parameters()):
         return  # DDP cannot be built so; another callback unfreezes some, or backward says that nothing requires grad
-    averager, frozen = strategy._model_averager, list(froze)
-    if isinstance(averager, PeriodicModelAverager) and averager.step > averager.warmup_steps and frozen:
-        average_parameters(iter(frozen), averager.process_group)
+    averager = strategy._model_averager
+    if isinstance(averager, PeriodicModelAverager) and averager.step > averager.warmup_steps and froze:
+        average_parameters(iter(froze), averager.process_group)
     _rebuild_ddp(strategy, strategy.model)
 
 

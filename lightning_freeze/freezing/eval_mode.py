@@ -29,12 +29,24 @@ class StaysInEval:
     def __call__(self, mode: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """Pass the mode on to the children and stay in eval mode."""
         self.wants_training = self.wants_training or mode
-        plain = _is_plain(self.module, self.own)
         for child in self.module.children():
-            if plain or interceptor(child) is None:  # else only the module's own train() knows the child's mode
+            if self.is_plain or interceptor(child) is None:  # else only the module's own train() knows the child's mode
                 child.train(mode)
-        _set_mode(self.module, False, self.own, *args, **kwargs)
+        self.set_mode(False, *args, **kwargs)
         return self.module
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the module's ``train`` sets flags and nothing else."""
+        return self.own is None and type(self.module).train is nn.Module.train
+
+    def set_mode(self, training: bool, *args: Any, **kwargs: Any) -> None:
+        """Set the mode of the module and not of those below, by its own ``train()`` if it has one: that may do more."""
+        if not self.is_plain:
+            with _children_muted(self.module):
+                (self.own or type(self.module).train.__get__(self.module))(training, *args, **kwargs)
+        if self.is_plain or not training:
+            self.module.training = training
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Return what a copy has in this place."""
@@ -49,13 +61,11 @@ def is_held(module: nn.Module) -> bool:
 
 
 def leave_as_after_fit(module: nn.Module, twin: nn.Module, *, training: bool) -> None:
-    """Bring the modes of a copy, which nobody holds, to what the module's will be after the fit."""
+    """Bring the modes of a copy, which no fit holds, to what the module's will be after the fit."""
     for child, copied in zip(module.modules(), twin.modules(), strict=True):
-        stay = interceptor(child)
-        if stay is not None and BY_HAND not in stay.holders:
-            if stay.own is None:
-                copied.__dict__.pop("train", None)
-            _set_mode(copied, stay.wants_training and training, copied.__dict__.get("train"))
+        if (stay := interceptor(child)) is not None:
+            hold(copied).wants_training = stay.wants_training
+            release(copied, training=training)
 
 
 def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
@@ -80,10 +90,10 @@ def _upwards(name: str) -> Iterator[str]:
     yield ""
 
 
-def interceptor(module: nn.Module) -> StaysInEval | None:
-    """Return what keeps a module in eval mode, None if nothing does."""
+def interceptor(module: nn.Module, holder: str | None = None) -> StaysInEval | None:
+    """Return what keeps a module in eval mode, for anybody or one holder; None if nothing does."""
     stay = module.__dict__.get("train")
-    return stay if isinstance(stay, StaysInEval) else None
+    return stay if isinstance(stay, StaysInEval) and (holder is None or holder in stay.holders) else None
 
 
 def hold(module: nn.Module, holder: str = BY_FIT) -> StaysInEval:
@@ -96,39 +106,20 @@ def hold(module: nn.Module, holder: str = BY_FIT) -> StaysInEval:
         stay = StaysInEval(module, module.training, own)
         module.__dict__["train"] = stay
     stay.holders.add(holder)
-    _set_mode(module, False, stay.own)
+    stay.set_mode(False)
     return stay
 
 
 def release(module: nn.Module, holder: str = BY_FIT, *, training: bool = True) -> None:
     """Release one module from one holder, in the end in the mode it would be in."""
-    stay = interceptor(module)
-    if stay is None or holder not in stay.holders:
+    if (stay := interceptor(module, holder)) is None:
         return
     stay.holders.remove(holder)
     if not stay.holders:
         del module.__dict__["train"]
         if stay.own is not None:
             module.__dict__["train"] = stay.own
-        _set_mode(module, stay.wants_training and training, stay.own)
-
-
-def _is_plain(module: nn.Module, own: Callable[..., object] | None) -> bool:
-    """Return whether a module's ``train`` sets flags and nothing else."""
-    return own is None and type(module).train is nn.Module.train
-
-
-def _set_mode(module: nn.Module, training: bool, own: Callable[..., object] | None, *args: Any, **kwargs: Any) -> None:
-    """Set the mode of one module and not of those below, by its own ``train()`` if it has one: that may do more."""
-    if not _is_plain(module, own):
-        with _children_muted(module):
-            (own or type(module).train.__get__(module))(training, *args, **kwargs)
-        if training:
-            return
-    if type(module).__setattr__ is nn.Module.__setattr__:
-        object.__setattr__(module, "training", training)  # without nn.Module's search among parameters
-    else:
-        module.training = training
+        stay.set_mode(stay.wants_training and training)
 
 
 @contextmanager

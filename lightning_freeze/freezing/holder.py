@@ -62,9 +62,10 @@ class Holder(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop gradients of what is frozen before they are clipped."""
         if self._leads:
-            self.ledger.gradients.drop()
-            if len(trainer.optimizers) > 1:  # one that is alone has something to train
-                self.ledger.gradients.lend(trainer.optimizers)
+            gradients, optimizers = self.ledger.gradients, trainer.strategy.optimizers
+            gradients.drop()
+            if len(optimizers) > 1:  # one that is alone has something to train
+                gradients.lend(optimizers)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save modules among the hyperparameters as they are after the fit."""

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -629,17 +628,3 @@ def test_strategy_that_shards_is_refused() -> None:
     run.strategy.__class__ = FSDPStrategy
     with pytest.raises(MisconfigurationException, match="does not work with FSDPStrategy"):
         TargetNetwork("online", "target", tau=0.5).on_fit_start(run, BoringModel())
-
-
-def test_callback_copies_and_pickles_without_its_fit() -> None:
-    copies = []
-
-    class Copying(Student):
-        def on_train_epoch_end(self) -> None:
-            copies.append(copy.deepcopy(self.trainer.callbacks[0]))
-
-    callback = TargetNetwork("online", "target", tau=0.5)
-    fit(Copying(), callback, max_epochs=1)
-    del callback.log, callback.log_dict  # Lightning lends every callback the model's log functions
-    for twin in (*copies, pickle.loads(pickle.dumps(callback))):
-        assert (twin.steps, twin.tau, twin._fit) == (6, 0.5, None)
