@@ -8,19 +8,15 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze.freezing.trial import saves_with_hooks, try_adoption
-from lightning_freeze.words import listed
+from lightning_freeze.freezing.trial import try_adoption
 
 
 class Adoption:
     """Keeps parameters at the end of an optimizer's first group, and out of its ``state_dict()``.
 
     Saving and loading see the optimizer as the user made it. The state of what is adopted is saved apart, by name, as
-    the optimizer's own ``state_dict()`` has it: :meth:`state`. ``sparse`` are the identities of those that get sparse
-    gradients.
-
-    Raises:
-        ValueError: If the optimizer does not take them, or saves in a way of its own, without hooks, as wrappers do.
+    the optimizer's own ``state_dict()`` has it: :meth:`state`. ``sparse``, and what is raised, are as of
+    :func:`try_adoption`.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], sparse: Iterable[int]) -> None:
@@ -29,12 +25,6 @@ class Adoption:
         if not self.parameters:
             return
         self._stash: dict[nn.Parameter, Any] | None = try_adoption(optimizer, parameters, sparse)  # while they are out
-        if not saves_with_hooks(optimizer):
-            raise ValueError(
-                f"The schedule trains what {type(optimizer).__name__} was not given: {listed(parameters)}. It saves in "
-                "a way of its own, so nothing can be added to it later. Give it all parameters in "
-                "configure_optimizers; a phase says from when on they train."
-            )
         self._hook()
         self._take_in()
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,8 +38,13 @@ def _rebuild_ddp(strategy: DDPStrategy, old: DistributedDataParallel) -> None:
     strategy.model = old.module
     if strategy.root_device.type == "cuda":
         torch.cuda.synchronize(strategy.root_device)  # Lightning builds the wrapper in a stream of its own
-    with _without_initial_broadcast(strategy):
+    kwargs = strategy._ddp_kwargs
+    if "init_sync" in inspect.signature(DistributedDataParallel).parameters:
+        strategy._ddp_kwargs = {**kwargs, "init_sync": False}
+    try:
         strategy.configure_ddp()
+    finally:
+        strategy._ddp_kwargs = kwargs
     new = strategy.model
     assert isinstance(new, DistributedDataParallel)
     if not new._comm_hooks:  # those registered on the wrapper by hand; the strategy's own are there again
@@ -53,17 +57,6 @@ def _rebuild_ddp(strategy: DDPStrategy, old: DistributedDataParallel) -> None:
     # Manual optimization with static_graph: Lightning flushes a reducer's first reduction by hand, once.
     if hasattr(strategy, "_pl_static_graph_delay_done"):
         strategy._pl_static_graph_delay_done = False
-
-
-@contextmanager
-def _without_initial_broadcast(strategy: DDPStrategy) -> Iterator[None]:
-    kwargs = strategy._ddp_kwargs
-    if "init_sync" in inspect.signature(DistributedDataParallel).parameters:
-        strategy._ddp_kwargs = {**kwargs, "init_sync": False}
-    try:
-        yield
-    finally:
-        strategy._ddp_kwargs = kwargs
 
 
 def _forget_buckets(state: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class StaysInEval:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Return what a copy has in this place."""
         if BY_HAND not in self.holders:
-            return (_itself, (self.own,)) if self.own is not None else (getattr, (self.module, "train"))
+            return (copy.copy, (self.own,)) if self.own is not None else (getattr, (self.module, "train"))
         return StaysInEval, (self.module, self.wants_training, self.own, {BY_HAND}, self.affine)
 
 
@@ -73,12 +74,10 @@ def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
 
     A module without parameters counts when every module that contains it is wholly frozen.
     """
-    some_train: dict[str, bool] = {}  # of a module's parameters, if it has any
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        for above in _upwards(name):
-            some_train[above] = some_train.get(above, False) or id(parameter) in trains
-    named = module.named_modules(remove_duplicate=False)
-    outside = {child for name, child in named if all(some_train.get(above, True) for above in _upwards(name))}
+    named = dict(module.named_modules(remove_duplicate=False))
+    training = {name: [id(parameter) in trains for parameter in child.parameters()] for name, child in named.items()}
+    frozen = {name for name, flags in training.items() if flags and not any(flags)}
+    outside = {child for name, child in named.items() if frozen.isdisjoint(_upwards(name))}
     return [child for child in module.modules() if child not in outside]
 
 
@@ -136,7 +135,3 @@ def _children_muted(module: nn.Module) -> Iterator[None]:
                 del child.__dict__["train"]
             else:
                 child.__dict__["train"] = own
-
-
-def _itself(thing: Any) -> Any:
-    return thing

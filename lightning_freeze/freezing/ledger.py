@@ -75,7 +75,7 @@ class Ledger:
 
     def has(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer steps parameters of the module."""
-        return any(id(p) in self._flags for group in optimizer.param_groups for p in group["params"])
+        return not self._flags.keys().isdisjoint(map(id, members([optimizer])))
 
     def hold(self, who: str, hold: Hold) -> None:
         """Replace what a holder asks for; :meth:`settle` then does it."""

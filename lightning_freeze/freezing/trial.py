@@ -32,8 +32,19 @@ def try_adoption(
     parameter, where it makes one.
 
     Raises:
-        ValueError: If the constructor or the step refuses them; it says what the optimizer said.
+        ValueError: If the constructor or the step refuses them, in the optimizer's words, or it saves in a way of its
+            own, without hooks, as wrappers do.
     """
+    name = type(optimizer).__name__
+
+    def refusal(why: str) -> ValueError:
+        return ValueError(
+            f"The schedule trains what {name} was not given: {listed(parameters)}. {why} Give it all parameters in "
+            "configure_optimizers; a phase says from when on they train."
+        )
+
+    if not _saves_with_hooks(optimizer):
+        raise refusal("It saves in a way of its own, so nothing can be added to it later.")
     sparse, own = set(sparse), [p for group in optimizer.param_groups for p in group["params"]]
     known, new = (sorted({(p.ndim, id(p) in sparse) for p in members}) for members in (own, parameters.values()))
     try:
@@ -41,11 +52,8 @@ def try_adoption(
             _step(*_small(optimizer, ndim=ndim), sparse=is_sparse)
     except Exception as error:  # whatever the class raises at what it was given, it cannot be asked so
         if any(optimizer.state.get(p) for p in own):
-            raise ValueError(
-                f"The schedule trains what {type(optimizer).__name__} was not given: {listed(parameters)}. It makes "
-                "state for its parameters when it is built, so none can be added later. Give it all parameters in "
-                "configure_optimizers; a phase says from when on they train."
-            ) from error
+            why = "It makes state for its parameters when it is built, so none can be added later."
+            raise refusal(why) from error
         return {}
     try:
         other = _another(optimizer, list(parameters.values()))
@@ -53,8 +61,7 @@ def try_adoption(
             _step(*_small(optimizer, ndim=ndim), sparse=is_sparse)
     except Exception as error:
         raise ValueError(
-            f"The schedule trains what {type(optimizer).__name__} was not given and does not take: "
-            f"{listed(parameters)}. It says: {error} "
+            f"The schedule trains what {name} was not given and does not take: {listed(parameters)}. It says: {error} "
             "Give them to an optimizer in configure_optimizers, or leave them out of the phases."
         ) from error
     return _states(other, parameters.values())
@@ -172,7 +179,7 @@ def _size(state: Mapping[str, Any]) -> int:
     return sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
 
 
-def saves_with_hooks(optimizer: Optimizer) -> bool:
+def _saves_with_hooks(optimizer: Optimizer) -> bool:
     """Return whether saving and loading run torch's hooks; a class with methods of its own is asked."""
     cls, ran = type(optimizer), []
     if (cls.state_dict, cls.load_state_dict) == (Optimizer.state_dict, Optimizer.load_state_dict):
