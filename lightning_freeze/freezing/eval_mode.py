@@ -61,14 +61,6 @@ def is_held(module: nn.Module) -> bool:
     return interceptor(module) is not None
 
 
-def leave_as_after_fit(module: nn.Module, twin: nn.Module, *, training: bool) -> None:
-    """Bring the modes of a copy, which no fit holds, to what the module's will be after the fit."""
-    for child, copied in zip(module.modules(), twin.modules(), strict=True):
-        if (stay := interceptor(child)) is not None:
-            hold(copied).wants_training = stay.wants_training
-            release(copied, training=training)
-
-
 def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
     """Return the modules that have parameters of which none trains, and everything below them, each once.
 
