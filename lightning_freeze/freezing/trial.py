@@ -138,12 +138,6 @@ def state_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Pa
     """Return the bytes of state for a parameter in a group: of an optimizer just built, and after its first step.
 
     None if it cannot be asked. The parameter is not touched.
-
-    Example:
-        >>> net = nn.Linear(100, 1, bias=False)
-        >>> adam = torch.optim.Adam(net.parameters())
-        >>> state_bytes(adam, adam.param_groups[0], net.weight)  # two moments, and a step count
-        (0, 804)
     """
     options = {key: value for key, value in group.items() if key not in MEMBERS}
     for device in ("meta", "cpu", parameter.device):  # without memory, if its step reads no value
@@ -158,14 +152,7 @@ def state_bytes(optimizer: Optimizer, group: Mapping[str, Any], parameter: nn.Pa
 
 
 def state_anew(optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> dict[nn.Parameter, Any]:
-    """Return the state that the constructor makes for parameters of the optimizer, where it makes one.
-
-    Example:
-        >>> net = nn.Linear(2, 1, bias=False)
-        >>> adagrad = torch.optim.Adagrad(net.parameters(), initial_accumulator_value=0.5)
-        >>> state_anew(adagrad, [net.weight])[net.weight]["sum"]
-        tensor([[0.5000, 0.5000]])
-    """
+    """Return the state that the constructor makes for parameters of the optimizer, where it makes one."""
     wanted = set(parameters)
     groups = [{**group, "params": [p for p in group["params"] if p in wanted]} for group in optimizer.param_groups]
     for group in groups:

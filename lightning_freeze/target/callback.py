@@ -72,8 +72,15 @@ class TargetNetwork(Holder):
         eval_mode: bool = False,
     ) -> None:
         _check_names(source, target)
-        self.source, self.target = source, target
-        self.tau, self.every_n_steps = _checked_pace(tau, every_n_steps)
+        if (tau is None) == (every_n_steps is None):
+            raise ValueError(
+                f"TargetNetwork(tau={tau!r}, every_n_steps={every_n_steps!r}): give one of the two, tau=0.005 for a "
+                "Polyak average after every step, or every_n_steps=1000 for a copy after so many."
+            )
+        if every_n_steps is not None:
+            every_n_steps = whole_number("TargetNetwork", "every_n_steps", every_n_steps)
+        self.source, self.target, self.every_n_steps = source, target, every_n_steps
+        self.tau = tau if tau is None or callable(tau) else checked_tau("TargetNetwork", tau)
         self.copy_buffers, self.eval_mode = copy_buffers, eval_mode
         self.steps = 0
         self._restored = False
@@ -123,8 +130,8 @@ class TargetNetwork(Holder):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a source that no optimizer steps."""
         super().on_train_start(trainer, pl_module)
-        sources = self._fit[1] if self._fit is not None else set()
-        if not any(id(p) in sources for p in members(optimizers_of(trainer))):
+        _, sources = self._fit or ([], set())
+        if sources.isdisjoint(map(id, members(optimizers_of(trainer)))):
             _log.warning(
                 "TargetNetwork: no optimizer holds a parameter of %r, so %r rests until one does.",
                 *(self.source, self.target),
@@ -135,8 +142,7 @@ class TargetNetwork(Holder):
         if self._fit is None or _was_skipped(optimizer):
             return
         pairs, sources = self._fit
-        active = sources & self.ledger.trains
-        if not any(id(parameter) in active for parameter in members([optimizer])):
+        if (sources & self.ledger.trains).isdisjoint(map(id, members([optimizer]))):
             return
         self.steps += 1
         if self.tau is not None:
@@ -185,20 +191,6 @@ def _check_names(source: object, target: object) -> None:
                 f"TargetNetwork({source!r}, {target!r}): {inner!r} is inside {outer!r}, so it would be part of its own "
                 "copy. Keep the two side by side."
             )
-
-
-def _checked_pace(
-    tau: float | Callable[[int], float] | None, every_n_steps: int | None
-) -> tuple[float | Callable[[int], float] | None, int | None]:
-    """Return ``tau`` and ``every_n_steps`` as plain numbers, also if they are NumPy's."""
-    if (tau is None) == (every_n_steps is None):
-        raise ValueError(
-            f"TargetNetwork(tau={tau!r}, every_n_steps={every_n_steps!r}): give one of the two, tau=0.005 for a "
-            "Polyak average after every step, or every_n_steps=1000 for a copy after so many."
-        )
-    if every_n_steps is not None:
-        return None, whole_number("TargetNetwork", "every_n_steps", every_n_steps)
-    return tau if callable(tau) else checked_tau("TargetNetwork", tau), None
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:
