@@ -65,12 +65,18 @@ class _Split:
         seen = self.seen
         for option, value in self.group.items():
             # What is unchanged stays each part's own: its running sums.
-            if seen.get(option, self) is not value and option not in MEMBERS:
-                if not isinstance(value, Tensor):  # one can change in place, so it is taken over at every step
-                    seen[option] = value
-                rate = is_rate(option) and value is not None
-                for part, factor in zip(self.parts, self.factors, strict=True):
-                    part[option] = _scaled(value, factor, part.get(option)) if rate else value
+            if seen.get(option, self) is value or option in MEMBERS:
+                continue
+            is_tensor = isinstance(value, Tensor)
+            if not is_tensor:  # one can change in place, so it is taken over at every step
+                seen[option] = value
+            scales = value is not None and is_rate(option)
+            for part, factor in zip(self.parts, self.factors, strict=True):
+                if scales and is_tensor:  # written in place: captured graphs hold on to a rate that is a tensor
+                    mine = part.get(option)
+                    part[option] = torch.mul(value, factor, out=mine if isinstance(mine, Tensor) else None)
+                else:
+                    part[option] = value * factor if scales else value
         self.before = self.parts[0].copy()
         return self.parts
 
@@ -199,13 +205,6 @@ class StepView:
     def _move(self) -> None:
         for split in self._splits.values():
             split.move(self._phase, self._factor)
-
-
-def _scaled(value: Any, factor: float, mine: Any) -> Any:
-    """Return a part's rate; ``mine`` is the one that it had."""
-    if isinstance(value, Tensor):  # written in place: captured graphs hold on to a rate that is a tensor
-        return torch.mul(value, factor, out=mine if isinstance(mine, Tensor) else None)
-    return value if factor == 1.0 else value * factor
 
 
 def _check_rate(optimizer: Optimizer, index: int) -> None:
