@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_freeze import FreezeSchedule, Phase, freeze, unfreeze
-from lightning_freeze.freezing.strategies import follow_trainable_set
+from lightning_freeze.freezing.ddp import follow_trainable_set
 
 LAYERS, WIDTH = 20, 256
 FROZEN, FREEZE_AT, UNFREEZE_AT, EPOCHS = "body", 1, 2, 3

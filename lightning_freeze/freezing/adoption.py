@@ -8,35 +8,31 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_freeze.freezing.trial import saves_with_hooks, try_adoption
-from lightning_freeze.words import listed
+from lightning_freeze.freezing.trial import try_adoption
 
 
 class Adoption:
     """Keeps parameters at the end of an optimizer's first group, and out of its ``state_dict()``.
 
     Saving and loading see the optimizer as the user made it. The state of what is adopted is saved apart, by name, as
-    the optimizer's own ``state_dict()`` has it: :meth:`state`. ``sparse`` are the identities of those that get sparse
-    gradients.
-
-    Raises:
-        ValueError: If the optimizer does not take them, or saves in a way of its own, without hooks, as wrappers do.
+    the optimizer's own ``state_dict()`` has it: :meth:`state`. ``sparse``, and what is raised, are as of
+    :func:`try_adoption`.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], sparse: Iterable[int]) -> None:
         self.optimizer, self.parameters = optimizer, dict(parameters)
+        self._stash: dict[nn.Parameter, Any] | None = {}  # their state while they are out
+        self._pinned = False  # whether they stay in while states are saved and loaded
         self._handles: list[Any] = []
-        if not self.parameters:
-            return
-        self._stash: dict[nn.Parameter, Any] | None = try_adoption(optimizer, parameters, sparse)  # while they are out
-        if not saves_with_hooks(optimizer):
-            raise ValueError(
-                f"The schedule trains what {type(optimizer).__name__} was not given: {listed(parameters)}. It saves in "
-                "a way of its own, so nothing can be added to it later. Give it all parameters in "
-                "configure_optimizers; a phase says from when on they train."
-            )
-        self._hook()
-        self._take_in()
+        if self.parameters:
+            self._stash = try_adoption(optimizer, parameters, sparse)
+            self._handles = [
+                optimizer.register_state_dict_pre_hook(self._take_out),
+                optimizer.register_state_dict_post_hook(self._take_in),
+                optimizer.register_load_state_dict_pre_hook(self._take_out),
+                optimizer.register_load_state_dict_post_hook(self._take_in),
+            ]
+            self._take_in()
 
     def state(self) -> dict[str, Any]:
         """Return the state of each adopted parameter that has one, by name."""
@@ -49,18 +45,18 @@ class Adoption:
             return
         places = {id(p): place for place, p in enumerate(self.optimizer.param_groups[0]["params"])}
         numbers = {name: places[id(p)] for name, p in self.parameters.items()}
-        self._unhook()  # it converts states as it does its own, if it has all of them
+        self._pinned = True  # it converts states as it does its own, if it has all of them
         whole = self.optimizer.state_dict()
         kept = {number: state for number, state in whole["state"].items() if number not in numbers.values()}
         kept |= {number: states[name] for name, number in numbers.items() if name in states}
         self.optimizer.load_state_dict({**whole, "state": kept})
-        self._hook()
+        self._pinned = False
 
     def release(self) -> None:
         """Take the parameters out for good."""
-        self._unhook()
-        if self.parameters:
-            self._take_out()
+        for handle in self._handles:
+            handle.remove()
+        self._take_out()
 
     def _take_in(self, *_: Any) -> None:
         if self._stash is None:
@@ -73,7 +69,7 @@ class Adoption:
         self._stash = None
 
     def _take_out(self, *_: Any) -> None:
-        if self._stash is not None:
+        if self._stash is not None or self._pinned:
             return
         group, gone = self.optimizer.param_groups[0], {id(p) for p in self.parameters.values()}
         kept = [place for place, p in enumerate(group["params"]) if id(p) not in gone]
@@ -81,17 +77,3 @@ class Adoption:
             group["param_names"] = [group["param_names"][place] for place in kept]
         group["params"][:] = [group["params"][place] for place in kept]
         self._stash = {p: self.optimizer.state.pop(p) for p in self.parameters.values() if p in self.optimizer.state}
-
-    def _hook(self) -> None:
-        """Have the parameters out while states are saved or loaded."""
-        optimizer = self.optimizer
-        self._handles = [
-            optimizer.register_state_dict_pre_hook(self._take_out),
-            optimizer.register_state_dict_post_hook(self._take_in),
-            optimizer.register_load_state_dict_pre_hook(self._take_out),
-            optimizer.register_load_state_dict_post_hook(self._take_in),
-        ]
-
-    def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
-from torch.nn.utils import parametrize
 
 from lightning_freeze.freezing.eval_mode import BY_HAND, StaysInEval, hold, interceptor, release
 from lightning_freeze.functional import set_trainable
@@ -27,10 +26,10 @@ def learns_in_buffers(module: nn.Module) -> bool:
     return "running_mean" in names or (bool(names) and next(module.parameters(), None) is None)
 
 
-def affine_frozen_by_hand(modules: Iterable[nn.Module]) -> dict[int, nn.Parameter]:
-    """Return the affine parameters that :func:`freeze_batchnorm` froze, by identity."""
+def affine_frozen_by_hand(modules: Iterable[nn.Module]) -> set[int]:
+    """Return the identities of the affine parameters that :func:`freeze_batchnorm` froze."""
     held = [layer for layer in modules if (stay := interceptor(layer)) is not None and stay.affine is not None]
-    return {id(parameter): parameter for layer in held for parameter in affine_parameters(layer).values()}
+    return {id(parameter) for layer in held for parameter in affine_parameters(layer).values()}
 
 
 def freeze_batchnorm(module: nn.Module, select: Selector = "*", *, train_affine: bool = False) -> dict[str, nn.Module]:
@@ -65,11 +64,10 @@ def freeze_batchnorm(module: nn.Module, select: Selector = "*", *, train_affine:
     """
     changed = {}
     for name, layer in batchnorm_layers(module, select).items():
-        before = interceptor(layer)
-        is_new = before is None or BY_HAND not in before.holders
-        stay = hold(layer, BY_HAND)
-        follows = _unfreeze_affine(layer, stay) if train_affine else _freeze_affine(layer, stay)
-        if is_new or follows:
+        before = _state(layer)
+        follow = _unfreeze_affine if train_affine else _freeze_affine
+        follow(layer, hold(layer, BY_HAND))
+        if _state(layer) != before:
             changed[name] = layer
     return changed
 
@@ -95,7 +93,7 @@ def unfreeze_batchnorm(module: nn.Module, select: Selector = "*") -> dict[str, n
     """
     released = {}
     for name, layer in batchnorm_layers(module, select).items():
-        if (stay := interceptor(layer)) is not None and BY_HAND in stay.holders:
+        if (stay := interceptor(layer, BY_HAND)) is not None:
             _unfreeze_affine(layer, stay)
             release(layer, BY_HAND, training=layer is module or module.training)
             released[name] = layer
@@ -113,33 +111,31 @@ def batchnorm_layers(module: nn.Module, select: Selector, given: str = "select={
 
 def affine_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """Return a layer's affine parameters, and in the place of one that is parametrized what it is made of."""
-    affine = dict(layer.named_parameters(recurse=False))
-    if parametrize.is_parametrized(layer):
-        made_of = layer.get_submodule("parametrizations").named_parameters(prefix="parametrizations")
-        affine.update(made_of)
-    return affine
+    return {name: p for name, p in layer.named_parameters() if "." not in name or name.startswith("parametrizations.")}
 
 
-def _freeze_affine(layer: nn.Module, stay: StaysInEval) -> bool:
-    """Freeze the affine parameters; return whether that changed anything."""
-    before, own = stay.affine, affine_parameters(layer)
-    found = [name for name, parameter in own.items() if parameter.requires_grad]
-    stay.affine = tuple(dict.fromkeys([*(before or ()), *found]))
-    for parameter in own.values():
-        set_trainable(parameter, False)
-    return bool(found) or (before is None and bool(own))
+def _state(layer: nn.Module) -> tuple[bool, list[bool]]:
+    """Return what :func:`freeze_batchnorm` changes in a layer."""
+    is_frozen = interceptor(layer, BY_HAND) is not None
+    return is_frozen, [parameter.requires_grad for parameter in affine_parameters(layer).values()]
 
 
-def _unfreeze_affine(layer: nn.Module, stay: StaysInEval) -> bool:
-    """Make trainable again what was frozen; return whether anything was."""
-    names, stay.affine = stay.affine, None
+def _freeze_affine(layer: nn.Module, stay: StaysInEval) -> None:
     affine = affine_parameters(layer)
-    for name in names or ():
-        # A parametrization that was put on or taken off since has renamed it.
-        same = [name] if name in affine else [other for other in affine if _attribute(other) == _attribute(name)]
-        for found in same:
-            affine[found].requires_grad = True
-    return names is not None and bool(affine)
+    found = [name for name, parameter in affine.items() if parameter.requires_grad]
+    stay.affine = (*(stay.affine or ()), *found)
+    for parameter in affine.values():
+        set_trainable(parameter, False)
+
+
+def _unfreeze_affine(layer: nn.Module, stay: StaysInEval) -> None:
+    """Make trainable again what was frozen, also where a parametrization put on or taken off since has renamed it."""
+    names, stay.affine = stay.affine or (), None
+    affine = affine_parameters(layer)
+    renamed = {_attribute(name) for name in names if name not in affine}
+    for name, parameter in affine.items():
+        if name in names or _attribute(name) in renamed:
+            parameter.requires_grad = True
 
 
 def _attribute(name: str) -> str:

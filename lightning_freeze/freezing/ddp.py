@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from lightning_freeze._distributed import PeriodicModelAverager, PowerSGDState, 
 from lightning_freeze._lightning import DDPStrategy, Strategy
 
 
-def follow_trainable_set(strategy: Strategy, froze: Iterable[nn.Parameter] = ()) -> None:
+def follow_trainable_set(strategy: Strategy, froze: Sequence[nn.Parameter] = ()) -> None:
     """Build the wrapper of DDP for what trains now; other strategies need nothing. For all ranks at the same step.
 
     DDP's reducer only knows parameters that required grad when it was built; one that is unfrozen later would never be
@@ -26,9 +25,9 @@ def follow_trainable_set(strategy: Strategy, froze: Iterable[nn.Parameter] = ())
         return
     if not any(parameter.requires_grad for parameter in strategy.model.parameters()):
         return  # DDP cannot be built so; another callback unfreezes some, or backward says that nothing requires grad
-    averager, frozen = strategy._model_averager, list(froze)
-    if isinstance(averager, PeriodicModelAverager) and averager.step > averager.warmup_steps and frozen:
-        average_parameters(iter(frozen), averager.process_group)
+    averager = strategy._model_averager
+    if isinstance(averager, PeriodicModelAverager) and averager.step > averager.warmup_steps and froze:
+        average_parameters(iter(froze), averager.process_group)
     _rebuild_ddp(strategy, strategy.model)
 
 
@@ -39,8 +38,11 @@ def _rebuild_ddp(strategy: DDPStrategy, old: DistributedDataParallel) -> None:
     strategy.model = old.module
     if strategy.root_device.type == "cuda":
         torch.cuda.synchronize(strategy.root_device)  # Lightning builds the wrapper in a stream of its own
-    with _without_initial_broadcast(strategy):
-        strategy.configure_ddp()
+    kwargs = strategy._ddp_kwargs
+    if "init_sync" in inspect.signature(DistributedDataParallel).parameters:
+        strategy._ddp_kwargs = {**kwargs, "init_sync": False}
+    strategy.configure_ddp()
+    strategy._ddp_kwargs = kwargs
     new = strategy.model
     assert isinstance(new, DistributedDataParallel)
     if not new._comm_hooks:  # those registered on the wrapper by hand; the strategy's own are there again
@@ -53,17 +55,6 @@ def _rebuild_ddp(strategy: DDPStrategy, old: DistributedDataParallel) -> None:
     # Manual optimization with static_graph: Lightning flushes a reducer's first reduction by hand, once.
     if hasattr(strategy, "_pl_static_graph_delay_done"):
         strategy._pl_static_graph_delay_done = False
-
-
-@contextmanager
-def _without_initial_broadcast(strategy: DDPStrategy) -> Iterator[None]:
-    kwargs = strategy._ddp_kwargs
-    if "init_sync" in inspect.signature(DistributedDataParallel).parameters:
-        strategy._ddp_kwargs = {**kwargs, "init_sync": False}
-    try:
-        yield
-    finally:
-        strategy._ddp_kwargs = kwargs
 
 
 def _forget_buckets(state: Any) -> None:

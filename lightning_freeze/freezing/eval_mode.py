@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,17 +30,29 @@ class StaysInEval:
     def __call__(self, mode: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         """Pass the mode on to the children and stay in eval mode."""
         self.wants_training = self.wants_training or mode
-        plain = _is_plain(self.module, self.own)
         for child in self.module.children():
-            if plain or interceptor(child) is None:  # else only the module's own train() knows the child's mode
+            if self.is_plain or interceptor(child) is None:  # else only the module's own train() knows the child's mode
                 child.train(mode)
-        _set_mode(self.module, False, self.own, *args, **kwargs)
+        self.set_mode(False, *args, **kwargs)
         return self.module
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the module's ``train`` sets flags and nothing else."""
+        return self.own is None and type(self.module).train is nn.Module.train
+
+    def set_mode(self, training: bool, *args: Any, **kwargs: Any) -> None:
+        """Set the mode of the module and not of those below, by its own ``train()`` if it has one: that may do more."""
+        if not self.is_plain:
+            with _children_muted(self.module):
+                (self.own or type(self.module).train.__get__(self.module))(training, *args, **kwargs)
+        if self.is_plain or not training:
+            self.module.training = training
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Return what a copy has in this place."""
         if BY_HAND not in self.holders:
-            return (_itself, (self.own,)) if self.own is not None else (getattr, (self.module, "train"))
+            return (copy.copy, (self.own,)) if self.own is not None else (getattr, (self.module, "train"))
         return StaysInEval, (self.module, self.wants_training, self.own, {BY_HAND}, self.affine)
 
 
@@ -48,27 +61,15 @@ def is_held(module: nn.Module) -> bool:
     return interceptor(module) is not None
 
 
-def leave_as_after_fit(module: nn.Module, twin: nn.Module, *, training: bool) -> None:
-    """Bring the modes of a copy, which nobody holds, to what the module's will be after the fit."""
-    for child, copied in zip(module.modules(), twin.modules(), strict=True):
-        stay = interceptor(child)
-        if stay is not None and BY_HAND not in stay.holders:
-            if stay.own is None:
-                copied.__dict__.pop("train", None)
-            _set_mode(copied, stay.wants_training and training, copied.__dict__.get("train"))
-
-
 def wholly_frozen(module: nn.Module, trains: Container[int]) -> list[nn.Module]:
     """Return the modules that have parameters of which none trains, and everything below them, each once.
 
     A module without parameters counts when every module that contains it is wholly frozen.
     """
-    some_train: dict[str, bool] = {}  # of a module's parameters, if it has any
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        for above in _upwards(name):
-            some_train[above] = some_train.get(above, False) or id(parameter) in trains
-    named = module.named_modules(remove_duplicate=False)
-    outside = {child for name, child in named if all(some_train.get(above, True) for above in _upwards(name))}
+    named = dict(module.named_modules(remove_duplicate=False))
+    training = {name: [id(parameter) in trains for parameter in child.parameters()] for name, child in named.items()}
+    frozen = {name for name, flags in training.items() if flags and not any(flags)}
+    outside = {child for name, child in named.items() if frozen.isdisjoint(_upwards(name))}
     return [child for child in module.modules() if child not in outside]
 
 
@@ -80,10 +81,10 @@ def _upwards(name: str) -> Iterator[str]:
     yield ""
 
 
-def interceptor(module: nn.Module) -> StaysInEval | None:
-    """Return what keeps a module in eval mode, None if nothing does."""
+def interceptor(module: nn.Module, holder: str | None = None) -> StaysInEval | None:
+    """Return what keeps a module in eval mode, for anybody or one holder; None if nothing does."""
     stay = module.__dict__.get("train")
-    return stay if isinstance(stay, StaysInEval) else None
+    return stay if isinstance(stay, StaysInEval) and (holder is None or holder in stay.holders) else None
 
 
 def hold(module: nn.Module, holder: str = BY_FIT) -> StaysInEval:
@@ -96,39 +97,20 @@ def hold(module: nn.Module, holder: str = BY_FIT) -> StaysInEval:
         stay = StaysInEval(module, module.training, own)
         module.__dict__["train"] = stay
     stay.holders.add(holder)
-    _set_mode(module, False, stay.own)
+    stay.set_mode(False)
     return stay
 
 
 def release(module: nn.Module, holder: str = BY_FIT, *, training: bool = True) -> None:
     """Release one module from one holder, in the end in the mode it would be in."""
-    stay = interceptor(module)
-    if stay is None or holder not in stay.holders:
+    if (stay := interceptor(module, holder)) is None:
         return
     stay.holders.remove(holder)
     if not stay.holders:
         del module.__dict__["train"]
         if stay.own is not None:
             module.__dict__["train"] = stay.own
-        _set_mode(module, stay.wants_training and training, stay.own)
-
-
-def _is_plain(module: nn.Module, own: Callable[..., object] | None) -> bool:
-    """Return whether a module's ``train`` sets flags and nothing else."""
-    return own is None and type(module).train is nn.Module.train
-
-
-def _set_mode(module: nn.Module, training: bool, own: Callable[..., object] | None, *args: Any, **kwargs: Any) -> None:
-    """Set the mode of one module and not of those below, by its own ``train()`` if it has one: that may do more."""
-    if not _is_plain(module, own):
-        with _children_muted(module):
-            (own or type(module).train.__get__(module))(training, *args, **kwargs)
-        if training:
-            return
-    if type(module).__setattr__ is nn.Module.__setattr__:
-        object.__setattr__(module, "training", training)  # without nn.Module's search among parameters
-    else:
-        module.training = training
+        stay.set_mode(stay.wants_training and training)
 
 
 @contextmanager
@@ -145,7 +127,3 @@ def _children_muted(module: nn.Module) -> Iterator[None]:
                 del child.__dict__["train"]
             else:
                 child.__dict__["train"] = own
-
-
-def _itself(thing: Any) -> Any:
-    return thing

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_freeze import _distributed as dist
 from lightning_freeze._lightning import ModelParallelStrategy, Strategy
-from lightning_freeze.functional import can_train
+from lightning_freeze.functional import can_train, frozen
 
 
 def reshard(strategy: Strategy, module: nn.Module) -> None:
@@ -60,60 +61,46 @@ class CheckpointsByName:
 
     def _load_checkpoint(self, checkpoint_path: Any, **options: Any) -> dict[str, Any]:
         reshard(self._strategy, self._strategy.lightning_module)
-        flags = {name: parameter.requires_grad for name, parameter in self._parameters.items()}
         path = Path(self._strategy.broadcast(checkpoint_path))
         if path.is_dir():
-            saved, entries = None, dist.FileSystemReader(path).read_metadata().state_dict_metadata
+            saved, entries = [], dist.FileSystemReader(path).read_metadata().state_dict_metadata
             found = (re.fullmatch(r"optimizer_\d+\.state\.(.+)\.\w+", entry) for entry in entries)
             have_state = {match[1] for match in found if match}
         else:
             # Lightning 2.5 has no such option, and loads whatever is in the file.
             read = torch.load(path, mmap=True, map_location="cpu", **({"weights_only": False} | options))
             saved = read["optimizer_states"]
-            names, keys = list(self._parameters), [key for state in saved for key in state["state"]]
+            names = list(self._parameters)
             # The file has names of parameters, or numbers in the module's order.
-            have_state = {names[key] if isinstance(key, int) else key for key in keys}
-        try:
+            have_state = {names[key] if isinstance(key, int) else key for state in saved for key in state["state"]}
+        with frozen(self._strategy.lightning_module), self._paused():
             for name, parameter in self._parameters.items():
                 parameter.requires_grad_(name in have_state and can_train(parameter))
-            with self._paused():
-                return self._load(path, saved, options)
-        finally:
-            for name, parameter in self._parameters.items():
-                parameter.requires_grad_(flags[name])
+            return self._load(path, saved, options)
 
-    def _load(self, path: Path, saved: list[dict[str, Any]] | None, options: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, path: Path, saved: list[dict[str, Any]], options: dict[str, Any]) -> dict[str, Any]:
         """Load as the strategy does, except where FSDP2 would fail at what was saved while something was frozen."""
         strategy = self._strategy
-        optimizers = strategy.optimizers
+        load: Callable[[], dict[str, Any]] = partial(type(strategy).load_checkpoint, strategy, path, **options)
         # Lightning's loop over the states in one file ends in an IndexError at an empty one.
-        one_by_one = (
-            isinstance(strategy, ModelParallelStrategy)
-            and saved is not None
-            and not all(state["state"] for state in saved)
-        )
-        if one_by_one:
-            strategy.optimizers = []  # setting them wraps them anew, so only where it has to be
+        if not isinstance(strategy, ModelParallelStrategy) or all(state["state"] for state in saved):
+            return load()
+        optimizers, strategy.optimizers = strategy.optimizers, []
         try:
-            checkpoint: dict[str, Any] = type(strategy).load_checkpoint(strategy, path, **options)
+            checkpoint = load()
         finally:
-            if one_by_one:
-                strategy.optimizers = optimizers
-        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True) if one_by_one else ():
+            strategy.optimizers = optimizers
+        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"], strict=True):
             _load_state(strategy, optimizer, state)
         return checkpoint
 
 
-def _load_state(strategy: ModelParallelStrategy, optimizer: Optimizer, state: dict[str, Any]) -> None:
+def _load_state(strategy: Any, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Load one optimizer's state as Lightning does, also if it has none."""
-    model = strategy.model
-    assert model is not None
-    assert strategy.lightning_module is not None
     if not state["state"]:
         optimizer.load_state_dict(state)
         return
-    options = dist.StateDictOptions(
-        broadcast_from_rank0=True, full_state_dict=True, strict=strategy.lightning_module.strict_loading
-    )
+    model, strict = strategy.model, strategy.lightning_module.strict_loading
+    options = dist.StateDictOptions(broadcast_from_rank0=True, full_state_dict=True, strict=strict)
     named = dist.FullyShardedDataParallel.rekey_optim_state_dict(state, dist.OptimStateKeyType.PARAM_NAME, model)
     dist.set_optimizer_state_dict(model, optimizer, optim_state_dict=named, options=options)

@@ -19,7 +19,7 @@ class Holder(Callback):
     """
 
     _ledger: Ledger | None = None
-    _leads = False
+    _leads: Ledger | None = None  # the same, in the one callback that keeps it in line
 
     def holds(self, module: nn.Module) -> Hold:
         """Return what the callback keeps frozen in a module, also outside of a fit."""
@@ -39,32 +39,32 @@ class Holder(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Freeze before anything is trained or restored."""
         self._ledger = ledger_of(trainer)
-        self._leads = self._ledger is None
         if self._ledger is None:
             holds = {holder.state_key: holder.holds(pl_module) for holder in _holders(trainer)}
-            self._ledger = Ledger(trainer.strategy, pl_module)
+            self._ledger = self._leads = Ledger(trainer.strategy, pl_module)
             for who, hold in holds.items():
                 self._ledger.hold(who, hold)
             self._ledger.settle(modes=False)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put modules in eval mode, of which Lightning warns before; put right what other code has switched."""
-        if self._leads:
-            self.ledger.settle()
+        if self._leads is not None:
+            self._leads.settle()
 
     on_train_start = on_train_epoch_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Put right what the module's own hooks have switched at the epoch's start."""
-        if self._leads and batch_idx == 0:
-            self.ledger.look_again()
+        if batch_idx == 0 and self._leads is not None:
+            self._leads.look_again()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop gradients of what is frozen before they are clipped."""
-        if self._leads:
-            self.ledger.gradients.drop()
-            if len(trainer.optimizers) > 1:  # one that is alone has something to train
-                self.ledger.gradients.lend(trainer.optimizers)
+        if self._leads is not None:
+            self._leads.gradients.drop()
+            optimizers = self._leads.strategy.optimizers
+            if len(optimizers) > 1:  # one that is alone has something to train
+                self._leads.gradients.lend(optimizers)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save modules among the hyperparameters as they are after the fit."""
@@ -79,7 +79,7 @@ class Holder(Callback):
     on_exception = teardown
 
     def _close(self, trainer: Trainer) -> None:
-        ledger, self._ledger = self._ledger, None
+        ledger, self._ledger, self._leads = self._ledger, None, None
         if ledger is not None:
             ledger.close()
 

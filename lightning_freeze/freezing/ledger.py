@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_freeze._lightning import Strategy
 from lightning_freeze.freezing.batchnorm import affine_frozen_by_hand, has_running_statistics
 from lightning_freeze.freezing.ddp import follow_trainable_set
-from lightning_freeze.freezing.eval_mode import BY_HAND, hold, leave_as_after_fit, release
+from lightning_freeze.freezing.eval_mode import BY_HAND, hold, interceptor, release
 from lightning_freeze.freezing.fsdp import reshard
 from lightning_freeze.freezing.gradients import FrozenGradients
 from lightning_freeze.freezing.optimizers import members
@@ -75,7 +75,7 @@ class Ledger:
 
     def has(self, optimizer: Optimizer) -> bool:
         """Return whether an optimizer steps parameters of the module."""
-        return any(id(p) in self._flags for group in optimizer.param_groups for p in group["params"])
+        return not self._flags.keys().isdisjoint(map(id, members([optimizer])))
 
     def hold(self, who: str, hold: Hold) -> None:
         """Replace what a holder asks for; :meth:`settle` then does it."""
@@ -162,9 +162,11 @@ class Ledger:
             for parameter in module.parameters():
                 copied = memo[id(parameter)] = copy.copy(parameter)
                 copied.requires_grad = self._flags.get(id(parameter), parameter.requires_grad)
-            twin = copy.deepcopy(module, memo)
-            leave_as_after_fit(module, twin, training=self.module.training)
-            hyperparameters[key] = twin
+            hyperparameters[key] = twin = copy.deepcopy(module, memo)
+            for child, copy_of in zip(module.modules(), twin.modules(), strict=True):
+                if (stay := interceptor(child)) is not None:  # a fit does not hold the copy, which is in eval mode
+                    hold(copy_of).wants_training = stay.wants_training
+                    release(copy_of, training=self.module.training)
 
     def close(self) -> None:
         """Restore flags and modes; what was learned stays. Calling it again does nothing."""

@@ -62,8 +62,8 @@ class PhasedOptimizer:
         self._adoption = Adoption(optimizer, adopt or {}, sparse)
         try:
             self.view = StepView(optimizer, scales)
-            for index, phases in self.view.factors.items():
-                try_scales(optimizer, index, phases)
+            for group, factors in self.view.factors:
+                try_scales(optimizer, group, factors)
             if isinstance(optimizer, ZeroRedundancyOptimizer) and (adopt or self.view):
                 raise ValueError(
                     "ZeroRedundancyOptimizer deals its parameters out to the ranks when it is built, so they can "
@@ -74,12 +74,10 @@ class PhasedOptimizer:
             self._adoption.release()
             raise
         # What a constructor made, a step may not make anew: all of Adagrad in torch 2.6, marks that say how to step.
-        self._made = {
-            parameter: {
-                key: value for key, value in optimizer.state[parameter].items() if not isinstance(value, Tensor)
-            }
+        self._marks = {
+            parameter: {key: value for key, value in state.items() if not isinstance(value, Tensor)}
             for parameter in members([optimizer])
-            if optimizer.state.get(parameter)
+            if (state := optimizer.state.get(parameter))
         }
 
     def apply(self, phase: int, trains: Collection[int], factor: Callable[[Scale], float] = factor_at) -> None:
@@ -94,12 +92,10 @@ class PhasedOptimizer:
                 self._offload(parameter)
             else:
                 self.optimizer.state.pop(parameter, None)
-                if marks := self._made.get(parameter):
+                if marks := self._marks.get(parameter):
                     self.optimizer.state[parameter] = dict(marks)
-        states = self.optimizer.state
-        if bare := [
-            p for p, marks in self._made.items() if id(p) in trains and states.get(p, {}).keys() <= marks.keys()
-        ]:
+        active, states = {p: marks for p, marks in self._marks.items() if id(p) in trains}, self.optimizer.state
+        if bare := [p for p, marks in active.items() if states.get(p, {}).keys() <= marks.keys()]:
             states.update(state_anew(self.optimizer, bare).items())
 
     def state(self) -> dict[str, Any]:
@@ -119,10 +115,9 @@ class PhasedOptimizer:
 
     def _offload(self, parameter: nn.Parameter) -> None:
         state = self.optimizer.state.get(parameter, {})
-        devices = self._offloaded.setdefault(parameter, {})
         for key, value in state.items():
             if isinstance(value, Tensor) and value.device.type != "cpu":
-                devices[key] = value.device
+                self._offloaded.setdefault(parameter, {})[key] = value.device
                 state[key] = value.cpu()
 
     def _reload(self, parameter: nn.Parameter) -> None:

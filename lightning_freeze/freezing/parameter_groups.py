@@ -64,11 +64,8 @@ def parameter_groups(
     groups: dict[str, dict[str, Any]] = {}
     for title, values, select in [*sections, ("rest", {}, None)]:
         members = [name for name in everything if owner.get(name) == select]
-        for suffix, names, extra in (
-            ("", [name for name in members if name not in undecayed], {}),
-            ("/no_decay", [name for name in members if name in undecayed], {"weight_decay": 0.0}),
-        ):
-            if names:
+        for suffix, extra in (("", {}), ("/no_decay", {"weight_decay": 0.0})):
+            if names := [name for name in members if (name in undecayed) == bool(extra)]:
                 own = {key: value.clone() if isinstance(value, Tensor) else value for key, value in values.items()}
                 name = _unlike(f"{title}{suffix}", groups)
                 groups[name] = {"params": [everything[name] for name in names], **own, **extra, "name": name}

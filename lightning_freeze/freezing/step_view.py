@@ -39,37 +39,48 @@ def factor_at(scale: Scale, done: float = 0.0) -> float:
 
 @dataclass
 class _Split:
-    """One of the user's groups in parts, each of the members that have the same scale in every phase.
+    """One of the user's groups in parts, each of the members that have the same scale in every phase."""
 
-    ``seen`` are the options that the parts have taken over from the user's group, ``before`` the first part as the step
-    found it.
-    """
-
+    group: Group
     parts: list[Group]
-    scales: list[tuple[Scale, ...]]
+    scales: list[tuple[Scale, ...]]  # of each part, in each phase
     factors: list[float] = field(default_factory=list)
-    seen: Group = field(default_factory=dict)
-    before: Group = field(default_factory=dict)
+    seen: Group = field(default_factory=dict)  # the options that the parts have taken over from the user's group
+    before: Group = field(default_factory=dict)  # the first part as the step found it
+
+    def together(self) -> set[frozenset[float]]:
+        """Return the factors that are there at once; of those that move, the first, one in the middle, and the last."""
+        return {
+            frozenset(factor_at(scale, done) for scale in scales)
+            for scales in zip(*self.scales, strict=True)
+            for done in (0.0, 0.5, 1.0)
+        }
 
     def move(self, phase: int, factor: Callable[[Scale], float]) -> None:
         self.factors = [factor(scales[phase]) for scales in self.scales]
         self.seen = {option: value for option, value in self.seen.items() if not is_rate(option)}
 
-    def show(self, group: Group) -> list[Group]:
+    def show(self) -> list[Group]:
         """Return the parts, with what the user or a scheduler has changed since the last step."""
         seen = self.seen
-        for option, value in group.items():
+        for option, value in self.group.items():
             # What is unchanged stays each part's own: its running sums.
-            if seen.get(option, self) is not value and option not in MEMBERS:
-                if not isinstance(value, Tensor):  # one can change in place, so it is taken over at every step
-                    seen[option] = value
-                rate = is_rate(option) and value is not None
-                for part, factor in zip(self.parts, self.factors, strict=True):
-                    part[option] = _scaled(value, factor, part.get(option)) if rate else value
+            if seen.get(option, self) is value or option in MEMBERS:
+                continue
+            is_tensor = isinstance(value, Tensor)
+            if not is_tensor:  # one can change in place, so it is taken over at every step
+                seen[option] = value
+            scales = value is not None and is_rate(option)
+            for part, factor in zip(self.parts, self.factors, strict=True):
+                if scales and is_tensor:  # written in place: captured graphs hold on to a rate that is a tensor
+                    mine = part.get(option)
+                    part[option] = torch.mul(value, factor, out=mine if isinstance(mine, Tensor) else None)
+                else:
+                    part[option] = value * factor if scales else value
         self.before = self.parts[0].copy()
         return self.parts
 
-    def hide(self, group: Group) -> None:
+    def hide(self) -> None:
         """Write into the user's group what the step has changed in the first part."""
         before = self.before
         for option, value in self.parts[0].items():
@@ -78,15 +89,14 @@ class _Split:
             scale = self.factors[0] if is_rate(option) else 1.0
             if not scale:  # what a step makes of a rate of 0 says nothing of the user's
                 continue
-            group[option] = value if scale == 1.0 else value / scale
+            self.group[option] = value if scale == 1.0 else value / scale
             if not isinstance(value, Tensor):
-                self.seen[option] = group[option]
+                self.seen[option] = self.group[option]
 
     def own(self) -> list[Group]:
         """Return, for each part, what its steps have written: running sums, not what it took from the user's group."""
-        taken = {option for part in self.parts for option in part if option in MEMBERS or is_rate(option)}
         return [
-            {o: value for o, value in part.items() if o not in taken and value is not self.seen.get(o)}
+            {o: v for o, v in part.items() if not (o in MEMBERS or is_rate(o) or v is self.seen.get(o))}
             for part in self.parts
         ]
 
@@ -111,30 +121,19 @@ class StepView:
     def __init__(self, optimizer: Optimizer, scales: Sequence[Mapping[int, Scale]]) -> None:
         self.optimizer, self._scales = optimizer, scales
         self._moving = [any(not isinstance(scale, float | int) for scale in phase.values()) for phase in scales]
-        self._splits: dict[int, _Split] = {}  # by the index of the group
         self._built: list[tuple[int, ...]] = []  # the layout of the groups that were split
-        self._own: list[Group] = []  # the user's groups, while somebody shows the parts
+        self._splits: dict[tuple[int, ...], _Split] = {}
         self._showing: list[tuple[Optimizer, list[Group]]] = []  # with the groups that were in the place of the parts
-        self._split()
         self.begin(0)
+        self._split()
 
     def __bool__(self) -> bool:
         return bool(self._splits)
 
     @property
-    def factors(self) -> dict[int, set[frozenset[float]]]:
-        """The factors that are in a group at once, in any phase, by the index of the group that they split.
-
-        Scales that move are taken at their beginning, in the middle and at their end.
-        """
-        return {
-            index: {
-                frozenset(factor_at(scale, done) for scale in scales)
-                for scales in zip(*split.scales, strict=True)
-                for done in (0.0, 0.5, 1.0)
-            }
-            for index, split in self._splits.items()
-        }
+    def factors(self) -> list[tuple[Group, set[frozenset[float]]]]:
+        """The groups that are split, each with the factors that are in it at once, in any phase."""
+        return [(split.group, split.together()) for split in self._splits.values()]
 
     def begin(self, phase: int, factor: Callable[[Scale], float] = factor_at) -> None:
         """Take the scales of a phase; ``factor`` says, before each step, what one that moves is."""
@@ -144,12 +143,8 @@ class StepView:
     def show(self, stepping: Optimizer) -> None:
         """Split the groups of an optimizer that begins to step, as far as they are this one's."""
         if not self._showing:
-            self._own = list(self.optimizer.param_groups)
-            if _layout(self._own) != self._built:  # somebody has added, moved or taken out groups or members
-                self._split()
-                self._move()
-        own, groups = self._own, stepping.param_groups
-        split_of = {id(own[index]): split for index, split in self._splits.items() if index < len(own)}
+            self._split()
+        split_of, groups = {id(split.group): split for split in self._splits.values()}, stepping.param_groups
         if split_of.keys().isdisjoint(map(id, groups)):
             return
         if self._moving[self._phase]:
@@ -157,7 +152,7 @@ class StepView:
         shown: list[Group] = []
         for group in groups:
             split = split_of.get(id(group))
-            shown += [group] if split is None else split.show(group)
+            shown += [group] if split is None else split.show()
         self._showing.append((stepping, groups[:]))
         groups[:] = shown
 
@@ -166,8 +161,8 @@ class StepView:
         if not self._showing or self._showing[-1][0] is not stepping:
             return
         _, stepping.param_groups[:] = self._showing.pop()
-        for index, split in self._splits.items():
-            split.hide(self._own[index])
+        for split in self._splits.values():
+            split.hide()
 
     def state(self) -> list[list[Group]]:
         """Return what steps have counted in the parts of a group other than in the group itself, for a checkpoint."""
@@ -175,45 +170,41 @@ class StepView:
 
     def load_state(self, options: Sequence[Sequence[Mapping[str, Any]]]) -> None:
         """Take over what :meth:`state` returned, if the groups are split as they were."""
+        self._split()  # a load has exchanged the groups
         if [len(own) for own in options] == [len(split.parts) for split in self._splits.values()]:
-            for (index, split), own in zip(self._splits.items(), options, strict=True):
-                for part, values in zip(split.show(self.optimizer.param_groups[index]), own, strict=True):
+            for split, own in zip(self._splits.values(), options, strict=True):
+                for part, values in zip(split.show(), own, strict=True):
                     part.update(values)
 
     def rate(self, parameter: nn.Parameter) -> float | None:
         """Return the learning rate at which a parameter would be stepped now, None if it is in no group."""
-        for index, group in enumerate(self.optimizer.param_groups):
+        for group in self.optimizer.param_groups:
             if any(member is parameter for member in group["params"]):
-                scale = self._scales[self._phase].get(id(parameter), 1.0) if index in self._splits else 1.0
-                return float(group["lr"]) * self._factor(scale)
+                return float(group["lr"]) * self._factor(self._scales[self._phase].get(id(parameter), 1.0))
         return None
 
     def _split(self) -> None:
-        kept = {self._built[index]: split for index, split in self._splits.items()}
-        self._built, self._splits = _layout(self.optimizer.param_groups), {}
-        for index, group in enumerate(self.optimizer.param_groups):
+        """Split the groups, anew where somebody has added, moved, exchanged or taken out some of them, or members."""
+        groups = self.optimizer.param_groups
+        layout = [(id(group), len(group["params"]), *map(id, group["params"][:1])) for group in groups]
+        if layout == self._built:
+            return
+        kept = {key[1:]: split for key, split in self._splits.items()}
+        self._built, self._splits = layout, {}
+        for index, (key, group) in enumerate(zip(layout, groups, strict=True)):
             places: dict[tuple[Scale, ...], list[int]] = {}
             for place, parameter in enumerate(group["params"]):
                 places.setdefault(tuple(scale.get(id(parameter), 1.0) for scale in self._scales), []).append(place)
             if any(scale != 1.0 for own in places for scale in own):
                 _check_rate(self.optimizer, index)
                 own = [{k: [group[k][p] for p in at] for k in MEMBERS & group.keys()} for at in places.values()]
-                self._splits[index] = kept.get(self._built[index]) or _Split(own, list(places))
+                split = self._splits[key] = kept.get(key[1:]) or _Split(group, own, list(places))
+                split.group = group
+        self._move()
 
     def _move(self) -> None:
         for split in self._splits.values():
             split.move(self._phase, self._factor)
-
-
-def _layout(groups: Sequence[Group]) -> list[tuple[int, ...]]:
-    return [(len(group["params"]), *map(id, group["params"][:1])) for group in groups]
-
-
-def _scaled(value: Any, factor: float, mine: Any) -> Any:
-    """Return a part's rate; ``mine`` is the one that it had."""
-    if isinstance(value, Tensor):  # written in place: captured graphs hold on to a rate that is a tensor
-        return torch.mul(value, factor, out=mine if isinstance(mine, Tensor) else None)
-    return value if factor == 1.0 else value * factor
 
 
 def _check_rate(optimizer: Optimizer, index: int) -> None:

@@ -72,7 +72,8 @@ class Steps:
 
     def _run(self, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run a closure as if no step was on: it is the user's code, and may save or end the fit."""
-        self.suspend()
+        if self._on:
+            self.suspend()
         result = closure(*args, **kwargs)
         self._resume()
         return result

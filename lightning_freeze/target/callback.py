@@ -15,9 +15,8 @@ from lightning_freeze.freezing.optimizers import members
 from lightning_freeze.freezing.strategies import refuse_shards, refuse_without_hooks
 from lightning_freeze.logs import get_logger
 from lightning_freeze.names import module_named
-from lightning_freeze.target.arguments import check_names, checked_pace, checked_tau
-from lightning_freeze.target.core import Pair, hard_copy, pair_up, polyak_average, shared_parameters
-from lightning_freeze.words import listed
+from lightning_freeze.target.core import Pair, checked_tau, hard_copy, pair_up, polyak_average, shared_parameters
+from lightning_freeze.words import listed, whole_number
 
 _log = get_logger(__name__)
 
@@ -72,9 +71,16 @@ class TargetNetwork(Holder):
         copy_buffers: bool = True,
         eval_mode: bool = False,
     ) -> None:
-        check_names(source, target)
-        self.source, self.target = source, target
-        self.tau, self.every_n_steps = checked_pace(tau, every_n_steps)
+        _check_names(source, target)
+        if (tau is None) == (every_n_steps is None):
+            raise ValueError(
+                f"TargetNetwork(tau={tau!r}, every_n_steps={every_n_steps!r}): give one of the two, tau=0.005 for a "
+                "Polyak average after every step, or every_n_steps=1000 for a copy after so many."
+            )
+        if every_n_steps is not None:
+            every_n_steps = whole_number("TargetNetwork", "every_n_steps", every_n_steps)
+        self.source, self.target, self.every_n_steps = source, target, every_n_steps
+        self.tau = tau if tau is None or callable(tau) else checked_tau("TargetNetwork", tau)
         self.copy_buffers, self.eval_mode = copy_buffers, eval_mode
         self.steps = 0
         self._restored = False
@@ -124,8 +130,8 @@ class TargetNetwork(Holder):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of a source that no optimizer steps."""
         super().on_train_start(trainer, pl_module)
-        sources = self._fit[1] if self._fit is not None else set()
-        if not any(id(p) in sources for p in members(optimizers_of(trainer))):
+        _, sources = self._fit or ([], set())
+        if sources.isdisjoint(map(id, members(optimizers_of(trainer)))):
             _log.warning(
                 "TargetNetwork: no optimizer holds a parameter of %r, so %r rests until one does.",
                 *(self.source, self.target),
@@ -136,8 +142,7 @@ class TargetNetwork(Holder):
         if self._fit is None or _was_skipped(optimizer):
             return
         pairs, sources = self._fit
-        active = sources & self.ledger.trains
-        if not any(id(parameter) in active for parameter in members([optimizer])):
+        if (sources & self.ledger.trains).isdisjoint(map(id, members([optimizer]))):
             return
         self.steps += 1
         if self.tau is not None:
@@ -169,6 +174,23 @@ class TargetNetwork(Holder):
     def _close(self, trainer: Trainer) -> None:
         self._fit = None
         super()._close(trainer)
+
+
+def _check_names(source: object, target: object) -> None:
+    """Refuse what cannot be the dotted names of two modules, neither of them in the other."""
+    for role, name in (("source", source), ("target", target)):
+        if not isinstance(name, str):
+            raise TypeError(f"TargetNetwork({role}={name!r}): it is the dotted name of a module, such as {role!r}.")
+        if not name:
+            raise ValueError(f"TargetNetwork({role}=''): name a module inside the LightningModule, such as {role!r}.")
+    if source == target:
+        raise ValueError(f"TargetNetwork({source!r}, {target!r}): a module cannot follow itself. Name its copy.")
+    for inner, outer in ((source, target), (target, source)):
+        if str(inner).startswith(f"{outer}."):
+            raise ValueError(
+                f"TargetNetwork({source!r}, {target!r}): {inner!r} is inside {outer!r}, so it would be part of its own "
+                "copy. Keep the two side by side."
+            )
 
 
 def _was_skipped(optimizer: Optimizer) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_freeze.selectors import clean_name, named_unique_parameters
-from lightning_freeze.target.arguments import checked_tau
 from lightning_freeze.tensors import copy_all, lerp_all
 from lightning_freeze.words import listed
 
@@ -80,6 +80,17 @@ def polyak_average(pairs: Sequence[Pair], tau: float) -> None:
     tau = checked_tau("polyak_average", tau)
     lerp_all(*_tensors(pairs, fractions=True), tau)
     copy_all(*_tensors(pairs, fractions=False))
+
+
+def checked_tau(where: str, tau: object) -> float:
+    """Return ``tau`` as a float, also if it is one of NumPy's."""
+    if isinstance(tau, bool) or not isinstance(tau, Real):
+        raise TypeError(
+            f"{where}(tau={tau!r}): it is a number in [0, 1], for example 0.005, or a function of the step."
+        )
+    if not 0 <= float(tau) <= 1:
+        raise ValueError(f"{where}(tau={tau!r}): it is in [0, 1], for example 0.005. 1 copies, 0 stays.")
+    return float(tau)
 
 
 def shared_parameters(module: nn.Module, others: Iterable[nn.Parameter]) -> list[str]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 from typing import Any
 
 import pytest
@@ -52,16 +51,6 @@ def test_two_freeze_batchnorms_freeze_what_either_selects() -> None:
     assert not STATISTICS & changed
     assert AFFINE - changed == {"backbone.1.weight", "backbone.1.bias"}
     assert all(p.requires_grad for p in net.parameters())
-
-
-@pytest.mark.parametrize("swapped", [False, True])
-def test_flags_return_after_a_fit_with_a_schedule(swapped: bool) -> None:
-    net = Net()
-    net.backbone[1].requires_grad_(False)
-    flags = {name: p.requires_grad for name, p in net.named_parameters()}
-    callbacks = [FreezeSchedule([Phase("head", epochs=1), Phase("*")]), FreezeBatchNorm("backbone")]
-    trainer(callbacks=callbacks[::-1] if swapped else callbacks, max_epochs=2).fit(net, loader())
-    assert flags == {name: p.requires_grad for name, p in net.named_parameters()}
 
 
 class Failing(Net):
@@ -141,18 +130,6 @@ def test_fit_in_which_a_frozen_layer_is_replaced_ends_without_an_error() -> None
             self.backbone = nn.Identity()  # type: ignore[assignment]
 
     trainer(callbacks=[FreezeBatchNorm("backbone.1")], max_epochs=1).fit(Exchanging(), loader())
-
-
-def test_callback_copies_and_pickles_without_the_model() -> None:
-    callback = FreezeBatchNorm("backbone")
-    copies: list[Any] = []
-    probe = Probe(lambda *_: copies.append((copy.deepcopy(callback), pickle.loads(pickle.dumps(callback)))))
-    trainer(callbacks=[callback, probe], max_epochs=1).fit(Net(), loader())
-    for pair in copies:
-        for twin in pair:
-            assert twin.select == "backbone"
-            assert not {"log", "log_dict"} & vars(twin).keys()
-            trainer(callbacks=[twin], max_epochs=1, limit_train_batches=1).fit(Net(), loader())
 
 
 def test_model_without_batchnorm_trains() -> None:

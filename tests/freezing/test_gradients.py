@@ -49,15 +49,14 @@ def test_lent_gradient_stays_until_its_own_optimizer_steps() -> None:
     assert gradients.new() == [net[2].weight]
     assert net[0].bias.grad is not None
     gradients.begin_step(optimizers[0])
-    assert gradients.new() == []
     assert net[0].bias.grad is None
     assert net[2].bias.grad is not None
-    net[2].bias.grad = torch.ones(2)  # a backward has put another in its place
-    gradients.begin_step(optimizers[1])
-    assert gradients.new() == [net[2].bias]
+    net[2].bias.grad = torch.ones(2)  # other code has put another in its place
+    gradients.begin_step(optimizers[2])
+    assert net[2].bias.grad is None
     gradients.lend(optimizers)
     gradients.drop()
-    assert gradients.new() == [net[0].bias, net[2].bias]
+    assert all(p.grad is None for p in net.parameters())
 
 
 def test_no_gradient_is_lent_where_a_part_trains() -> None:

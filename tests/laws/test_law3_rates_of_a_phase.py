@@ -124,22 +124,6 @@ def test_a_ramp_counts_each_optimizers_steps() -> None:
     assert seen == pytest.approx([1, 1, 1, 1, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1])
 
 
-def test_a_tensor_rate_is_rewritten_in_place() -> None:
-    """Captured graphs hold on to it."""
-    net, seen = Net(tensor_lr), set()
-    optimizer_of: list[Any] = []
-
-    def hook(optimizer: Any, *_: Any) -> None:
-        seen.add(tuple(id(group["lr"]) for group in optimizer.param_groups))
-
-    probe = Probe(
-        lambda run, _: None if optimizer_of else optimizer_of.append(run.optimizers[0].register_step_post_hook(hook))
-    )
-    phases = [Phase("*", lr_scale={"backbone": Ramp(0.0), "neck": Ramp(0.5)})]
-    trainer(callbacks=[FreezeSchedule(phases), probe], max_epochs=1).fit(net, loader())
-    assert len(seen) == 1
-
-
 def test_logged_rates_follow_the_ramp(tmp_path: Path) -> None:
     phases = [Phase("*", lr_scale={"neck": Ramp(0.0, steps=4)})]
     net = Net(lambda params: torch.optim.SGD(params, lr=1.0))

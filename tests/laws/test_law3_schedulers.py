@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import lr_scheduler as lrs
 from torch.optim.swa_utils import SWALR
 
@@ -113,45 +112,6 @@ def test_adopted_parameters_go_on_like_the_first_group(name: str) -> None:
     for (group,), row in zip(groups[6:], rates[6:], strict=True):
         assert row == {key: group["lr"] * (0.1 if key.startswith("backbone") else 1.0) for key in row}
         assert len(row) == 12
-
-
-class Stages(lrs.LRScheduler):
-    """A list that is called like one with an entry a group, and has an entry a stage."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.stage_lrs = [0.1, 0.03, 0.01, 0.001]
-        super().__init__(optimizer)
-
-    def get_lr(self) -> list[Any]:
-        return [self.stage_lrs[min(self.last_epoch, 3)]] * len(self.optimizer.param_groups)
-
-
-@pytest.mark.parametrize("scale", [None, {"neck": 0.1}])
-def test_a_list_of_stages_stays(scale: Any) -> None:
-    """In the fit, in the checkpoint and after it."""
-    net = Net(sgd, Stages)
-    states: list[dict[str, Any]] = []
-    rates: list[float] = []
-
-    def start(trainer: Trainer, _: LightningModule) -> None:
-        rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-        states.extend(trainer._checkpoint_connector.dump_checkpoint(weights_only=False)["lr_schedulers"])
-
-    run = trainer(callbacks=[FreezeSchedule([Phase("*", lr_scale=scale)]), Probe(start)])
-    run.fit(net, loader(), loader())
-    assert rates == [rate for rate in (0.1, 0.03, 0.01, 0.001) for _ in range(6)]
-    states.append(run.lr_scheduler_configs[0].scheduler.state_dict())
-    assert all(len(state["stage_lrs"]) == 4 and len(state["base_lrs"]) == 1 for state in states)
-
-
-def test_tensor_learning_rates() -> None:
-    def tensor_lr(params: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(params, lr=torch.tensor(1e-2))
-
-    schedule = FreezeSchedule([Phase("head", epochs=1), Phase("*", lr_scale={"backbone": 0.1})])
-    _, rates, _ = trajectory(SCHEDULERS["CosineAnnealingLR"], schedule, tensor_lr)
-    assert all(row["backbone.0.weight"] == pytest.approx(row["head.weight"] * 0.1) for row in rates[6:])
-    assert len({row["head.weight"] for row in rates}) > 10
 
 
 def test_a_warm_up_that_the_user_writes_into_all_groups() -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -253,24 +252,6 @@ def test_checkpoint_written_without_the_callback_keeps_its_target(tmp_path: Path
 # Gradient-free, in no optimizer
 
 
-def watch(student: Student, callbacks: list[Any], **options: Any) -> list[tuple[int, ...]]:
-    """The sizes of the groups at every batch; the target has no gradient at any of them."""
-    sizes = []
-
-    def look(trainer: Trainer, student: Any) -> None:
-        assert not any(p.requires_grad for p in student.target.parameters())
-        assert all(p.grad is None for p in student.target.parameters())
-        (optimizer,) = trainer.optimizers
-        for group in optimizer.param_groups:
-            assert len(group.get("param_names", group["params"])) == len(group["params"])
-        sizes.append(tuple(len(group["params"]) for group in optimizer.param_groups))
-
-    run = trainer(callbacks=[*callbacks, Probe(look, look)], **{"max_epochs": 1, **options})
-    run.fit(student, loader())
-    assert all(p.requires_grad for p in student.parameters())
-    return sizes
-
-
 def own_group(params: Any) -> torch.optim.Optimizer:
     params = list(params)
     half = len(params) // 2
@@ -288,9 +269,20 @@ def trainable_only(params: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("optimizer", [adamw, own_group, named, trainable_only])
 def test_optimizer_that_has_the_target_does_not_move_it(optimizer: Any) -> None:
     """With weight decay and momentum, and whatever was there before the fit."""
+    sizes = []
+
+    def look(trainer: Trainer, student: Any) -> None:
+        assert all((p.requires_grad, p.grad) == (False, None) for p in student.target.parameters())
+        (held,) = trainer.optimizers
+        assert all(
+            len(group.get("param_names", group["params"])) == len(group["params"]) for group in held.param_groups
+        )
+        sizes.append([len(group["params"]) for group in held.param_groups])
+
     student = Student(optimizer, lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=9))
-    sizes = watch(student, [TargetNetwork("online", "target", every_n_steps=99)])
-    assert sizes == [tuple(len(group["params"]) for group in optimizer(student.parameters()).param_groups)] * 12
+    fit(student, TargetNetwork("online", "target", every_n_steps=99), Probe(look, look), max_epochs=1)
+    assert all(p.requires_grad for p in student.parameters())
+    assert sizes == [[len(group["params"]) for group in optimizer(student.parameters()).param_groups]] * 12
     start = Student(optimizer)
     start.load_state_dict(student.state_dict())
     for mine, source in zip(student.target.parameters(), student.online.parameters(), strict=True):
@@ -629,17 +621,3 @@ def test_strategy_that_shards_is_refused() -> None:
     run.strategy.__class__ = FSDPStrategy
     with pytest.raises(MisconfigurationException, match="does not work with FSDPStrategy"):
         TargetNetwork("online", "target", tau=0.5).on_fit_start(run, BoringModel())
-
-
-def test_callback_copies_and_pickles_without_its_fit() -> None:
-    copies = []
-
-    class Copying(Student):
-        def on_train_epoch_end(self) -> None:
-            copies.append(copy.deepcopy(self.trainer.callbacks[0]))
-
-    callback = TargetNetwork("online", "target", tau=0.5)
-    fit(Copying(), callback, max_epochs=1)
-    del callback.log, callback.log_dict  # Lightning lends every callback the model's log functions
-    for twin in (*copies, pickle.loads(pickle.dumps(callback))):
-        assert (twin.steps, twin.tau, twin._fit) == (6, 0.5, None)
