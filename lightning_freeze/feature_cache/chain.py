@@ -108,9 +108,9 @@ class FeatureChain:
     def end_epoch(self, stage: str) -> None:
         """Judge whether the samples of a stage come back."""
         each = self._rows.bytes_taken / max(1, self._rows.count)
-        if off := self._stages[stage].end_epoch(stage, self._refused, each):
+        if off := self._stages[stage].end_epoch(stage, each):
             self._say(f"{self.name}: off for {stage}, because {off}.")
-            if self._stages.off(self._refused) is not None:  # what another stage keeps stays
+            if self._stages.off() is not None:  # what another stage keeps stays
                 self.close()
         if stage == "train":
             self._rows.end_epoch()
@@ -118,7 +118,7 @@ class FeatureChain:
     def stats(self) -> FeatureStats:
         """Return what has been done, and whether outputs are remembered now; after the end, what was so at last."""
         self._last = self._look() if self._interceptors else self._last
-        off, (covers, why) = self._stages.off(self._refused), self._last
+        off, (covers, why) = self._stages.off(), self._last
         covers = covers if off is None else ()
         count, taken = self._rows.count, self._rows.bytes_taken
         return self._stages.stats(active=bool(covers), why=off or why, covers=covers, samples=count, bytes=taken)
@@ -132,10 +132,6 @@ class FeatureChain:
             return (), why
         depth = next((i for i, reason in enumerate(reasons) if reason is not None), len(reasons))
         return tuple(link.name for link in self._links[:depth]), [*reasons, None if self._whole is None else why][depth]
-
-    @property
-    def _refused(self) -> str | None:
-        return next((link.memory.refused for link in self._all() if link.memory.refused), None)
 
     @property
     def name(self) -> str:
@@ -167,7 +163,7 @@ class FeatureChain:
         try:
             output = self._answer(link, run, *tree_flatten((args, kwargs)))
         except NotPerSample as reason:
-            link.memory.refuse(reason)
+            link.memory.refuse(counts, reason)
             return self._run(plain)
         counts.all_seconds += time.perf_counter() - begin
         return output
@@ -187,7 +183,6 @@ class FeatureChain:
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and type(leaf) is not Later]
         given = [leaves[i] for i in places]
         keys = read_keys(leaves, spec, hashing=link.hashing, state=link.state.key, chained=_keys_of)
-        keys.is_rounded = keys.is_rounded or link.state.parts.has_half
 
         def compute(size: int | None = None) -> tuple[Any, list[Tensor]]:
             some = [_sized(leaf, size if i in keys.places else None) for i, leaf in enumerate(leaves)]

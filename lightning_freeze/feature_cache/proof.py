@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from lightning_freeze.feature_cache.attributes import Place
+from lightning_freeze.feature_cache.attributes import Place, Written
 from lightning_freeze.feature_cache.outputs import OutputForm
 from lightning_freeze.feature_cache.rows import Entry
 
@@ -21,8 +20,7 @@ class Batches:
     size: int
     form: OutputForm | None = None
     row_bytes: int = 0
-    written: list[dict[Place, Any]] = field(default_factory=list)  # what runs put into attributes of each link
-    runs: int = 0
+    written: dict[Place, Written] = field(default_factory=dict)  # what runs put into attributes
     same: int = 0  # numbers that were equal when a batch was computed again
     mixed: float = 0  # and when samples were computed in another batch than before; -inf if some were not
     alike: float = 0  # and in a larger batch; -inf if one was not
@@ -31,6 +29,12 @@ class Batches:
         """Whether rows are those of one batch, in its order."""
         first = found[0].batch if found[0] is not None else 0
         return all(e is not None and e[:3] == (first, place, self.size) for place, e in enumerate(found))
+
+    def write(self) -> None:
+        """Put into attributes what a run would have put there."""
+        for (owner, name), one in self.written.items():
+            if one.is_same:
+                setattr(owner, name, one.value)
 
 
 @dataclass
@@ -44,6 +48,12 @@ class Family:
     pads: int = 0
     answers: int = 0
     next_proof: int = _FIRST_PROOF
+
+    def right(self, found: list[Entry | None]) -> list[Entry | None]:
+        """Return entries without those that are wrong."""
+        if self.wrong:
+            return [None if entry is None or entry.fit in self.wrong else entry for entry in found]
+        return found
 
     def serves(self, batches: Batches, found: Sequence[Entry | None]) -> bool:
         """Whether rows are known to be what the module gives in the batch that they make up now."""

@@ -7,7 +7,6 @@ import shutil
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -50,8 +49,7 @@ def rows(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rows]:
         found.close()
 
 
-def test_rows_come_back_over_many_blocks(rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_freeze.feature_cache.rows._FIRST_BLOCK", 5000)
+def test_rows_of_many_batches_come_back_in_any_order(rows: Rows) -> None:
     keys, values = content(1000)
     assert fill(rows, keys, values) == 1000
     order = torch.randperm(1000).tolist()
@@ -77,11 +75,11 @@ def test_a_budget_is_never_exceeded_and_comes_back(limit: int) -> None:
     for name in (b"a" * 16, b"b" * 16, b"c" * 16):
         keys, values = content(100)
         kept += rows.put(name, keys, 1, values, list(range(100)))
-        assert rows.bytes_taken <= rows.taken <= limit
+        assert rows.bytes_taken <= limit
     assert kept >= 0.8 * min(300, limit // (LENGTH + 300) - 3)
     for name in (b"a" * 16, b"b" * 16, b"c" * 16):
         rows.free(name)
-    assert (rows.taken, rows.count) == (0, 0)
+    assert (rows.bytes_taken, rows.count) == (0, 0)
 
 
 def test_what_nobody_asks_for_makes_room() -> None:
@@ -110,22 +108,17 @@ def test_rows_that_were_kept_in_inference_mode_serve_in_training() -> None:
 
 def test_rows_of_one_batch_may_lie_on_a_device_and_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when a device's share is used up; here both are the host's, one as on a device."""
-    monkeypatch.setattr("lightning_freeze.feature_cache.rows._FIRST_BLOCK", 5000)
-    rows, on_host = MemoryRows(10**6), MemoryRows._block
+    rows, on_host = MemoryRows(10**6), MemoryRows._placed
     rows._device_left[CPU] = 0
-
-    def block(count: int, length: int, device: torch.device) -> Any:
-        is_device = sum(len(table.blocks) for table in rows._tables.values()) % 2
-        return torch.empty(count, length, dtype=torch.uint8) if is_device else on_host(rows, count, length, device)
-
-    monkeypatch.setattr(rows, "_block", block)
+    monkeypatch.setattr(rows, "_placed", lambda new: new.unbind() if new[0, 0] > 99 else on_host(rows, new))
     keys, values = content(1000)
     assert fill(rows, keys, values) == 1000
     order = torch.randperm(1000).tolist()
-    found = rows.find(NET, [keys[i] for i in order], 50, LENGTH)
-    assert torch.equal(rows.read([entry for entry in found if entry is not None], CPU), values[order])
+    found = [entry for entry in rows.find(NET, [keys[i] for i in order], 50, LENGTH) if entry is not None]
+    assert len({type(entry.where) for entry in found}) == 2
+    assert torch.equal(rows.read(found, CPU), values[order])
     rows.free(NET)
-    assert rows.taken == 0
+    assert rows.bytes_taken == 0
     assert rows._device_left[CPU] > 0
 
 
