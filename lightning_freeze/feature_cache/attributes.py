@@ -127,6 +127,8 @@ def _shown_by(owners: Iterable[Owner]) -> dict[Place, list[Any]]:
 
 def _leaves(value: Any) -> list[Any]:
     """Return all that is in a value, and in objects that hold plain values only, such as configs."""
+    if is_plain(value):  # most are
+        return [value]
     return [inner for leaf in tree_leaves(value) for inner in (_settings(leaf) or [leaf])]
 
 
@@ -136,7 +138,8 @@ def _settings(leaf: Any) -> list[Any]:
 
 
 def _views(value: Any) -> Iterator[Collection[Any]]:
-    value = vars(value) if not isinstance(value, dict | list | tuple) and _settings(value) else value
+    if not is_plain(value) and not isinstance(value, dict | list | tuple) and _settings(value):
+        value = vars(value)
     if isinstance(value, dict | list | tuple):
         yield (inside := value.values() if isinstance(value, dict) else value)
         for one in inside:

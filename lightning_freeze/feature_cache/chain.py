@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_freeze.feature_cache.effects import marks_of
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.interceptor import (
     Interceptor,
@@ -26,7 +25,7 @@ from lightning_freeze.feature_cache.interceptor import (
     tree_flatten,
     tree_unflatten,
 )
-from lightning_freeze.feature_cache.keys import Keys, NotPerSample, read_keys
+from lightning_freeze.feature_cache.keys import NotPerSample, read_keys
 from lightning_freeze.feature_cache.later import Later, Link, real
 from lightning_freeze.feature_cache.memory import Call, Memory, Rows
 from lightning_freeze.feature_cache.state import State
@@ -57,8 +56,8 @@ class FeatureChain:
         say = lru_cache(maxsize=None)(say)  # each sentence once
 
         def link(place: int, name: str, module: nn.Module) -> Link:
-            memory = Memory(rows, hashing, dtype, lambda sentence: say(f"{name}: {sentence}"))
-            return Link(place, name, module, State(name, module, hashing), memory, hashing)
+            memory = Memory(rows, dtype, lambda sentence: say(f"{name}: {sentence}"))
+            return Link(place, State(name, module, hashing), memory)
 
         self.was_called = self._is_busy = False
         self._depth = len(links)  # up to where they are remembered in this pass
@@ -72,7 +71,7 @@ class FeatureChain:
         """Answer the calls of the modules."""
         try:
             for link in self._all() if not self._interceptors else ():
-                self._interceptors.append(Interceptor(link.module, partial(self._call, link)))
+                self._interceptors.append(Interceptor(link.state.module, partial(self._call, link)))
         except ValueError:
             self.__exit__()
             raise
@@ -131,12 +130,13 @@ class FeatureChain:
         if self._whole is not None and (self._whole.memory.broken or not reasons):
             return (), why
         depth = next((i for i, reason in enumerate(reasons) if reason is not None), len(reasons))
-        return tuple(link.name for link in self._links[:depth]), [*reasons, None if self._whole is None else why][depth]
+        covers = tuple(link.state.name for link in self._links[:depth])
+        return covers, [*reasons, None if self._whole is None else why][depth]
 
     @property
     def name(self) -> str:
         """What it is called in sentences."""
-        return self._all()[0].name
+        return self._all()[0].state.name
 
     def _all(self) -> list[Link]:
         return self._links if self._whole is None else [self._whole, *self._links]
@@ -171,7 +171,7 @@ class FeatureChain:
     def _announce(self, place: int, why: str) -> None:
         """Say what cannot be remembered in this pass; if that is the whole, links will say up to where they are."""
         if place > 0:
-            self._say(f"{self.name}: cached up to {self._links[place - 1].name}, because {why}.")
+            self._say(f"{self.name}: cached up to {self._links[place - 1].state.name}, because {why}.")
         elif place == 0 or not self._links or self._links[0].reason() is not None:
             self._say(f"{self.name}: off, because {why}.")
         self._depth = place if place >= 0 else self._depth
@@ -182,7 +182,8 @@ class FeatureChain:
         leaves = [leaf.value() if type(leaf) is Later and not leaf.is_known else leaf for leaf in leaves]
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and type(leaf) is not Later]
         given = [leaves[i] for i in places]
-        keys = read_keys(leaves, spec, hashing=link.hashing, state=link.state.key, chained=_keys_of)
+        known = {i: leaf.call.keys for i, leaf in enumerate(leaves) if type(leaf) is Later}
+        keys = read_keys(leaves, spec, hashing=link.state.hashing, state=link.state.key, known=known)
 
         def compute(size: int | None = None) -> tuple[Any, list[Tensor]]:
             some = [_sized(leaf, size if i in keys.places else None) for i, leaf in enumerate(leaves)]
@@ -191,13 +192,13 @@ class FeatureChain:
             link.state.note_run()
             return output, [some[i] for i in places]
 
+        states = [before.state for before in self._links[: max(0, link.place)]] + [link.state]
+        call = Call(keys, compute, given, states, self._stages.now())
         is_last = link.place in (-1, len(self._links) - 1)
         if is_last or link.follows is False or self._links[link.place + 1].reason() is not None:
-            states = [before.state for before in self._links[: max(0, link.place)]] + [link.state]
-            return link.memory.answer(Call(keys, compute, given, states, self._stages.now()))
+            return link.memory.answer(call)
         # Later on, what is written in inference mode is not looked for.
-        seen = given if link.follows is None else [tensor for tensor in given if not tensor.is_inference()]
-        later = Later.of(link, keys, lambda size: compute(size)[0], partial(marks_of, seen, link.hashing))
+        later = Later.of(link, call, [one for one in given if link.follows is None or not one.is_inference()])
         if link.follows is None and type(output := later.value()) is not Tensor:
             link.follows = False
             return output
@@ -211,10 +212,6 @@ class FeatureChain:
             return run()
         finally:
             self._is_busy = before
-
-
-def _keys_of(leaf: Any) -> Keys | None:
-    return leaf.keys if type(leaf) is Later else None
 
 
 def _sized(leaf: Any, size: int | None) -> Any:

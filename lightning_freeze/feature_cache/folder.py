@@ -22,7 +22,7 @@ PRAGMA journal_mode = TRUNCATE;
 PRAGMA synchronous = OFF;
 CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, batch INTEGER, place INTEGER, row BLOB, checksum BLOB);
 """
-_FIND = "SELECT batch, place, row, checksum FROM rows WHERE key = ?"
+_FIND = "SELECT key, batch, place, row, checksum FROM rows WHERE key = ?"
 _BESIDE = 150  # bytes that a row takes in the file beside its content, about
 
 
@@ -74,7 +74,21 @@ class FolderRows:
 
     def find(self, family: bytes, samples: Sequence[bytes], size: int, row_bytes: int) -> list[Entry | None]:
         """Return the entries of samples that were computed in batches of one size."""
-        return [self._entry(_key(family, sample, size), size, row_bytes) for sample in samples]
+        keys = [_key(family, sample, size) for sample in samples]
+        found: dict[bytes, Entry] = {}
+        for connection in (self._own, *self._others.values()):
+            try:
+                lines = [line for key in keys for line in connection.execute(_FIND, (key,)).fetchall()]
+            except sqlite3.OperationalError:  # somebody is writing there right now
+                continue
+            except sqlite3.DatabaseError:
+                if connection is self._own:
+                    self._own = self._anew(connection)
+                continue
+            for key, batch, place, row, checksum in lines:
+                if len(row) == row_bytes and checksum == _checksum(key, batch, place, row):
+                    found.setdefault(key, Entry(batch, place, size, row))
+        return list(map(found.get, keys))
 
     def read(self, entries: Sequence[Entry], device: torch.device) -> Tensor:
         """Return rows, uint8 of shape ``(entries, row_bytes)``."""
@@ -140,21 +154,6 @@ class FolderRows:
         for name in (self._file, Path(f"{self._file}-journal")):
             name.unlink(missing_ok=True)
         return self._open()
-
-    def _entry(self, key: bytes, size: int, row_bytes: int) -> Entry | None:
-        for connection in (self._own, *self._others.values()):
-            try:
-                found = connection.execute(_FIND, (key,)).fetchall()
-            except sqlite3.OperationalError:  # somebody is writing there right now
-                continue
-            except sqlite3.DatabaseError:
-                if connection is self._own:
-                    self._own = self._anew(connection)
-                continue
-            for batch, place, row, checksum in found:
-                if len(row) == row_bytes and checksum == _checksum(key, batch, place, row):
-                    return Entry(batch, place, size, row)
-        return None
 
     def _own_size(self) -> int:
         with suppress(sqlite3.Error):

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from lightning_freeze.feature_cache.effects import SideEffects
 from lightning_freeze.feature_cache.folder import FolderRows
-from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.keys import Keys, NotPerSample, is_half
 from lightning_freeze.feature_cache.outputs import difference, encode
 from lightning_freeze.feature_cache.proof import ENOUGH, Batches, Family
@@ -56,9 +55,9 @@ class Call:
 class Memory:
     """Remembers what a module gave for each sample; takes what a :class:`FeatureChain` takes."""
 
-    def __init__(self, rows: Rows, hashing: Hash, dtype: torch.dtype | None, say: Callable[[str], None]) -> None:
+    def __init__(self, rows: Rows, dtype: torch.dtype | None, say: Callable[[str], None]) -> None:
         self.broken: str | None = None
-        self._rows, self._hash, self._dtype, self._say = rows, hashing, dtype, say
+        self._rows, self._dtype, self._say = rows, dtype, say
         self._states: dict[bytes, dict[bytes, Family]] = {}
         self._moves = 0  # states since the last answer
         self._batch = secrets.randbits(31) << 32
@@ -116,14 +115,12 @@ class Memory:
         return family.right(found)
 
     def _compute(self, call: Call, family: Family, batches: Batches, found: list[Entry | None]) -> Any:
-        attributes = [state.parts.attributes for state in call.states]
-        effects = SideEffects(call.given, self._hash, [one for each in attributes for one in each.generators])
+        effects = SideEffects(call.given, call.states)
         begin = time.perf_counter()
         output, given = call.run(None)
         call.counts.run_seconds += time.perf_counter() - begin
         call.counts.misses += call.size
-        asides = [each.effect(batches.written, is_first=batches.form is None) for each in attributes]
-        if effect := next(filter(None, [effects.found(output), *asides]), None):
+        if effect := effects.found(output, batches.written, is_first=batches.form is None):
             return self._break(effect, output)
         try:
             form, rows = encode(output, call.size, self._dtype, given)

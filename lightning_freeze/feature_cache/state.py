@@ -79,11 +79,10 @@ class State:
     """
 
     def __init__(self, name: str, module: nn.Module, hashing: Hash) -> None:
-        self._named, self._hash = (name, module), hashing
+        self.name, self.module, self.hashing = name, module, hashing
         self.parts = _Parts(name, module)
-        self.key = self._program = b""
+        self.key = self._program = self._contents = b""
         self._is_new = True  # has not run
-        self._digests: dict[Tensor, tuple[Any, bytes]] = {}  # none are read anew
         self._writes: list[int] = []
 
     @property
@@ -93,18 +92,25 @@ class State:
 
     def recheck(self, written: Iterable[Tensor] | None = None) -> None:
         """Read all tensors at the next call if one of those ``written`` is among them, or if none is named."""
-        if written is None or any(tensor in self._digests for tensor in written):
-            self._digests.clear()
+        if written is None or any(tensor in self.parts.tensors for tensor in written):
+            self._contents = b""
 
     def read(self) -> State:
         """Bring the attributes up to date."""
-        if has_moved := not self.parts.hold(whole=not self._digests):
-            before, self.parts = self.parts, _Parts(*self._named)
+        if has_moved := not self.parts.hold(whole=not self._contents):
+            before, self.parts = self.parts, _Parts(self.name, self.module)
             if not are_same(self.parts.attributes.others, before.attributes.others):
                 self._program = secrets.token_bytes(16)  # functions have no text that says all that they do
-        if self.why is None and (has_moved or not self._digests or self.parts.writes() != self._writes):
-            self._writes = self.parts.writes()
-            self.key = xxhash.xxh3_128_digest(self.parts.text + self._program + self._contents(self.parts.tensors))
+            if not are_same([*self.parts.tensors], [*before.tensors]):
+                self._contents = b""
+        if self.why is not None:
+            return self
+        if not self._contents or self.parts.writes() != self._writes:
+            self._writes, has_moved = self.parts.writes(), True
+            layout = [(tensor.stride(), tensor.device) for tensor in self.parts.tensors]
+            self._contents = f"{layout}".encode() + b"".join(self.hashing.tensors([*self.parts.tensors]))
+        if has_moved:
+            self.key = xxhash.xxh3_128_digest(self.parts.text + self._program + self._contents)
         return self
 
     def note_run(self) -> None:
@@ -112,15 +118,6 @@ class State:
         if not self.parts.hold(whole=True):
             self.parts.attributes.note_run(is_first=self._is_new)
         self._is_new = False
-
-    def _contents(self, tensors: list[Tensor]) -> bytes:
-        """Return a hash of each tensor, computed anew where something was written to it."""
-        versions = [None if t.is_inference() else version_of(t) for t in tensors]
-        marks = [(v, t.data_ptr(), t.shape, t.stride(), t.device) for v, t in zip(versions, tensors, strict=True)]
-        moved = {t: mark for t, mark in zip(tensors, marks, strict=True) if self._digests.get(t, (None,))[0] != mark}
-        for (tensor, mark), digest in zip(moved.items(), self._hash.tensors([*moved]), strict=True):
-            self._digests[tensor] = mark, f"{tensor.stride()}{tensor.device}".encode() + digest
-        return b"".join(self._digests[tensor][1] for tensor in tensors)
 
 
 class _Parts:
@@ -148,9 +145,7 @@ class _Parts:
             f"{torch.__version__}{module!r}{list(map(text_of_class, map(type, self._layers)))}"
             f"{list(map(_training, self._layers))}{self.attributes.text}".encode()
         )
-        self.tensors: list[Tensor] = [
-            *dict.fromkeys(chain(module.parameters(), module.buffers(), self.attributes.tensors))
-        ]
+        self.tensors = dict.fromkeys(chain(module.parameters(), module.buffers(), self.attributes.tensors))
         self._counted = [t for t in self.tensors if not t.is_inference() and why_no_key(t) is None]
         self._hooks = [hooks for layer in plain for hooks in hooks_of(layer)]
         self._dicts = list(map(vars, plain))
