@@ -52,7 +52,7 @@ class FeatureChain:
         stages: Stages | None = None,
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
-        hashing = Hash() if hashing is None else hashing
+        hashing = hashing or Hash()
         say = lru_cache(maxsize=None)(say)  # each sentence once
 
         def link(place: int, name: str, module: nn.Module) -> Link:
@@ -177,9 +177,7 @@ class FeatureChain:
         self._depth = place if place >= 0 else self._depth
 
     def _answer(self, link: Link, run: Run, leaves: list[Any], spec: TreeSpec) -> Any:
-        for later in (leaf for leaf in leaves if type(leaf) is Later and leaf.link.follows is None):
-            later.link.follows = later.is_known and link.place == later.link.place + 1
-        leaves = [leaf.value() if type(leaf) is Later and not leaf.is_known else leaf for leaf in leaves]
+        leaves = [leaf.given_to(link) if type(leaf) is Later else leaf for leaf in leaves]
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and type(leaf) is not Later]
         given = [leaves[i] for i in places]
         known = {i: leaf.call.keys for i, leaf in enumerate(leaves) if type(leaf) is Later}

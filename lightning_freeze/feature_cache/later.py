@@ -58,10 +58,12 @@ class Later(Tensor):
         later._settings = later._marks(), link.state.key, torch.is_grad_enabled(), autocast_states()
         return later
 
-    @property
-    def is_known(self) -> bool:
-        """Whether its keys say what it holds."""
-        return not self.read and self._marks() == self._settings[0]
+    def given_to(self, link: Link) -> Tensor:
+        """Return itself if its keys say what it holds, else the tensor."""
+        is_known = not self.read and self._marks() == self._settings[0]
+        if self.link.follows is None:
+            self.link.follows = is_known and link.place == self.link.place + 1
+        return self if is_known else self.value()
 
     def _marks(self) -> list[Any]:
         return marks_of(self._watched, self.link.state.hashing)

@@ -232,7 +232,7 @@ def test_one_of_two_ranks_is_killed(tmp_path: Path) -> None:
 # Folders that cannot be
 
 
-@pytest.mark.parametrize("name", ["file/below", "link", "n" * 300])
+@pytest.mark.parametrize("name", ["file", "file/below", "link", "n" * 300])
 def test_a_folder_that_cannot_be_is_an_error_at_the_start(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("dear")
     (tmp_path / "link").symlink_to("nowhere")
