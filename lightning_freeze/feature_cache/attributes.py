@@ -26,20 +26,21 @@ Owner: TypeAlias = nn.Module | type
 #: An owner and the name of an attribute.
 Place: TypeAlias = tuple[Owner, str]
 
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
-
-
-# What stands in the key for an attribute into which runs of its module write; for the next fit or test, too.
-_shown: WeakKeyDictionary[Owner, dict[str, list[Any]]] = WeakKeyDictionary()
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 @dataclass
 class Written:
-    """What calls of one kind have put into an attribute, last."""
+    """An attribute into which runs of its module write."""
 
-    value: Any
-    leaves: list[Any]  # all that is in it
-    is_same: bool  # after all of them
+    shown: list[Any]  # what stands for it in the key
+    is_same: bool = True  # after all calls of one kind, so far
+
+
+#: What calls of one kind write: by attribute, what is known of it, its value, and all that is in that.
+Known: TypeAlias = dict[Place, tuple[Written, Any, list[Any]]]
+
+_written: WeakKeyDictionary[Owner, dict[str, Written]] = WeakKeyDictionary()  # for the next fit or test, too
 
 
 class Attributes:
@@ -49,7 +50,6 @@ class Attributes:
         text: All plain values that are not written by runs.
         tensors: The tensors, if all that they are can be hashed.
         others: Functions and other objects, which have no text that says all that they do.
-        generators: Those of them that draw random numbers.
         aside: Where the run after this has put tensors.
     """
 
@@ -58,11 +58,11 @@ class Attributes:
     def __init__(self, owners: Sequence[Owner]) -> None:
         self._owners, self._found = owners, _found(owners)
         number = {owner: i for i, owner in enumerate(owners)}
-        leaves = [(place, leaf) for place, inside in (self._found | _shown_by(owners)).items() for leaf in inside]
+        shown = self._found | {place: one.shown for place, one in _written_by(owners).items()}
+        leaves = [(place, leaf) for place, inside in shown.items() for leaf in inside]
         self.text = "".join(f"{number[p[0]]}.{p[1]}={leaf!r}," for p, leaf in leaves if is_plain(leaf))
         self.tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor) and why_no_key(leaf) is None]
         self.others = [leaf for _, leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
-        self.generators = [other for other in self.others if isinstance(other, _GENERATORS)]
 
     def note_run(self, *, is_first: bool) -> None:
         """Note what the module has written in the run that has just ended: that is given, not read."""
@@ -71,23 +71,24 @@ class Attributes:
             if not are_same(before, leaves):
                 # What the first run writes changes no key; later on, what was kept does not know of it.
                 shown = before if is_first and all(map(is_plain, before)) else ["written"]
-                _shown.setdefault(owner, {}).setdefault(name, shown)
+                _written.setdefault(owner, {}).setdefault(name, Written(shown))
                 if not are_same(*([leaf for leaf in one if isinstance(leaf, Tensor)] for one in (before, leaves))):
                     self.aside = owner, name
 
-    def effect(self, written: dict[Place, Written], *, is_first: bool) -> str | None:
-        """Bring up to date what calls of one kind have ``written``; return what is not the same and no counter.
+    def effect(self, known: Known, *, is_first: bool) -> str | None:
+        """Bring up to date what is ``known`` of calls of one kind; return what they write that is no counter and moves.
 
         In its first run, a module may set up tensors that it keeps for good.
         """
         moving = [self.aside] if self.aside is not None and not is_first else []
-        mine = _shown_by(self._owners)
+        mine = _written_by(self._owners)
         for (owner, name), leaves in _found([owner for owner, _ in mine]).items():
             if (owner, name) in mine and all(map(is_plain, leaves)):
-                old = written.get((owner, name), Written(None, leaves, is_same=True))
-                is_same = old.is_same and old.leaves == leaves
-                written[owner, name] = Written(vars(owner)[name], leaves, is_same)
-                moving += [] if is_same or _count_up(old.leaves, leaves) else [(owner, name)]
+                one = mine[owner, name]
+                *_, before = known.get((owner, name), (leaves,))
+                one.is_same = one.is_same and before == leaves
+                known[owner, name] = one, vars(owner)[name], leaves
+                moving += [] if before == leaves or _count_up(before, leaves) else [(owner, name)]
         for owner, name in moving:
             kind = owner if isinstance(owner, type) else type(owner)
             return f"it puts what it computes into {kind.__name__}.{name}, too, where others could look for it"
@@ -121,8 +122,8 @@ def _found(owners: Iterable[Owner]) -> dict[Place, list[Any]]:
     return {place: _leaves(value) for place, value in _items(owners)}
 
 
-def _shown_by(owners: Iterable[Owner]) -> dict[Place, list[Any]]:
-    return {(owner, name): shown for owner in owners for name, shown in _shown.get(owner, {}).items()}
+def _written_by(owners: Iterable[Owner]) -> dict[Place, Written]:
+    return {(owner, name): one for owner in owners for name, one in _written.get(owner, {}).items()}
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -133,7 +134,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def _settings(leaf: Any) -> list[Any]:
-    inside = [] if isinstance(leaf, (nn.Module, type, *_GENERATORS)) else tree_leaves(getattr(leaf, "__dict__", {}))
+    inside = [] if isinstance(leaf, (nn.Module, type, *GENERATORS)) else tree_leaves(getattr(leaf, "__dict__", {}))
     return inside if all(map(is_plain, inside)) else []
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_freeze.feature_cache.attributes import Place, Written
+from lightning_freeze.feature_cache.attributes import GENERATORS, Known
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.interceptor import tree_leaves, version_of
 from lightning_freeze.feature_cache.state import State
@@ -25,7 +25,7 @@ class SideEffects:
         self._attributes = [state.parts.attributes for state in states]
         self._before = self._read()
 
-    def found(self, output: Any, known: dict[Place, Written], *, is_first: bool) -> str | None:
+    def found(self, output: Any, known: Known, *, is_first: bool) -> str | None:
         """Return what has happened, None if nothing has; bring up to date what is ``known`` of attributes."""
         (written, drawn), (old_written, old_drawn) = self._read(), self._before
         if written != old_written:
@@ -40,7 +40,7 @@ class SideEffects:
         devices = {leaf.device for leaf in self._given if leaf.device.type == "cuda"}
         states = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, devices)]
         legacy: Any = np.random.get_state()
-        own = [pickle.dumps(one) for each in self._attributes for one in each.generators]
+        own = [pickle.dumps(one) for each in self._attributes for one in each.others if isinstance(one, GENERATORS)]
         drawn = [state.numpy().tobytes() for state in states], random.getstate(), legacy[1].tobytes(), legacy[2:], own
         return marks_of(self._given, self._hash), drawn
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from lightning_freeze.feature_cache.attributes import Place, Written
+from lightning_freeze.feature_cache.attributes import Known
 from lightning_freeze.feature_cache.outputs import OutputForm
 from lightning_freeze.feature_cache.rows import Entry
 
@@ -20,7 +20,7 @@ class Batches:
     size: int
     form: OutputForm | None = None
     row_bytes: int = 0
-    written: dict[Place, Written] = field(default_factory=dict)  # what runs put into attributes
+    written: Known = field(default_factory=dict)
     same: int = 0  # numbers that were equal when a batch was computed again
     mixed: float = 0  # and when samples were computed in another batch than before; -inf if some were not
     alike: float = 0  # and in a larger batch; -inf if one was not
@@ -32,9 +32,9 @@ class Batches:
 
     def write(self) -> None:
         """Put into attributes what a run would have put there."""
-        for (owner, name), one in self.written.items():
+        for (owner, name), (one, value, _) in self.written.items():
             if one.is_same:
-                setattr(owner, name, one.value)
+                setattr(owner, name, value)
 
 
 @dataclass

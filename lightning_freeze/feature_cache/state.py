@@ -75,20 +75,16 @@ class State:
 
     Attributes:
         parts: What it is of.
-        key: Of everything, the same in every run, if outputs may be reused.
+        why: Why outputs may not be reused, None if they may.
+        key: Of everything, the same in every run, if they may.
     """
 
     def __init__(self, name: str, module: nn.Module, hashing: Hash) -> None:
         self.name, self.module, self.hashing = name, module, hashing
-        self.parts = _Parts(name, module)
+        self.parts, self.why = _Parts(module), why_not_reusable(name, module)
         self.key = self._program = self._contents = b""
         self._is_new = True  # has not run
         self._writes: list[int] = []
-
-    @property
-    def why(self) -> str | None:
-        """Why outputs may not be reused, None if they may."""
-        return self.parts.why
 
     def recheck(self, written: Iterable[Tensor] | None = None) -> None:
         """Read all tensors at the next call if one of those ``written`` is among them, or if none is named."""
@@ -98,7 +94,8 @@ class State:
     def read(self) -> State:
         """Bring the attributes up to date."""
         if has_moved := not self.parts.hold(whole=not self._contents):
-            before, self.parts = self.parts, _Parts(self.name, self.module)
+            before, self.parts = self.parts, _Parts(self.module)
+            self.why = why_not_reusable(self.name, self.module)
             if not are_same(self.parts.attributes.others, before.attributes.others):
                 self._program = secrets.token_bytes(16)  # functions have no text that says all that they do
             if not are_same([*self.parts.tensors], [*before.tensors]):
@@ -124,13 +121,11 @@ class _Parts:
     """The layers, attributes and tensors of a module at one time, and whether it is still made of them.
 
     Attributes:
-        why: Why outputs may not be reused, None if they may.
         text: Of modes, code and attributes.
         tensors: Parameters, buffers, and tensors in attributes.
     """
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.why = why_not_reusable(name, module)
+    def __init__(self, module: nn.Module) -> None:
         self._layers = list(module.modules())
         # What TorchScript keeps are no dictionaries.
         plain = [layer for layer in self._layers if not isinstance(layer, torch.jit.ScriptModule)]
@@ -146,7 +141,7 @@ class _Parts:
             f"{list(map(_training, self._layers))}{self.attributes.text}".encode()
         )
         self.tensors = dict.fromkeys(chain(module.parameters(), module.buffers(), self.attributes.tensors))
-        self._counted = [t for t in self.tensors if not t.is_inference() and why_no_key(t) is None]
+        self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._hooks = [hooks for layer in plain for hooks in hooks_of(layer)]
         self._dicts = list(map(vars, plain))
         self._views = [part.values() for layer in plain for part in parts_of(layer)] + views_of(own)
