@@ -97,7 +97,9 @@ class FeatureChain:
     def settle(self) -> None:
         """Compute what is between links and still held by somebody, who may read it at any time."""
         for link in self._links:
-            link.settle()
+            laters, link.laters = link.laters, []
+            for reference in laters:
+                real(reference())
 
     def close(self) -> None:
         """Forget everything; what lies in a folder stays there."""

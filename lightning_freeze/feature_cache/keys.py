@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from lightning_freeze.feature_cache.hashing import Hash
+from lightning_freeze.feature_cache.hashing import Hash, joined
 from lightning_freeze.feature_cache.interceptor import TreeSpec, tree_leaves
 
 #: What may stand in arguments and outputs beside tensors: equal values have equal text, in every run.
@@ -68,11 +68,9 @@ def read_keys(
     args, kwargs = spec.unflatten(leaves) if len(tensors) + len(known) < len(leaves) else ((), {})
     if any(sum(map(is_plain, tree_leaves(arg))) >= size > 1 for arg in (*args, *kwargs.values())):
         columns.append([place.to_bytes(4, "big") for place in range(size)])  # plain values may be one for each sample
-    pairs = zip(*columns, strict=True)
-    samples = columns[0] if len(columns) == 1 else [xxhash.xxh3_128_digest(b"".join(pair)) for pair in pairs]
     is_rounded = any(on for _, on, _ in casts) or any(map(is_half, tensors.values()))
     is_rounded = is_rounded or any(keys.is_rounded for keys in known.values())
-    return Keys(family, samples, is_rounded, frozenset([*places, *known]))
+    return Keys(family, joined(columns), is_rounded, frozenset([*places, *known]))
 
 
 def autocast_states() -> list[tuple[str, bool, torch.dtype]]:

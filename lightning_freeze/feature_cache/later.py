@@ -32,12 +32,6 @@ class Link:
         """Return why it is not remembered, now."""
         return self.state.read().why or self.memory.broken
 
-    def settle(self) -> None:
-        """Compute what somebody still holds of what it gave, who may read it at any time."""
-        laters, self.laters = self.laters, []
-        for reference in laters:
-            real(reference())
-
 
 class Later(Tensor):
     """A tensor that is known by its samples' keys, and computed when somebody looks at it."""

@@ -53,7 +53,7 @@ class Call:
 
 
 class Memory:
-    """Remembers what a module gave for each sample; takes what a :class:`FeatureChain` takes."""
+    """Remembers what a module gave for each sample."""
 
     def __init__(self, rows: Rows, dtype: torch.dtype | None, say: Callable[[str], None]) -> None:
         self.broken: str | None = None
