@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
-from operator import attrgetter
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from lightning_freeze.feature_cache.interceptor import (
 )
 from lightning_freeze.feature_cache.keys import why_no_key
 
+_END = object()
 _training, _trains = attrgetter("training"), attrgetter("requires_grad")
 
 # Where classes that are random in train mode keep how much, by the names torch, torchvision and timm use.
@@ -143,21 +144,23 @@ class _Parts:
         self.tensors = dict.fromkeys(chain(module.parameters(), module.buffers(), self.attributes.tensors))
         self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._hooks = [hooks for layer in plain for hooks in hooks_of(layer)]
-        self._dicts = list(map(vars, plain))
+        self._dicts = [vars(layer) for layer in torchs if isinstance(layer, nn.Module)]
         self._views = [part.values() for layer in plain for part in parts_of(layer)] + views_of(own)
         self._views_of_torch = views_of(torchs)
-        self._objects = self._look(), list(chain(*self._views_of_torch))
+        self._objects = list(self._look()), list(chain(*self._views_of_torch))
 
     def hold(self, *, whole: bool) -> bool:
         """Whether every layer, parameter, buffer, mode and attribute is what it was; of torch's layers if ``whole``."""
         own, torchs = self._objects
-        return are_same(self._look(), own) and (not whole or are_same(list(chain(*self._views_of_torch)), torchs))
+        is_same = all(map(is_, self._look(), own))
+        return is_same and (not whole or are_same(list(chain(*self._views_of_torch)), torchs))
 
     def writes(self) -> list[int]:
         """Return what is other once a tensor has been written to, but through ``.data``."""
         return [*map(version_of, self._counted), *map(Tensor.data_ptr, self._counted)]
 
-    def _look(self) -> list[Any]:
+    def _look(self) -> Iterator[Any]:
         flags = any(self._hooks), any(map(_trains, self.tensors))
+        modes = map(dict.get, self._dicts, repeat("training"))
         forwards = map(dict.get, self._dicts, repeat("forward"))
-        return [*flags, *map(_training, self._layers), *forwards, *map(type, self._layers), *chain(*self._views)]
+        return chain(flags, modes, forwards, map(type, self._layers), *self._views, [_END])
