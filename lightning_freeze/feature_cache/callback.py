@@ -208,8 +208,8 @@ class FeatureCache(Callback):
                     "them as are frozen."
                 )
         if isinstance(self.storage, Path):
-            self._rows = FolderRows(self.storage, trainer.global_rank)
-            self._rows.make_room(self.max_bytes, trainer.world_size)
+            rank, ranks = trainer.global_rank, trainer.world_size
+            self._rows = FolderRows(self.storage, rank, max_bytes=self.max_bytes, ranks=ranks)
         elif self._rows is None:
             self._rows = MemoryRows(self.max_bytes or available_memory() // 2 // max(1, trainer.num_devices))
         is_on_device = isinstance(self._rows, MemoryRows) and pl_module.device.type == "cuda"

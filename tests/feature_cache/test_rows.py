@@ -28,9 +28,7 @@ def content(count: int, seed: int = 0) -> tuple[list[bytes], Tensor]:
 
 
 def folder_in(path: Path, rank: int = 0) -> FolderRows:
-    rows = FolderRows(path, rank)
-    rows.room = 10**8
-    return rows
+    return FolderRows(path, rank, max_bytes=10**8)
 
 
 def fill(rows: Rows, keys: list[bytes], values: Tensor, *, batch: int = 7, size: int = 50) -> int:
