@@ -64,15 +64,14 @@ class Memory:
 
     def answer(self, call: Call) -> Any:
         """Return the output, from memory if every sample is known."""
-        family = self._family(call)
+        batches = self._batches(call)
         if self.broken is not None:
             return call.run(None)[0]
-        batches = family.batches.setdefault(call.size, Batches(call.size))
-        found = self._find(call, family, batches)
+        found = self._find(call, batches)
         there = call.size - found.count(None)
         call.counts.known += there
-        if there < call.size or not family.serves(batches, found):
-            return self._compute(call, family, batches, found)
+        if there < call.size or not batches.are_served(found):
+            return self._compute(call, batches, found)
         call.counts.hits += call.size
         self._moves = 0
         batches.write()
@@ -84,37 +83,34 @@ class Memory:
         counts.refused = str(reason)
         self._say(f"such calls are not cached: {reason}.")
 
-    def close(self) -> None:
-        """Forget everything."""
-        while self._states:
-            self._forget(next(iter(self._states)))
+    def close(self, *, keep: int = 0) -> None:
+        """Forget everything but what was given in so many states, the last that were asked for."""
+        while len(self._states) > keep:
+            for family in self._states.pop(next(iter(self._states))):
+                self._rows.free(family)
 
-    def _forget(self, state: bytes) -> None:
-        for family in self._states.pop(state):
-            self._rows.free(family)
-
-    def _family(self, call: Call) -> Family:
+    def _batches(self, call: Call) -> Batches:
         state = call.states[-1].key
         if state not in self._states:
             self._moves += 1
             call.counts.restart()
             if self._moves > _MOST_STATES:
                 self._break("its weights or attributes are written to again and again")
-            for old in list(self._states)[: 1 - _KEPT_STATES]:
-                self._forget(old)
+            self.close(keep=_KEPT_STATES - 1)
         families = self._states[state] = self._states.pop(state, {})
-        return families.setdefault(call.keys.family, Family({self._batch >> 32}))
+        family = families.setdefault(call.keys.family, Family({self._batch >> 32}))
+        return family.batches.setdefault(call.size, Batches(family, call.size))
 
-    def _find(self, call: Call, family: Family, batches: Batches) -> list[Entry | None]:
+    def _find(self, call: Call, batches: Batches) -> list[Entry | None]:
         if batches.form is None:
             return [None] * call.size
         find = partial(self._rows.find, call.keys.family, call.keys.samples, row_bytes=batches.row_bytes)
         found = find(batches.size)
-        for size in family.alike if batches.size in family.alike and None in found else ():
+        for size in batches.sizes - {batches.size} if None in found else ():
             found = [one or other for one, other in zip(found, find(size), strict=True)]
-        return family.right(found)
+        return batches.family.right(found)
 
-    def _compute(self, call: Call, family: Family, batches: Batches, found: list[Entry | None]) -> Any:
+    def _compute(self, call: Call, batches: Batches, found: list[Entry | None]) -> Any:
         effects = SideEffects(call.given, call.states)
         begin = time.perf_counter()
         output, given = call.run(None)
@@ -134,20 +130,18 @@ class Memory:
             output = rounded
         if batches.form is None:
             batches.form, batches.row_bytes = form, rows.shape[1]
-            found = self._find(call, family, batches)
+            found = self._find(call, batches)
         elif form != batches.form:
             return self._break("the shape of what it gives, or a plain value in it, depends on the batch", output)
-        found = self._compare(call, family, batches, found, rows)
+        found = self._compare(call, batches, found, rows)
         if self.broken is None:
             self._keep(call, rows, found)
-            self._pad(call, family, batches, rows)
+            self._pad(call, batches, rows)
         return output
 
-    def _compare(
-        self, call: Call, family: Family, batches: Batches, found: list[Entry | None], rows: Tensor
-    ) -> list[Entry | None]:
+    def _compare(self, call: Call, batches: Batches, found: list[Entry | None], rows: Tensor) -> list[Entry | None]:
         """Learn from samples that were there before and have been computed again; return those that are right."""
-        entries = {i: entry for i, entry in enumerate(found) if entry is not None}
+        family, entries = batches.family, {i: entry for i, entry in enumerate(found) if entry is not None}
         if not entries:
             return found
         old = rows.clone()
@@ -184,17 +178,18 @@ class Memory:
             call.counts.refused = f"outputs for the same samples in other places of a batch {rounding}"
             self._say(f"{call.counts.refused}: only whole batches are answered.")
 
-    def _pad(self, call: Call, family: Family, batches: Batches, rows: Tensor) -> None:
+    def _pad(self, call: Call, batches: Batches, rows: Tensor) -> None:
         """Compute a short batch in the size of others, too, and find out whether its bits are the same there."""
+        family = batches.family
         largest = max((one for one in family.batches.values() if one.form is not None), key=lambda one: one.size)
         form: Any = largest.form
-        if largest.size <= call.size or family.pads >= _MOST_PADS or {largest.size, call.size} <= family.alike:
+        if largest.size in batches.sizes or family.pads >= _MOST_PADS:
             return
         weights = [tensor for state in call.states for tensor in state.parts.tensors]
         narrowest = min(min(one.dtype.itemsize, one.stored.itemsize) for one in form.tensors)
         if call.keys.is_rounded or any(map(is_half, weights)) or narrowest < 4:
             batches.alike = -math.inf  # rounding hides where kernels differ
-        found = self._find(call, family, largest)
+        found = self._find(call, largest)
         if batches.alike < 0 and None not in found:
             return
         family.pads += 1

@@ -14,30 +14,6 @@ _FIRST_PROOF, _RARER = 128, 4  # the batch answered from memory that is computed
 
 
 @dataclass
-class Batches:
-    """What is known of batches of one size, by what has been computed a second time."""
-
-    size: int
-    form: OutputForm | None = None
-    row_bytes: int = 0
-    written: Known = field(default_factory=dict)
-    same: int = 0  # numbers that were equal when a batch was computed again
-    mixed: float = 0  # and when samples were computed in another batch than before; -inf if some were not
-    alike: float = 0  # and in a larger batch; -inf if one was not
-
-    def are_together(self, found: Sequence[Entry | None]) -> bool:
-        """Whether rows are those of one batch, in its order."""
-        first = found[0].batch if found[0] is not None else 0
-        return all(e is not None and e[:3] == (first, place, self.size) for place, e in enumerate(found))
-
-    def write(self) -> None:
-        """Put into attributes what a run would have put there."""
-        for (owner, name), (one, value, _) in self.written.items():
-            if one.is_same:
-                setattr(owner, name, value)
-
-
-@dataclass
 class Family:
     """What is known of calls that have all in common but samples and the size of the batch."""
 
@@ -55,16 +31,45 @@ class Family:
             return [None if entry is None or entry.fit in self.wrong else entry for entry in found]
         return found
 
-    def serves(self, batches: Batches, found: Sequence[Entry | None]) -> bool:
+
+@dataclass
+class Batches:
+    """What is known of batches of one size, by what has been computed a second time."""
+
+    family: Family
+    size: int
+    form: OutputForm | None = None
+    row_bytes: int = 0
+    written: Known = field(default_factory=dict)
+    same: int = 0  # numbers that were equal when a batch was computed again
+    mixed: float = 0  # and when samples were computed in another batch than before; -inf if some were not
+    alike: float = 0  # and in a larger batch; -inf if one was not
+
+    @property
+    def sizes(self) -> set[int]:
+        """The sizes of batches whose rows serve these."""
+        return self.family.alike if self.size in self.family.alike else {self.size}
+
+    def are_together(self, found: Sequence[Entry | None]) -> bool:
+        """Whether rows are those of one batch, in its order."""
+        first = found[0].batch if found[0] is not None else 0
+        return all(e is not None and e[:3] == (first, place, self.size) for place, e in enumerate(found))
+
+    def write(self) -> None:
+        """Put into attributes what a run would have put there."""
+        for (owner, name), (one, value, _) in self.written.items():
+            if one.is_same:
+                setattr(owner, name, value)
+
+    def are_served(self, found: Sequence[Entry | None]) -> bool:
         """Whether rows are known to be what the module gives in the batch that they make up now."""
-        sizes = self.alike if batches.size in self.alike else {batches.size}
-        is_known = batches.same >= ENOUGH and batches.are_together(found)
-        mixed = [self.batches[size].mixed for size in sizes]
+        family, mixed = self.family, [self.family.batches[size].mixed for size in self.sizes]
+        is_known = self.same >= ENOUGH and self.are_together(found)
         if not is_known and (max(mixed) < ENOUGH or min(mixed) < 0):
             return False
-        if not {entry.fit for entry in found if entry is not None} <= self.proven:
+        if not {entry.fit for entry in found if entry is not None} <= family.proven:
             return False
-        self.answers += 1
-        is_proof = self.answers >= self.next_proof
-        self.next_proof *= _RARER if is_proof else 1
+        family.answers += 1
+        is_proof = family.answers >= family.next_proof
+        family.next_proof *= _RARER if is_proof else 1
         return not is_proof
