@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import is_
@@ -26,19 +26,21 @@ Owner: TypeAlias = nn.Module | type
 #: An owner and the name of an attribute.
 Place: TypeAlias = tuple[Owner, str]
 
-_GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
+GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 
 
 @dataclass
-class _Written:
+class Written:
     """An attribute into which runs of its module write."""
 
     shown: list[Any]  # what stands for it in the key
-    is_same: bool  # after all calls of one kind, so far
-    is_counter: bool = True  # so far: each run makes it larger
+    is_same: bool = True  # after all calls of one kind, so far
 
 
-_written: WeakKeyDictionary[Owner, dict[str, _Written]] = WeakKeyDictionary()  # for the next fit or test, too
+#: What calls of one kind write: by attribute, what is known of it, its value, and all that is in that.
+Known: TypeAlias = dict[Place, tuple[Written, Any, list[Any]]]
+
+_written: WeakKeyDictionary[Owner, dict[str, Written]] = WeakKeyDictionary()  # for the next fit or test, too
 
 
 class Attributes:
@@ -48,69 +50,60 @@ class Attributes:
         text: All plain values that are not written by runs.
         tensors: The tensors, if all that they are can be hashed.
         others: Functions and other objects, which have no text that says all that they do.
-        generators: Those of them that draw random numbers.
-        views: What shows, by other objects in it, that this is out of date.
-        of_torch: The same of torch's own layers, which are many and seldom changed.
         aside: Where the run after this has put tensors.
     """
 
     aside: Place | None = None
 
     def __init__(self, owners: Sequence[Owner]) -> None:
-        self._owners = owners
-        self._found = _found(owners)
+        self._owners, self._found = owners, _found(owners)
         number = {owner: i for i, owner in enumerate(owners)}
         shown = self._found | {place: one.shown for place, one in _written_by(owners).items()}
         leaves = [(place, leaf) for place, inside in shown.items() for leaf in inside]
         self.text = "".join(f"{number[p[0]]}.{p[1]}={leaf!r}," for p, leaf in leaves if is_plain(leaf))
         self.tensors = [leaf for _, leaf in leaves if isinstance(leaf, Tensor) and why_no_key(leaf) is None]
         self.others = [leaf for _, leaf in leaves if not isinstance(leaf, Tensor) and not is_plain(leaf)]
-        self.generators = [other for other in self.others if isinstance(other, _GENERATORS)]
-        self.of_torch, self.views = self._views_of(of_torch=True), self._views_of(of_torch=False)
-
-    def _views_of(self, *, of_torch: bool) -> list[Collection[Any]]:
-        owners = [one for one in self._owners if _kind(one).__module__.startswith("torch.nn.") == of_torch]
-        wanted = set(owners)
-        values = [vars(owner)[name] for owner, name in self._found if owner in wanted]
-        once = {id(value): value for value in values}.values()  # a config is in many
-        return [vars(owner).values() for owner in owners] + [view for value in once for view in _views(value)]
 
     def note_run(self, *, is_first: bool) -> None:
         """Note what the module has written in the run that has just ended: that is given, not read."""
         for (owner, name), leaves in _found(self._owners).items():
-            was_there, before = (owner, name) in self._found, self._found.get((owner, name), [])
-            if len(before) != len(leaves) or not all(map(is_, before, leaves)):
+            before = self._found.get((owner, name), [])
+            if not are_same(before, leaves):
                 # What the first run writes changes no key; later on, what was kept does not know of it.
                 shown = before if is_first and all(map(is_plain, before)) else ["written"]
-                plain = all(map(is_plain, leaves))
-                one = _written.setdefault(owner, {}).setdefault(name, _Written(shown, plain))
-                one.is_counter = one.is_counter and (not plain or not was_there or _count_up(before, leaves))
-                if _tensors(before) != _tensors(leaves):
+                _written.setdefault(owner, {}).setdefault(name, Written(shown))
+                if not are_same(*([leaf for leaf in one if isinstance(leaf, Tensor)] for one in (before, leaves))):
                     self.aside = owner, name
 
-    def written(self, known: dict[Place, Any] | None) -> dict[Place, Any]:
-        """Return what runs have put into plain attributes, with all in it, as far as it is ``known`` to be the same."""
-        mine = _written_by(self._owners)
-        found = _found([owner for owner, _ in mine])
-        values = {place: (vars(place[0]).get(place[1]), found.get(place, [])) for place in mine}
-        for place, one in mine.items():
-            one.is_same = one.is_same and (known is None or (place in known and known[place][1] == values[place][1]))
-        return {place: values[place] for place, one in mine.items() if one.is_same}
-
-    def effect(self, *, is_first: bool) -> str | None:
-        """Return where a run has put what is not the same after all calls of one kind, and no counter.
+    def effect(self, known: Known, *, is_first: bool) -> str | None:
+        """Bring up to date what is ``known`` of calls of one kind; return what they write that is no counter and moves.
 
         In its first run, a module may set up tensors that it keeps for good.
         """
-        asides = [self.aside] if self.aside is not None and not is_first else []
-        moving = [p for p, one in _written_by(self._owners).items() if not one.is_same and not one.is_counter]
-        for owner, name in (*asides, *moving):
-            return f"it puts what it computes into {_kind(owner).__name__}.{name}, too, where others could look for it"
+        moving = [self.aside] if self.aside is not None and not is_first else []
+        mine = _written_by(self._owners)
+        for (owner, name), leaves in _found([owner for owner, _ in mine]).items():
+            if (owner, name) in mine and all(map(is_plain, leaves)):
+                one = mine[owner, name]
+                *_, before = known.get((owner, name), (leaves,))
+                one.is_same = one.is_same and before == leaves
+                known[owner, name] = one, vars(owner)[name], leaves
+                moving += [] if before == leaves or _count_up(before, leaves) else [(owner, name)]
+        for owner, name in moving:
+            kind = owner if isinstance(owner, type) else type(owner)
+            return f"it puts what it computes into {kind.__name__}.{name}, too, where others could look for it"
         return None
 
 
-def _kind(owner: Owner) -> type:
-    return owner if isinstance(owner, type) else type(owner)
+def are_same(objects: list[Any], others: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(objects) == len(others) and all(map(is_, objects, others))
+
+
+def views_of(owners: Sequence[Owner]) -> list[Collection[Any]]:
+    """Return live views of all attributes, and of the lists, dicts and configs in them, by which changes show."""
+    once = {id(value): value for _, value in _items(owners)}.values()  # a config is in many
+    return [vars(owner).values() for owner in owners] + [view for value in once for view in _views(value)]
 
 
 def _count_up(old: list[Any], new: list[Any]) -> bool:
@@ -118,32 +111,36 @@ def _count_up(old: list[Any], new: list[Any]) -> bool:
     return len(old) == len(new) and all(a is b or (type(a) is type(b) is int and a < b) for a, b in both)
 
 
-def _tensors(leaves: list[Any]) -> list[int]:
-    return [id(leaf) for leaf in leaves if isinstance(leaf, Tensor)]
+def _items(owners: Iterable[Owner]) -> Iterator[tuple[Place, Any]]:
+    for owner in owners:
+        for name, value in vars(owner).items():
+            if name not in OWN_ATTRIBUTES and not name.startswith("__"):
+                yield (owner, name), value
 
 
-def _found(owners: Sequence[Owner]) -> dict[Place, list[Any]]:
-    found = [(owner, *item) for owner in owners for item in vars(owner).items() if item[0] not in OWN_ATTRIBUTES]
-    return {(owner, name): _leaves(value) for owner, name, value in found if not name.startswith("__")}
+def _found(owners: Iterable[Owner]) -> dict[Place, list[Any]]:
+    return {place: _leaves(value) for place, value in _items(owners)}
 
 
-def _written_by(owners: Sequence[Owner]) -> dict[Place, _Written]:
+def _written_by(owners: Iterable[Owner]) -> dict[Place, Written]:
     return {(owner, name): one for owner in owners for name, one in _written.get(owner, {}).items()}
 
 
 def _leaves(value: Any) -> list[Any]:
     """Return all that is in a value, and in objects that hold plain values only, such as configs."""
+    if is_plain(value):  # most are
+        return [value]
     return [inner for leaf in tree_leaves(value) for inner in (_settings(leaf) or [leaf])]
 
 
 def _settings(leaf: Any) -> list[Any]:
-    inside = [] if isinstance(leaf, (nn.Module, type, *_GENERATORS)) else tree_leaves(getattr(leaf, "__dict__", {}))
+    inside = [] if isinstance(leaf, (nn.Module, type, *GENERATORS)) else tree_leaves(getattr(leaf, "__dict__", {}))
     return inside if all(map(is_plain, inside)) else []
 
 
 def _views(value: Any) -> Iterator[Collection[Any]]:
-    """Yield live views of the lists, dicts and configs in an attribute."""
-    value = vars(value) if not isinstance(value, dict | list | tuple) and _settings(value) else value
+    if not is_plain(value) and not isinstance(value, dict | list | tuple) and _settings(value):
+        value = vars(value)
     if isinstance(value, dict | list | tuple):
         yield (inside := value.values() if isinstance(value, dict) else value)
         for one in inside:

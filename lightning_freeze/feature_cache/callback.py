@@ -134,11 +134,6 @@ class FeatureCache(Callback):
         elif isinstance(self._rows, MemoryRows):
             self._rows = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be used."""
-        if isinstance(self.storage, Path) and self._rows is None:
-            self._rows = FolderRows(self.storage, trainer.global_rank)
-
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Answer the module's calls from now on, and read the weights anew."""
         self._begin(trainer, pl_module)
@@ -212,10 +207,11 @@ class FeatureCache(Callback):
                     f"remember what {name} gives. Leave one of them out; one with a list of modules caches as many of "
                     "them as are frozen."
                 )
-        if self._rows is None:
+        if isinstance(self.storage, Path):
+            rank, ranks = trainer.global_rank, trainer.world_size
+            self._rows = FolderRows(self.storage, rank, max_bytes=self.max_bytes, ranks=ranks)
+        elif self._rows is None:
             self._rows = MemoryRows(self.max_bytes or available_memory() // 2 // max(1, trainer.num_devices))
-        elif isinstance(self._rows, FolderRows):
-            self._rows.make_room(self.max_bytes, trainer.world_size)
         is_on_device = isinstance(self._rows, MemoryRows) and pl_module.device.type == "cuda"
         hashing = _ON_DEVICE if is_on_device else Hash()
         self._stages.begin(lambda: str(trainer.state.stage.value) if trainer.state.stage is not None else "")

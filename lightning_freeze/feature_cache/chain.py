@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_freeze.feature_cache.effects import marks_of
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.interceptor import (
     Interceptor,
@@ -26,7 +25,7 @@ from lightning_freeze.feature_cache.interceptor import (
     tree_flatten,
     tree_unflatten,
 )
-from lightning_freeze.feature_cache.keys import Keys, NotPerSample, read_keys
+from lightning_freeze.feature_cache.keys import NotPerSample, read_keys
 from lightning_freeze.feature_cache.later import Later, Link, real
 from lightning_freeze.feature_cache.memory import Call, Memory, Rows
 from lightning_freeze.feature_cache.state import State
@@ -53,12 +52,12 @@ class FeatureChain:
         stages: Stages | None = None,
         say: Callable[[str], None] = lambda sentence: None,
     ) -> None:
-        hashing = Hash() if hashing is None else hashing
+        hashing = hashing or Hash()
         say = lru_cache(maxsize=None)(say)  # each sentence once
 
         def link(place: int, name: str, module: nn.Module) -> Link:
-            memory = Memory(rows, hashing, dtype, lambda sentence: say(f"{name}: {sentence}"))
-            return Link(place, name, module, State(name, module, hashing), memory, hashing)
+            memory = Memory(rows, dtype, lambda sentence: say(f"{name}: {sentence}"))
+            return Link(place, State(name, module, hashing), memory)
 
         self.was_called = self._is_busy = False
         self._depth = len(links)  # up to where they are remembered in this pass
@@ -72,7 +71,7 @@ class FeatureChain:
         """Answer the calls of the modules."""
         try:
             for link in self._all() if not self._interceptors else ():
-                self._interceptors.append(Interceptor(link.module, partial(self._call, link)))
+                self._interceptors.append(Interceptor(link.state.module, partial(self._call, link)))
         except ValueError:
             self.__exit__()
             raise
@@ -98,7 +97,9 @@ class FeatureChain:
     def settle(self) -> None:
         """Compute what is between links and still held by somebody, who may read it at any time."""
         for link in self._links:
-            link.settle()
+            laters, link.laters = link.laters, []
+            for reference in laters:
+                real(reference())
 
     def close(self) -> None:
         """Forget everything; what lies in a folder stays there."""
@@ -108,9 +109,9 @@ class FeatureChain:
     def end_epoch(self, stage: str) -> None:
         """Judge whether the samples of a stage come back."""
         each = self._rows.bytes_taken / max(1, self._rows.count)
-        if off := self._stages[stage].end_epoch(stage, self._refused, each):
+        if off := self._stages[stage].end_epoch(stage, each):
             self._say(f"{self.name}: off for {stage}, because {off}.")
-            if self._stages.off(self._refused) is not None:  # what another stage keeps stays
+            if self._stages.off() is not None:  # what another stage keeps stays
                 self.close()
         if stage == "train":
             self._rows.end_epoch()
@@ -118,7 +119,7 @@ class FeatureChain:
     def stats(self) -> FeatureStats:
         """Return what has been done, and whether outputs are remembered now; after the end, what was so at last."""
         self._last = self._look() if self._interceptors else self._last
-        off, (covers, why) = self._stages.off(self._refused), self._last
+        off, (covers, why) = self._stages.off(), self._last
         covers = covers if off is None else ()
         count, taken = self._rows.count, self._rows.bytes_taken
         return self._stages.stats(active=bool(covers), why=off or why, covers=covers, samples=count, bytes=taken)
@@ -131,16 +132,13 @@ class FeatureChain:
         if self._whole is not None and (self._whole.memory.broken or not reasons):
             return (), why
         depth = next((i for i, reason in enumerate(reasons) if reason is not None), len(reasons))
-        return tuple(link.name for link in self._links[:depth]), [*reasons, None if self._whole is None else why][depth]
-
-    @property
-    def _refused(self) -> str | None:
-        return next((link.memory.refused for link in self._all() if link.memory.refused), None)
+        covers = tuple(link.state.name for link in self._links[:depth])
+        return covers, [*reasons, None if self._whole is None else why][depth]
 
     @property
     def name(self) -> str:
         """What it is called in sentences."""
-        return self._all()[0].name
+        return self._all()[0].state.name
 
     def _all(self) -> list[Link]:
         return self._links if self._whole is None else [self._whole, *self._links]
@@ -167,7 +165,7 @@ class FeatureChain:
         try:
             output = self._answer(link, run, *tree_flatten((args, kwargs)))
         except NotPerSample as reason:
-            link.memory.refuse(reason)
+            link.memory.refuse(counts, reason)
             return self._run(plain)
         counts.all_seconds += time.perf_counter() - begin
         return output
@@ -175,19 +173,17 @@ class FeatureChain:
     def _announce(self, place: int, why: str) -> None:
         """Say what cannot be remembered in this pass; if that is the whole, links will say up to where they are."""
         if place > 0:
-            self._say(f"{self.name}: cached up to {self._links[place - 1].name}, because {why}.")
+            self._say(f"{self.name}: cached up to {self._links[place - 1].state.name}, because {why}.")
         elif place == 0 or not self._links or self._links[0].reason() is not None:
             self._say(f"{self.name}: off, because {why}.")
         self._depth = place if place >= 0 else self._depth
 
     def _answer(self, link: Link, run: Run, leaves: list[Any], spec: TreeSpec) -> Any:
-        for later in (leaf for leaf in leaves if type(leaf) is Later and leaf.link.follows is None):
-            later.link.follows = later.is_known and link.place == later.link.place + 1
-        leaves = [leaf.value() if type(leaf) is Later and not leaf.is_known else leaf for leaf in leaves]
+        leaves = [leaf.given_to(link) if type(leaf) is Later else leaf for leaf in leaves]
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and type(leaf) is not Later]
         given = [leaves[i] for i in places]
-        keys = read_keys(leaves, spec, hashing=link.hashing, state=link.state.key, chained=_keys_of)
-        keys.is_rounded = keys.is_rounded or link.state.parts.has_half
+        known = {i: leaf.call.keys for i, leaf in enumerate(leaves) if type(leaf) is Later}
+        keys = read_keys(leaves, spec, hashing=link.state.hashing, state=link.state.key, known=known)
 
         def compute(size: int | None = None) -> tuple[Any, list[Tensor]]:
             some = [_sized(leaf, size if i in keys.places else None) for i, leaf in enumerate(leaves)]
@@ -196,13 +192,13 @@ class FeatureChain:
             link.state.note_run()
             return output, [some[i] for i in places]
 
+        states = [before.state for before in self._links[: max(0, link.place)]] + [link.state]
+        call = Call(keys, compute, given, states, self._stages.now())
         is_last = link.place in (-1, len(self._links) - 1)
         if is_last or link.follows is False or self._links[link.place + 1].reason() is not None:
-            states = [before.state for before in self._links[: max(0, link.place)]] + [link.state]
-            return link.memory.answer(Call(keys, compute, given, states, self._stages.now()))
+            return link.memory.answer(call)
         # Later on, what is written in inference mode is not looked for.
-        seen = given if link.follows is None else [tensor for tensor in given if not tensor.is_inference()]
-        later = Later.of(link, keys, lambda size: compute(size)[0], partial(marks_of, seen, link.hashing))
+        later = Later.of(link, call, [one for one in given if link.follows is None or not one.is_inference()])
         if link.follows is None and type(output := later.value()) is not Tensor:
             link.follows = False
             return output
@@ -216,10 +212,6 @@ class FeatureChain:
             return run()
         finally:
             self._is_busy = before
-
-
-def _keys_of(leaf: Any) -> Keys | None:
-    return leaf.keys if type(leaf) is Later else None
 
 
 def _sized(leaf: Any, size: int | None) -> Any:

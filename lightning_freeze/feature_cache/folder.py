@@ -22,20 +22,21 @@ PRAGMA journal_mode = TRUNCATE;
 PRAGMA synchronous = OFF;
 CREATE TABLE IF NOT EXISTS rows (key BLOB PRIMARY KEY, batch INTEGER, place INTEGER, row BLOB, checksum BLOB);
 """
-_FIND = "SELECT batch, place, row, checksum FROM rows WHERE key = ?"
+_FIND = "SELECT key, batch, place, row, checksum FROM rows WHERE key = ?"
 _BESIDE = 150  # bytes that a row takes in the file beside its content, about
 
 
 class FolderRows:
     """Rows in a folder that one run uses at a time; what other runs have left there is checked before it serves.
 
-    The run keeps a write transaction open, which SQLite grants to one process a file, also after a run was killed.
+    The run keeps a write transaction open, which SQLite grants to one process a file, also after a run was killed. The
+    folder grows to ``max_bytes``; by default all ranks may use half of what is free without it.
     """
 
     remedy = "dtype=torch.float16, or removing features of other weights from the folder"
 
-    def __init__(self, path: Path, rank: int = 0) -> None:
-        self.path, self.room, self.count = path, 0, 0
+    def __init__(self, path: Path, rank: int = 0, *, max_bytes: int | None = None, ranks: int = 1) -> None:
+        self.path, self.count = path, 0
         self.error: str | None = None  # why nothing is written any more
         self._file = path / f"features-{rank}.sqlite"
         self._others: dict[Path, sqlite3.Connection] = {}
@@ -55,6 +56,10 @@ class FolderRows:
             raise ValueError(
                 f'storage="{path}" cannot be used: {why}. Name a folder that can be made and written to.'
             ) from error
+        there = self.bytes_taken
+        half = (shutil.disk_usage(path).free + there) // 2
+        self._room = max_bytes - there if max_bytes is not None else (half - there) // ranks
+        self._room += self._own_size()
 
     @property
     def bytes_taken(self) -> int:
@@ -65,16 +70,23 @@ class FolderRows:
                 size += path.stat().st_size
         return size
 
-    def make_room(self, max_bytes: int | None, ranks: int) -> None:
-        """Let the folder grow to so many bytes; by default all ranks may use half of what is free without it."""
-        there = self.bytes_taken
-        half = (shutil.disk_usage(self.path).free + there) // 2
-        self.room = max_bytes - there if max_bytes is not None else (half - there) // max(1, ranks)
-        self.room += self._own_size()
-
     def find(self, family: bytes, samples: Sequence[bytes], size: int, row_bytes: int) -> list[Entry | None]:
         """Return the entries of samples that were computed in batches of one size."""
-        return [self._entry(_key(family, sample, size), size, row_bytes) for sample in samples]
+        keys = [_key(family, sample, size) for sample in samples]
+        found: dict[bytes, Entry] = {}
+        for connection in (self._own, *self._others.values()):
+            try:
+                lines = [line for key in keys for line in connection.execute(_FIND, (key,)).fetchall()]
+            except sqlite3.OperationalError:  # somebody is writing there right now
+                continue
+            except sqlite3.DatabaseError:
+                if connection is self._own:
+                    self._own = self._anew(connection)
+                continue
+            for key, batch, place, row, checksum in lines:
+                if len(row) == row_bytes and checksum == _checksum(key, batch, place, row):
+                    found.setdefault(key, Entry(batch, place, size, row))
+        return list(map(found.get, keys))
 
     def read(self, entries: Sequence[Entry], device: torch.device) -> Tensor:
         """Return rows, uint8 of shape ``(entries, row_bytes)``."""
@@ -86,7 +98,7 @@ class FolderRows:
         if self.error is not None:
             return len(new)
         size, each = rows.shape
-        kept = new[: max(0, self.room - self._own_size() - 2 * _PAGE) // (each + _BESIDE)]
+        kept = new[: max(0, self._room - self._own_size() - 2 * _PAGE) // (each + _BESIDE)]
         content, lines = shared_bytes(rows.cpu()), []
         for i in kept:
             row, key = content[i * each : (i + 1) * each].tobytes(), _key(family, samples[i], size)
@@ -140,21 +152,6 @@ class FolderRows:
         for name in (self._file, Path(f"{self._file}-journal")):
             name.unlink(missing_ok=True)
         return self._open()
-
-    def _entry(self, key: bytes, size: int, row_bytes: int) -> Entry | None:
-        for connection in (self._own, *self._others.values()):
-            try:
-                found = connection.execute(_FIND, (key,)).fetchall()
-            except sqlite3.OperationalError:  # somebody is writing there right now
-                continue
-            except sqlite3.DatabaseError:
-                if connection is self._own:
-                    self._own = self._anew(connection)
-                continue
-            for batch, place, row, checksum in found:
-                if len(row) == row_bytes and checksum == _checksum(key, batch, place, row):
-                    return Entry(batch, place, size, row)
-        return None
 
     def _own_size(self) -> int:
         with suppress(sqlite3.Error):

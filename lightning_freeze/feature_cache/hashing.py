@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import xxhash
@@ -25,16 +26,9 @@ class Hash:
 
     def samples(self, columns: Sequence[Tensor], shared: Sequence[Tensor]) -> list[bytes]:
         """Return 16 bytes for each entry along the first dimension of ``columns``, in which ``shared`` counts, too."""
-        rows = [shared_bytes(_byte_rows(column).cpu()).reshape(len(column), -1) for column in columns]
-        if len(rows) == 1 and not shared:
-            return [xxhash.xxh3_128_digest(row) for row in rows[0]]  # type: ignore[arg-type]  # any buffer will do
-        keys, common = [], b"".join(self.tensors(shared))
-        for parts in zip(*rows, strict=True):
-            hasher = xxhash.xxh3_128(common)
-            for part in parts:
-                hasher.update(part)
-            keys.append(hasher.digest())
-        return keys
+        rows: list[Any] = [shared_bytes(_byte_rows(column).cpu()).reshape(len(column), -1) for column in columns]
+        keys = [list(map(xxhash.xxh3_128_digest, row)) for row in rows]
+        return joined(keys + [[key] * len(keys[0]) for key in self.tensors(shared)])
 
     def tensors(self, tensors: Sequence[Tensor]) -> list[bytes]:
         """Return 16 bytes for all that each tensor holds."""
@@ -93,6 +87,13 @@ class DeviceHash(Hash):
             for i, row in enumerate(coefficients):
                 found[start : start + step, i] = ((part * row[1 : 1 + length]).sum(1) + row[0]) >> 32
         return found
+
+
+def joined(columns: Sequence[Sequence[bytes]]) -> list[bytes]:
+    """Return one key for each sample, of columns of keys."""
+    if len(columns) == 1:
+        return list(columns[0])
+    return [xxhash.xxh3_128_digest(b"".join(keys)) for keys in zip(*columns, strict=True)]
 
 
 def _byte_rows(tensor: Tensor) -> Tensor:

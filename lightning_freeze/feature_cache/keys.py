@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from lightning_freeze.feature_cache.hashing import Hash
+from lightning_freeze.feature_cache.hashing import Hash, joined
 from lightning_freeze.feature_cache.interceptor import TreeSpec, tree_leaves
 
 #: What may stand in arguments and outputs beside tensors: equal values have equal text, in every run.
@@ -39,29 +39,25 @@ def read_keys(
     *,
     hashing: Hash,
     state: bytes = b"",
-    chained: Callable[[Any], Keys | None] = lambda leaf: None,
+    known: Mapping[int, Keys] = {},
 ) -> Keys:
     """Return the keys of a call's samples; the first dimension of the first tensor is the batch.
 
-    A tensor of another length is shared by all samples. ``state`` says what is called; ``chained`` returns the keys by
-    which a tensor is known already, if it is.
+    A tensor of another length is shared by all samples. ``state`` says what is called; some leaves are ``known`` by
+    keys already.
 
     Raises:
         NotPerSample: If there is no batch, or no key can be made of an argument, or it requires grad.
     """
-    known = {i: keys for i, leaf in enumerate(leaves) if (keys := chained(leaf)) is not None}
-    size = 0
-    for i, leaf in enumerate(leaves):
-        if i not in known:
-            _check(leaf)
-        if not size and (i in known or (isinstance(leaf, Tensor) and leaf.dim())):
-            size = len(known[i].samples) if i in known else leaf.shape[0]
-    if size == 0:
-        raise NotPerSample("it is called without a tensor that has a batch dimension")
     tensors = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and i not in known}
-    places = [i for i, leaf in tensors.items() if leaf.dim() and leaf.shape[0] == size]
+    sizes = {i: leaf.shape[0] for i, leaf in tensors.items() if leaf.dim()}
+    sizes |= {i: len(keys.samples) for i, keys in known.items()}
+    size = sizes[min(sizes)] if sizes else 0
+    places = [i for i in tensors if sizes.get(i) == size]
     shared = [leaf for i, leaf in tensors.items() if i not in places]
     texts = [known[i].family.hex() if i in known else _text(leaf, int(i in places)) for i, leaf in enumerate(leaves)]
+    if size == 0:
+        raise NotPerSample("it is called without a tensor that has a batch dimension")
     casts = autocast_states()
     family = xxhash.xxh3_128_digest(state + f"{spec!r}{texts}{casts}{_settings()}".encode())
     columns = [keys.samples for keys in known.values()]
@@ -72,11 +68,9 @@ def read_keys(
     args, kwargs = spec.unflatten(leaves) if len(tensors) + len(known) < len(leaves) else ((), {})
     if any(sum(map(is_plain, tree_leaves(arg))) >= size > 1 for arg in (*args, *kwargs.values())):
         columns.append([place.to_bytes(4, "big") for place in range(size)])  # plain values may be one for each sample
-    pairs = zip(*columns, strict=True)
-    samples = columns[0] if len(columns) == 1 else [xxhash.xxh3_128_digest(b"".join(pair)) for pair in pairs]
     is_rounded = any(on for _, on, _ in casts) or any(map(is_half, tensors.values()))
     is_rounded = is_rounded or any(keys.is_rounded for keys in known.values())
-    return Keys(family, samples, is_rounded, frozenset([*places, *known]))
+    return Keys(family, joined(columns), is_rounded, frozenset([*places, *known]))
 
 
 def autocast_states() -> list[tuple[str, bool, torch.dtype]]:
@@ -109,19 +103,16 @@ def is_half(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.dtype.itemsize < torch.float32.itemsize
 
 
-def _check(leaf: Any) -> None:
+def _text(leaf: Any, first: int) -> str:
+    """Return what samples have in common in a leaf, in a tensor from dimension ``first`` on; raise if it has no key."""
     if isinstance(leaf, Tensor):
         if reason := why_no_key(leaf):
             raise NotPerSample(f"it is called with {reason}")
         if leaf.requires_grad and torch.is_grad_enabled():
             raise NotPerSample("its input requires grad")
-    elif not is_plain(leaf):
-        raise NotPerSample(f"it is called with a {type(leaf).__name__}, of which no key can be made")
-
-
-def _text(leaf: Any, first: int) -> str:
-    if isinstance(leaf, Tensor):
         return f"{tuple(leaf.shape[first:])}{leaf.stride()}{leaf.dtype}{leaf.device}"
+    if not is_plain(leaf):
+        raise NotPerSample(f"it is called with a {type(leaf).__name__}, of which no key can be made")
     return f"{type(leaf).__name__} {leaf!r}"
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_freeze.feature_cache.hashing import Hash
+from lightning_freeze.feature_cache.effects import marks_of
 from lightning_freeze.feature_cache.interceptor import empty_of, tree_map
-from lightning_freeze.feature_cache.keys import Keys, autocast_states
-from lightning_freeze.feature_cache.memory import Memory
+from lightning_freeze.feature_cache.keys import autocast_states
+from lightning_freeze.feature_cache.memory import Call, Memory
 from lightning_freeze.feature_cache.state import State
 
 
@@ -23,11 +23,8 @@ class Link:
     """One module, and whether the next one, and nobody else, gets what it gives (None: not known yet)."""
 
     place: int  # in the chain, -1 for what they all are in
-    name: str
-    module: nn.Module
     state: State
     memory: Memory
-    hashing: Hash
     follows: bool | None = None
     laters: list[weakref.ref[Later]] = field(default_factory=list)
 
@@ -35,43 +32,41 @@ class Link:
         """Return why it is not remembered, now."""
         return self.state.read().why or self.memory.broken
 
-    def settle(self) -> None:
-        """Compute what somebody still holds of what it gave, who may read it at any time."""
-        laters, self.laters = self.laters, []
-        for reference in laters:
-            real(reference())
-
 
 class Later(Tensor):
     """A tensor that is known by its samples' keys, and computed when somebody looks at it."""
 
     link: Link  # what gives it
-    keys: Keys
+    call: Call
     read: bool  # by somebody other than the next link, who may have written to it
-    _run: Callable[[int | None], Tensor]
-    _marks: Callable[[], Any]
+    _watched: Sequence[Tensor]
     _settings: tuple[Any, ...]
     _value: Tensor | None
 
     @staticmethod
-    def of(link: Link, keys: Keys, run: Callable[[int | None], Tensor], marks: Callable[[], Any]) -> Later:
-        """Return what stands for ``run()``; ``marks`` returns what is other once that can no longer be computed."""
+    def of(link: Link, call: Call, watched: Sequence[Tensor]) -> Later:
+        """Return what stands for the output of a call, until one of those ``watched`` is written to."""
         later = empty_of(Later)
-        later.link, later.keys, later.read = link, keys, False
-        later._run, later._marks, later._value = run, marks, None
-        later._settings = marks(), link.state.key, torch.is_grad_enabled(), autocast_states()
+        later.link, later.call, later.read = link, call, False
+        later._watched, later._value = watched, None
+        later._settings = later._marks(), link.state.key, torch.is_grad_enabled(), autocast_states()
         return later
 
-    @property
-    def is_known(self) -> bool:
-        """Whether its keys say what it holds."""
-        return not self.read and self._marks() == self._settings[0]
+    def given_to(self, link: Link) -> Tensor:
+        """Return itself if its keys say what it holds, else the tensor."""
+        is_known = not self.read and self._marks() == self._settings[0]
+        if self.link.follows is None:
+            self.link.follows = is_known and link.place == self.link.place + 1
+        return self if is_known else self.value()
+
+    def _marks(self) -> list[Any]:
+        return marks_of(self._watched, self.link.state.hashing)
 
     def value(self, size: int | None = None) -> Tensor:
         """Return the tensor itself, or what it would be in a batch of another size."""
         if self._value is not None and size is None:
             return self._value
-        name, (marks, state, grad, casts) = self.link.name, self._settings
+        name, (marks, state, grad, casts) = self.link.state.name, self._settings
         if self._marks() != marks or self.link.state.read().key != state:
             raise RuntimeError(
                 f"FeatureCache: what {name} was given, or its weights, have been written to before something other "
@@ -82,7 +77,7 @@ class Later(Tensor):
             stack.enter_context(torch.set_grad_enabled(grad))
             for kind, on, dtype in casts:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=on))
-            value = self._run(size)
+            value: Tensor = self.call.run(size)[0]
         if size is None:
             self._value = value
         return value

@@ -11,21 +11,19 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import zip_longest
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_freeze.feature_cache.attributes import Place
 from lightning_freeze.feature_cache.effects import SideEffects
 from lightning_freeze.feature_cache.folder import FolderRows
-from lightning_freeze.feature_cache.hashing import Hash
-from lightning_freeze.feature_cache.keys import Keys, NotPerSample
-from lightning_freeze.feature_cache.outputs import OutputForm, difference, encode
+from lightning_freeze.feature_cache.keys import Keys, NotPerSample, is_half
+from lightning_freeze.feature_cache.outputs import difference, encode
 from lightning_freeze.feature_cache.proof import ENOUGH, Batches, Family
 from lightning_freeze.feature_cache.rows import Entry, MemoryRows
 from lightning_freeze.feature_cache.state import State
@@ -55,87 +53,75 @@ class Call:
 
 
 class Memory:
-    """Remembers what a module gave for each sample; takes what a :class:`FeatureChain` takes."""
+    """Remembers what a module gave for each sample."""
 
-    def __init__(self, rows: Rows, hashing: Hash, dtype: torch.dtype | None, say: Callable[[str], None]) -> None:
+    def __init__(self, rows: Rows, dtype: torch.dtype | None, say: Callable[[str], None]) -> None:
         self.broken: str | None = None
-        self.refused: str | None = None
-        self._rows, self._hash, self._dtype, self._say = rows, hashing, dtype, say
+        self._rows, self._dtype, self._say = rows, dtype, say
         self._states: dict[bytes, dict[bytes, Family]] = {}
         self._moves = 0  # states since the last answer
         self._batch = secrets.randbits(31) << 32
 
     def answer(self, call: Call) -> Any:
         """Return the output, from memory if every sample is known."""
-        family = self._family(call)
+        batches = self._batches(call)
         if self.broken is not None:
             return call.run(None)[0]
-        batches = family.batches.setdefault(call.size, Batches(call.size))
-        found = self._find(call, family, batches)
+        found = self._find(call, batches)
         there = call.size - found.count(None)
         call.counts.known += there
-        if there == call.size and family.serves(batches, found):
-            call.counts.hits += call.size
-            self._moves = 0
-            _write(batches.written)
-            form: Any = batches.form
-            return form.decode(self._rows.read(found, form.tensors[0].device), call.given)  # type: ignore[arg-type]
-        return self._compute(call, family, batches, found)
+        if there < call.size or not batches.are_served(found):
+            return self._compute(call, batches, found)
+        call.counts.hits += call.size
+        self._moves = 0
+        batches.write()
+        form: Any = batches.form
+        return form.decode(self._rows.read(found, form.tensors[0].device), call.given)  # type: ignore[arg-type]
 
-    def refuse(self, reason: NotPerSample) -> None:
-        """Note that calls are not cached, and why."""
-        self.refused = str(reason)
+    def refuse(self, counts: Counts, reason: NotPerSample) -> None:
+        """Note that such calls are not cached, and why."""
+        counts.refused = str(reason)
         self._say(f"such calls are not cached: {reason}.")
 
-    def close(self) -> None:
-        """Forget everything."""
-        while self._states:
-            self._forget(next(iter(self._states)))
+    def close(self, *, keep: int = 0) -> None:
+        """Forget everything but what was given in so many states, the last that were asked for."""
+        while len(self._states) > keep:
+            for family in self._states.pop(next(iter(self._states))):
+                self._rows.free(family)
 
-    def _forget(self, state: bytes) -> None:
-        for family in self._states.pop(state):
-            self._rows.free(family)
-
-    def _family(self, call: Call) -> Family:
+    def _batches(self, call: Call) -> Batches:
         state = call.states[-1].key
         if state not in self._states:
             self._moves += 1
             call.counts.restart()
             if self._moves > _MOST_STATES:
                 self._break("its weights or attributes are written to again and again")
-            for old in list(self._states)[: 1 - _KEPT_STATES]:
-                self._forget(old)
+            self.close(keep=_KEPT_STATES - 1)
         families = self._states[state] = self._states.pop(state, {})
-        return families.setdefault(call.keys.family, Family({self._batch >> 32}))
+        family = families.setdefault(call.keys.family, Family({self._batch >> 32}))
+        return family.batches.setdefault(call.size, Batches(family, call.size))
 
-    def _find(self, call: Call, family: Family, batches: Batches) -> list[Entry | None]:
-        def rows_of(size: int) -> list[Entry | None]:
-            entries = self._rows.find(call.keys.family, call.keys.samples, size, batches.row_bytes)
-            return [None if e is None or e.fit in family.wrong else e for e in entries] if family.wrong else entries
-
+    def _find(self, call: Call, batches: Batches) -> list[Entry | None]:
         if batches.form is None:
             return [None] * call.size
-        found = rows_of(batches.size)
-        for size in family.alike if batches.size in family.alike and None in found else ():
-            found = [one or other for one, other in zip(found, rows_of(size), strict=True)]
-        return found
+        find = partial(self._rows.find, call.keys.family, call.keys.samples, row_bytes=batches.row_bytes)
+        found = find(batches.size)
+        for size in batches.sizes - {batches.size} if None in found else ():
+            found = [one or other for one, other in zip(found, find(size), strict=True)]
+        return batches.family.right(found)
 
-    def _compute(self, call: Call, family: Family, batches: Batches, found: list[Entry | None]) -> Any:
-        attributes = [state.parts.attributes for state in call.states]
-        effects = SideEffects(call.given, self._hash, [one for each in attributes for one in each.generators])
-        batches.runs += 1
+    def _compute(self, call: Call, batches: Batches, found: list[Entry | None]) -> Any:
+        effects = SideEffects(call.given, call.states)
         begin = time.perf_counter()
         output, given = call.run(None)
         call.counts.run_seconds += time.perf_counter() - begin
         call.counts.misses += call.size
-        batches.written = [each.written(known) for each, known in zip_longest(attributes, batches.written)]
-        asides = [each.effect(is_first=batches.runs == 1) for each in attributes]
-        if effect := next(filter(None, [effects.found(output), *asides]), None):
+        if effect := effects.found(output, batches.written, is_first=batches.form is None):
             return self._break(effect, output)
         try:
             form, rows = encode(output, call.size, self._dtype, given)
         except NotPerSample as reason:
-            self.refuse(reason)
+            self.refuse(call.counts, reason)
             return output
         if self._dtype is not None:
             rounded = form.decode(rows.clone(), given)
@@ -144,21 +130,18 @@ class Memory:
             output = rounded
         if batches.form is None:
             batches.form, batches.row_bytes = form, rows.shape[1]
-            found = self._find(call, family, batches)
+            found = self._find(call, batches)
         elif form != batches.form:
             return self._break("the shape of what it gives, or a plain value in it, depends on the batch", output)
-        found = self._compare(call, family, batches, found, rows)
+        found = self._compare(call, batches, found, rows)
         if self.broken is None:
             self._keep(call, rows, found)
-            self._pad(call, family, batches, rows)
+            self._pad(call, batches, rows)
         return output
 
-    def _compare(
-        self, call: Call, family: Family, batches: Batches, found: list[Entry | None], rows: Tensor
-    ) -> list[Entry | None]:
+    def _compare(self, call: Call, batches: Batches, found: list[Entry | None], rows: Tensor) -> list[Entry | None]:
         """Learn from samples that were there before and have been computed again; return those that are right."""
-        form: Any = batches.form
-        entries = {i: entry for i, entry in enumerate(found) if entry is not None}
+        family, entries = batches.family, {i: entry for i, entry in enumerate(found) if entry is not None}
         if not entries:
             return found
         old = rows.clone()
@@ -167,22 +150,20 @@ class Memory:
         if wrong := {entry.fit for i, entry in entries.items() if not same[i]} - family.proven:
             self._say("features of an earlier fit are not what it gives now, and are computed anew.")
             family.wrong |= wrong
-            return [None if entry is None or entry.fit in wrong else entry for entry in found]
+            return family.right(found)
         family.proven |= {entry.fit for entry in entries.values()}
         is_again = batches.are_together(found)
         if not all(same):
-            worst = difference(form.decode(old, call.given), form.decode(rows, call.given))
-            self._note_difference(call.counts, worst, form, None if is_again else batches)
-        numbers = _numbers(rows[list(entries)])
-        if is_again:
-            batches.same += numbers
-        else:
-            batches.mixed += numbers
+            self._note_difference(call, batches, old, rows, is_again=is_again)
+        batches.same += _numbers(rows[list(entries)]) if is_again else 0
+        batches.mixed += 0 if is_again else _numbers(rows[list(entries)])
         return found
 
-    def _note_difference(self, counts: Counts, worst: float, form: OutputForm, mixed: Batches | None) -> None:
+    def _note_difference(self, call: Call, batches: Batches, old: Tensor, new: Tensor, *, is_again: bool) -> None:
         """Say by how much two computations of the same differ; if not as kernels do, nothing is remembered any more."""
-        counts.difference = max(counts.difference, worst)
+        form: Any = batches.form
+        worst = difference(form.decode(old, call.given), form.decode(new, call.given))
+        call.counts.difference = max(call.counts.difference, worst)
         epsilons = [torch.finfo(one.dtype).eps for one in form.tensors if one.dtype.is_floating_point]
         rounding = f"differ by rounding, up to {worst:.1e} of the largest"
         if worst > min(0.01, _ROUNDING * max(epsilons, default=0.0)):
@@ -190,22 +171,25 @@ class Memory:
                 f"it gave other outputs for samples that had been there before, by {worst:.1e} of the largest: "
                 "they are random, depend on the batch, or come from code that has changed"
             )
-        elif mixed is None:
+        elif is_again:
             self._say(f"outputs for the same batch {rounding}; those computed first are kept.")
         else:
-            mixed.mixed = -math.inf
-            self.refused = self.refused or f"outputs for the same samples in other places of a batch {rounding}"
-            self._say(f"{self.refused}: only whole batches are answered.")
+            batches.mixed = -math.inf
+            call.counts.refused = f"outputs for the same samples in other places of a batch {rounding}"
+            self._say(f"{call.counts.refused}: only whole batches are answered.")
 
-    def _pad(self, call: Call, family: Family, batches: Batches, rows: Tensor) -> None:
+    def _pad(self, call: Call, batches: Batches, rows: Tensor) -> None:
         """Compute a short batch in the size of others, too, and find out whether its bits are the same there."""
+        family = batches.family
         largest = max((one for one in family.batches.values() if one.form is not None), key=lambda one: one.size)
         form: Any = largest.form
-        if largest.size <= call.size or family.pads >= _MOST_PADS or {largest.size, call.size} <= family.alike:
+        if largest.size in batches.sizes or family.pads >= _MOST_PADS:
             return
-        if call.keys.is_rounded or any(min(one.dtype.itemsize, one.stored.itemsize) < 4 for one in form.tensors):
+        weights = [tensor for state in call.states for tensor in state.parts.tensors]
+        narrowest = min(min(one.dtype.itemsize, one.stored.itemsize) for one in form.tensors)
+        if call.keys.is_rounded or any(map(is_half, weights)) or narrowest < 4:
             batches.alike = -math.inf  # rounding hides where kernels differ
-        found = self._find(call, family, largest)
+        found = self._find(call, largest)
         if batches.alike < 0 and None not in found:
             return
         family.pads += 1
@@ -216,7 +200,7 @@ class Memory:
                 self._keep(call, padded, found)
                 batches.alike += _numbers(rows) if torch.equal(padded[: call.size], rows) else -math.inf
                 family.alike |= {batches.size, largest.size} if batches.alike >= ENOUGH else set()
-        _write(batches.written)
+        batches.write()
 
     def _keep(self, call: Call, rows: Tensor, found: list[Entry | None]) -> None:
         """Keep the rows of samples that are not there."""
@@ -242,13 +226,6 @@ class Memory:
         self.close()
         self._say(f"off, because {why}.")
         return output
-
-
-def _write(written: Sequence[Mapping[Place, Any]]) -> None:
-    """Put into attributes what a run would have put there."""
-    for values in written:
-        for (owner, name), (value, _) in values.items():
-            setattr(owner, name, value)
 
 
 def _numbers(rows: Tensor) -> int:

@@ -4,33 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from lightning_freeze.feature_cache.attributes import Place
+from lightning_freeze.feature_cache.attributes import Known
 from lightning_freeze.feature_cache.outputs import OutputForm
 from lightning_freeze.feature_cache.rows import Entry
 
 ENOUGH = 256  # numbers that have to be equal, over all comparisons, before bits count as the same
 _FIRST_PROOF, _RARER = 128, 4  # the batch answered from memory that is computed all the same, and the growth of that
-
-
-@dataclass
-class Batches:
-    """What is known of batches of one size, by what has been computed a second time."""
-
-    size: int
-    form: OutputForm | None = None
-    row_bytes: int = 0
-    written: list[dict[Place, Any]] = field(default_factory=list)  # what runs put into attributes of each link
-    runs: int = 0
-    same: int = 0  # numbers that were equal when a batch was computed again
-    mixed: float = 0  # and when samples were computed in another batch than before; -inf if some were not
-    alike: float = 0  # and in a larger batch; -inf if one was not
-
-    def are_together(self, found: Sequence[Entry | None]) -> bool:
-        """Whether rows are those of one batch, in its order."""
-        first = found[0].batch if found[0] is not None else 0
-        return all(e is not None and e[:3] == (first, place, self.size) for place, e in enumerate(found))
 
 
 @dataclass
@@ -45,16 +25,51 @@ class Family:
     answers: int = 0
     next_proof: int = _FIRST_PROOF
 
-    def serves(self, batches: Batches, found: Sequence[Entry | None]) -> bool:
+    def right(self, found: list[Entry | None]) -> list[Entry | None]:
+        """Return entries without those that are wrong."""
+        if self.wrong:
+            return [None if entry is None or entry.fit in self.wrong else entry for entry in found]
+        return found
+
+
+@dataclass
+class Batches:
+    """What is known of batches of one size, by what has been computed a second time."""
+
+    family: Family
+    size: int
+    form: OutputForm | None = None
+    row_bytes: int = 0
+    written: Known = field(default_factory=dict)
+    same: int = 0  # numbers that were equal when a batch was computed again
+    mixed: float = 0  # and when samples were computed in another batch than before; -inf if some were not
+    alike: float = 0  # and in a larger batch; -inf if one was not
+
+    @property
+    def sizes(self) -> set[int]:
+        """The sizes of batches whose rows serve these."""
+        return self.family.alike if self.size in self.family.alike else {self.size}
+
+    def are_together(self, found: Sequence[Entry | None]) -> bool:
+        """Whether rows are those of one batch, in its order."""
+        first = found[0].batch if found[0] is not None else 0
+        return all(e is not None and e[:3] == (first, place, self.size) for place, e in enumerate(found))
+
+    def write(self) -> None:
+        """Put into attributes what a run would have put there."""
+        for (owner, name), (one, value, _) in self.written.items():
+            if one.is_same:
+                setattr(owner, name, value)
+
+    def are_served(self, found: Sequence[Entry | None]) -> bool:
         """Whether rows are known to be what the module gives in the batch that they make up now."""
-        sizes = self.alike if batches.size in self.alike else {batches.size}
-        is_known = batches.same >= ENOUGH and batches.are_together(found)
-        mixed = [self.batches[size].mixed for size in sizes]
+        family, mixed = self.family, [self.family.batches[size].mixed for size in self.sizes]
+        is_known = self.same >= ENOUGH and self.are_together(found)
         if not is_known and (max(mixed) < ENOUGH or min(mixed) < 0):
             return False
-        if not {entry.fit for entry in found if entry is not None} <= self.proven:
+        if not {entry.fit for entry in found if entry is not None} <= family.proven:
             return False
-        self.answers += 1
-        is_proof = self.answers >= self.next_proof
-        self.next_proof *= _RARER if is_proof else 1
+        family.answers += 1
+        is_proof = family.answers >= family.next_proof
+        family.next_proof *= _RARER if is_proof else 1
         return not is_proof

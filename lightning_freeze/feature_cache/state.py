@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
 from operator import attrgetter, is_
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import xxhash
 from torch import Tensor, fx, nn
 
-from lightning_freeze.feature_cache.attributes import Attributes, text_of_class
+from lightning_freeze.feature_cache.attributes import Attributes, are_same, text_of_class, views_of
 from lightning_freeze.feature_cache.hashing import Hash
 from lightning_freeze.feature_cache.interceptor import (
     BatchNormBase,
@@ -21,9 +21,10 @@ from lightning_freeze.feature_cache.interceptor import (
     parts_of,
     version_of,
 )
-from lightning_freeze.feature_cache.keys import is_half, why_no_key
+from lightning_freeze.feature_cache.keys import why_no_key
 
-_training, _code, _trains = attrgetter("training"), attrgetter("code"), attrgetter("requires_grad")
+_END = object()
+_training, _trains = attrgetter("training"), attrgetter("requires_grad")
 
 # Where classes that are random in train mode keep how much, by the names torch, torchvision and timm use.
 _PROBABILITIES = ("p", "drop_prob", "dropout", "upper")
@@ -74,44 +75,40 @@ class State:
     ``tensor.data`` moves neither and is seen after :meth:`recheck`; so are attributes of torch's own layers.
 
     Attributes:
+        parts: What it is of.
         why: Why outputs may not be reused, None if they may.
         key: Of everything, the same in every run, if they may.
-        parts: What it is of.
     """
 
     def __init__(self, name: str, module: nn.Module, hashing: Hash) -> None:
-        self.why: str | None = ""
-        self.key = b""
-        self.parts = _Parts(module)
-        self._named, self._hash = (name, module), hashing
+        self.name, self.module, self.hashing = name, module, hashing
+        self.parts, self.why = _Parts(module), why_not_reusable(name, module)
+        self.key = self._program = self._contents = b""
         self._is_new = True  # has not run
-        self._digests: dict[int, tuple[Any, bytes]] = {}  # of tensors; none are read anew
-        self._marks: tuple[Any, Any] = (None, None)
-        self._text = self._program = b""
+        self._writes: list[int] = []
 
     def recheck(self, written: Iterable[Tensor] | None = None) -> None:
         """Read all tensors at the next call if one of those ``written`` is among them, or if none is named."""
-        if written is None or any(id(tensor) in self._digests for tensor in written):
-            self._digests.clear()
+        if written is None or any(tensor in self.parts.tensors for tensor in written):
+            self._contents = b""
 
     def read(self) -> State:
         """Bring the attributes up to date."""
-        if is_new := not self.parts.hold(whole=not self._digests):
-            before, self.parts = self.parts, _Parts(self._named[1])  # so that no other tensor has the id of one before
-            self._digests = {id(t): self._digests[id(t)] for t in self.parts.tensors if id(t) in self._digests}
-            if not _are_same(self.parts.attributes.others, before.attributes.others):
+        if has_moved := not self.parts.hold(whole=not self._contents):
+            before, self.parts = self.parts, _Parts(self.module)
+            self.why = why_not_reusable(self.name, self.module)
+            if not are_same(self.parts.attributes.others, before.attributes.others):
                 self._program = secrets.token_bytes(16)  # functions have no text that says all that they do
-        old_form, old_writes = self._marks
-        form, writes = self._marks = self.parts.marks()
-        if has_changed := is_new or form != old_form:
-            self.why = why_not_reusable(*self._named)
-            kinds = [text_of_class(type(layer)) for layer in self.parts.layers]  # type: ignore[arg-type]
-            self._text = (
-                f"{torch.__version__}{self._named[1]!r}{kinds}{form[:2]}{self.parts.attributes.text}".encode()
-                + self._program
-            )
-        if self.why is None and (has_changed or writes != old_writes or not self._digests):
-            self.key = xxhash.xxh3_128_digest(self._text + self._contents(self.parts.tensors))
+            if not are_same([*self.parts.tensors], [*before.tensors]):
+                self._contents = b""
+        if self.why is not None:
+            return self
+        if not self._contents or self.parts.writes() != self._writes:
+            self._writes, has_moved = self.parts.writes(), True
+            layout = [(tensor.stride(), tensor.device) for tensor in self.parts.tensors]
+            self._contents = f"{layout}".encode() + b"".join(self.hashing.tensors([*self.parts.tensors]))
+        if has_moved:
+            self.key = xxhash.xxh3_128_digest(self.parts.text + self._program + self._contents)
         return self
 
     def note_run(self) -> None:
@@ -120,58 +117,50 @@ class State:
             self.parts.attributes.note_run(is_first=self._is_new)
         self._is_new = False
 
-    def _contents(self, tensors: list[Tensor]) -> bytes:
-        """Return a hash of each tensor, computed anew where something was written to it."""
-        versions = [None if t.is_inference() else version_of(t) for t in tensors]
-        places = [(t.data_ptr(), t.shape, t.stride(), t.device) for t in tensors]
-        marks = dict(zip(map(id, tensors), zip(versions, places, strict=True), strict=True))
-        moved = [t for t in tensors if self._digests.get(id(t), (None,))[0] != marks[id(t)]]
-        for tensor, digest in zip(moved, self._hash.tensors(moved), strict=True):
-            self._digests[id(tensor)] = marks[id(tensor)], f"{tensor.stride()}{tensor.device}".encode() + digest
-        return b"".join(self._digests[id(tensor)][1] for tensor in tensors)
-
 
 class _Parts:
-    """The layers and tensors of a module, and cheap marks of what can move about them."""
+    """The layers, attributes and tensors of a module at one time, and whether it is still made of them.
+
+    Attributes:
+        text: Of modes, code and attributes.
+        tensors: Parameters, buffers, and tensors in attributes.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self.layers = list(module.modules())
+        self._layers = list(module.modules())
         # What TorchScript keeps are no dictionaries.
-        plain = [layer for layer in self.layers if not isinstance(layer, torch.jit.ScriptModule)]
+        plain = [layer for layer in self._layers if not isinstance(layer, torch.jit.ScriptModule)]
         kinds = [type(layer) for layer in plain if not isinstance(layer, fx.GraphModule)]
         classes = dict.fromkeys(base for kind in kinds for base in kind.__mro__ if base not in nn.Module.__mro__)
-        self.attributes = Attributes([*plain, *classes])
-        self._graphs = [layer for layer in plain if isinstance(layer, fx.GraphModule)]
-        self.tensors: list[Tensor] = [
-            *dict.fromkeys(chain(module.parameters(), module.buffers(), self.attributes.tensors))
-        ]
-        self.has_half = any(map(is_half, self.tensors))
-        self._counted = [t for t in self.tensors if not t.is_inference() and why_no_key(t) is None]
-        self._views = [part.values() for layer in plain for part in parts_of(layer)] + self.attributes.views
+        own, torchs = list[Any](), list[Any]()  # torch's own are many and seldom changed
+        for one in (*plain, *classes):
+            kind = one if isinstance(one, type) else type(one)
+            (torchs if kind.__module__.startswith("torch.nn.") else own).append(one)
+        self.attributes = Attributes([*own, *torchs])
+        self.text = (
+            f"{torch.__version__}{module!r}{list(map(text_of_class, map(type, self._layers)))}"
+            f"{list(map(_training, self._layers))}{self.attributes.text}".encode()
+        )
+        self.tensors = dict.fromkeys(chain(module.parameters(), module.buffers(), self.attributes.tensors))
+        self._counted = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self._hooks = [hooks for layer in plain for hooks in hooks_of(layer)]
-        self._dicts = list(map(vars, plain))
-        self._objects = self._look(), list(chain(*self.attributes.of_torch))
+        self._dicts = [vars(layer) for layer in torchs if isinstance(layer, nn.Module)]
+        self._views = [part.values() for layer in plain for part in parts_of(layer)] + views_of(own)
+        self._views_of_torch = views_of(torchs)
+        self._objects = list(self._look()), list(chain(*self._views_of_torch))
 
     def hold(self, *, whole: bool) -> bool:
-        """Whether every layer, parameter, buffer and attribute is the object it was; of torch's layers if ``whole``."""
+        """Whether every layer, parameter, buffer, mode and attribute is what it was; of torch's layers if ``whole``."""
         own, torchs = self._objects
-        return _are_same(self._look(), own) and (not whole or _are_same(list(chain(*self.attributes.of_torch)), torchs))
+        is_same = all(map(is_, self._look(), own))
+        return is_same and (not whole or are_same(list(chain(*self._views_of_torch)), torchs))
 
-    def _look(self) -> list[Any]:
+    def writes(self) -> list[int]:
+        """Return what is other once a tensor has been written to, but through ``.data``."""
+        return [*map(version_of, self._counted), *map(Tensor.data_ptr, self._counted)]
+
+    def _look(self) -> Iterator[Any]:
+        flags = any(self._hooks), any(map(_trains, self.tensors))
+        modes = map(dict.get, self._dicts, repeat("training"))
         forwards = map(dict.get, self._dicts, repeat("forward"))
-        return [*forwards, *map(type, self.layers), *chain(*self._views)]
-
-    def marks(self) -> tuple[Any, Any]:
-        """Return modes, code and flags; marks of writes but those through ``.data``."""
-        form = (
-            list(map(_training, self.layers)),
-            list(map(_code, self._graphs)),
-            any(self._hooks),
-            any(map(_trains, self.tensors)),
-        )
-        writes = list(map(version_of, self._counted)), list(map(Tensor.data_ptr, self._counted))
-        return form, writes
-
-
-def _are_same(objects: list[Any], others: list[Any]) -> bool:
-    return len(objects) == len(others) and all(map(is_, objects, others))
+        return chain(flags, modes, forwards, map(type, self._layers), *self._views, [_END])

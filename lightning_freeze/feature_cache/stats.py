@@ -53,11 +53,12 @@ class Counts:
     run_seconds: float = 0.0  # in the modules for the misses
     all_seconds: float = 0.0  # keys and checks included
     difference: float = 0.0
+    refused: str | None = None  # why some calls are not answered
     off: str | None = None  # why nothing is remembered in this stage any more
     left_out: int = 0  # samples of this epoch for which there was no room
     last_epoch: tuple[int, int] = (0, 0)  # its hits and misses
-    _epochs: int = 0
-    _before: tuple[int, int] = (0, 0)
+    _before: tuple[int, int] = (0, 0)  # those until the end of the last epoch
+    _restart: int = 0  # samples until nothing was known of any
 
     @property
     def seconds_saved(self) -> float:
@@ -66,29 +67,28 @@ class Counts:
             return 0.0
         return self.hits * self.run_seconds / self.misses - (self.all_seconds - self.run_seconds)
 
-    def end_epoch(self, stage: str, refused: str | None, row_bytes: float) -> str | None:
+    def end_epoch(self, stage: str, row_bytes: float) -> str | None:
         """Return why nothing is remembered any more, if samples have not come back though they could have."""
         hits, misses = self.last_epoch = self.hits - self._before[0], self.misses - self._before[1]
         samples, known, left_out = hits + misses, self.known, self.left_out
         self._before, self.known, self.left_out = (self.hits, self.misses), 0, 0
-        if self._epochs >= 1 and samples and self.off is None:
-            if known < _WORTH * samples:
-                self.off = refused or (
-                    f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they "
-                    "are augmented at random, or there is too little room for them"
-                )
-            elif (left_out or refused) and hits < _WORTH * samples:
-                self.off = refused or (
-                    f"there is no room for {left_out:,} of the {samples:,} samples of the last {stage} epoch, and a "
-                    f"batch is answered only if all of its samples are there. All take {samples * row_bytes:,.0f} bytes"
-                )
-            return self.off
-        self._epochs += samples > 0
-        return None
+        if self.off is not None or not 0 < 2 * samples <= self.hits + self.misses - self._restart:
+            return None
+        if known < _WORTH * samples:
+            self.off = self.refused or (
+                f"only {known:,} of the {samples:,} samples of the last {stage} epoch had been there before: they "
+                "are augmented at random, or there is too little room for them"
+            )
+        elif (left_out or self.refused) and hits < _WORTH * samples:
+            self.off = self.refused or (
+                f"there is no room for {left_out:,} of the {samples:,} samples of the last {stage} epoch, and a "
+                f"batch is answered only if all of its samples are there. All take {samples * row_bytes:,.0f} bytes"
+            )
+        return self.off
 
     def restart(self) -> None:
         """Do not count on samples to come back of which nothing is known any more."""
-        self._epochs = -1 if (self.hits, self.misses) != self._before else 0
+        self._restart = self.hits + self.misses
 
 
 class Stages(defaultdict[str, Counts]):
@@ -104,15 +104,17 @@ class Stages(defaultdict[str, Counts]):
         """Go on in another fit, where samples may come back again."""
         self.name = name
         for counts in self.values():
-            counts.off = None
+            counts.off = counts.refused = None
             counts.restart()
 
-    def off(self, refused: str | None = None) -> str | None:
+    def off(self) -> str | None:
         """Return why nothing is remembered in training any more; without training, in any stage, all calls refused."""
         used = {stage: counts for stage, counts in self.items() if counts.misses and "sanity" not in stage}
+        if not used:
+            return next((counts.refused for counts in self.values() if counts.refused is not None), None)
         training = [counts.off for stage, counts in used.items() if stage.startswith("train")]
         reasons = training or [counts.off for counts in used.values()]
-        return refused if not used else reasons[0] if all(reasons) else None
+        return reasons[0] if all(reasons) else None
 
     def stats(self, **now: Any) -> FeatureStats:
         """Return the sums over all stages, with what holds ``now``."""

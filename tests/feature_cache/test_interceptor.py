@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lightning_freeze.feature_cache.interceptor import Interceptor, Run, is_compiled, is_intercepted
 
@@ -16,29 +16,6 @@ def doubled(run: Run, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 X = torch.randn(3, 4)
-
-
-@pytest.mark.parametrize("place", ["class", "module", "graph"])
-def test_what_runs_is_the_function_of_that_moment(place: str) -> None:
-    class Module(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + 1
-
-    module: Any = fx.symbolic_trace(Module()) if place == "graph" else Module()
-    interceptor = Interceptor(module, doubled)
-    assert torch.equal(module(X), (X + 1) * 2)
-    if place == "graph":
-        first, add, *_ = module.graph.nodes
-        add.args = (first, 2)
-        module.recompile()
-    elif place == "class":
-        Module.forward = lambda self, x: x + 2  # type: ignore[method-assign]
-    else:
-        module.forward = lambda x: x + 2
-    assert torch.equal(module(X), (X + 2) * 2)
-    interceptor.remove()
-    assert torch.equal(module(X), X + 2)
-    assert ("forward" in vars(module)) == (place == "module")
 
 
 @pytest.mark.parametrize("attribute", [None, "a compiled call"])
@@ -83,9 +60,8 @@ class Everything(nn.Module):
         return dict(vars(self))
 
 
-@pytest.mark.parametrize("make", [nn.Linear, Everything])
-def test_copies_run_by_themselves(make: Any) -> None:
-    module = nn.Linear(4, 4) if make is nn.Linear else Everything()
+def test_copies_run_by_themselves() -> None:
+    module = Everything()
     Interceptor(module, doubled)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), copy.deepcopy(copy.deepcopy(module))):
         assert not is_intercepted(twin)

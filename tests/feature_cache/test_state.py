@@ -8,7 +8,7 @@ import timm
 import torch
 import torchvision
 from efficientnet_lite_pytorch import EfficientNet
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lightning_freeze.feature_cache.hashing import DeviceHash, Hash
 from lightning_freeze.feature_cache.state import State, why_not_reusable
@@ -91,21 +91,6 @@ def test_where_weights_lie_is_in_the_key_and_what_is_written_back_is_no_change()
     assert state.read().key != key
 
 
-@pytest.mark.parametrize("where", ["class", "module", "below"])
-def test_another_function_is_another_key(where: str) -> None:
-    class Module(nn.Sequential):
-        pass
-
-    net: Any = frozen(Module(nn.Linear(2, 2)))
-    state = state_of(net)
-    keys = [state.key]
-    target = {"class": Module, "module": net, "below": net[0]}[where]
-    for factor in (1, 2):
-        target.forward = lambda *args, factor=factor: args[-1] * factor
-        keys.append(state.read().key)
-    assert len(set(keys)) == 3
-
-
 def test_a_forward_that_is_made_anew_whenever_it_is_read_is_no_change() -> None:
     class Module(nn.Module):
         def run(self, x: Tensor, scale: int) -> Tensor:
@@ -115,26 +100,6 @@ def test_a_forward_that_is_made_anew_whenever_it_is_read_is_no_change() -> None:
 
     state = state_of(nn.Sequential(Module()))
     assert state.read().key == state.key
-
-
-def test_programs_of_fx_are_told_apart_by_their_code() -> None:
-    net = frozen(fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU())))
-    state = state_of(nn.Sequential(net))
-    key = state.key
-    net.recompile()
-    assert state.read().key == key
-    (*_, relu, output) = net.graph.nodes
-    output.args = (relu.args[0],)
-    net.recompile()
-    assert state.read().key != key
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_torchscript_cannot_be_looked_into() -> None:
-    net = nn.Sequential(torch.jit.script(nn.Sequential(nn.Linear(2, 2))), nn.ReLU())
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
-    assert state_of(net).why == "net.0 is TorchScript, whose code cannot be looked into"
 
 
 class Marked(Tensor):

@@ -159,16 +159,17 @@ def test_a_folder_can_be_removed_in_mid_fit(
 
 def test_a_default_room_does_not_count_what_lies_there_twice(tmp_path: Path) -> None:
     """Half of what is free and of what lies there, which is what was free before, for all ranks together."""
-    folder = FolderRows(tmp_path / "features")
+    (tmp_path / "features").mkdir()
     with (tmp_path / "features" / "features-7.sqlite").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, 200_000_000)
     free = shutil.disk_usage(tmp_path).free
     for ranks in (1, 2):
-        folder.make_room(None, ranks)
+        folder = FolderRows(tmp_path / "features", ranks=ranks)
         expected = (free // 2 - 100_000_000) // ranks
-        assert abs(folder.room - expected) < 50_000_000  # others use the disk meanwhile
-    folder.make_room(300_000_000, 2)
-    assert folder.room <= 100_000_000
+        assert abs(folder._room - expected) < 50_000_000  # others use the disk meanwhile
+        folder.close()
+    folder = FolderRows(tmp_path / "features", max_bytes=300_000_000, ranks=2)
+    assert folder._room <= 100_000_000
     folder.close()
 
 
@@ -232,7 +233,7 @@ def test_one_of_two_ranks_is_killed(tmp_path: Path) -> None:
 # Folders that cannot be
 
 
-@pytest.mark.parametrize("name", ["file/below", "link", "n" * 300])
+@pytest.mark.parametrize("name", ["file", "file/below", "link", "n" * 300])
 def test_a_folder_that_cannot_be_is_an_error_at_the_start(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("dear")
     (tmp_path / "link").symlink_to("nowhere")
