@@ -146,7 +146,6 @@ ALL = {f"norm/{name}" for name in ("grad", "grad_clipped", "nonfinite_grads", "w
         ({"per": "module"}, {"backbone", "neck", "head"}),
         ({"per": "parameter"}, {name for name, _ in Plain().named_parameters()}),
     ],
-    ids=str,
 )
 def test_what_and_per_choose_the_norms_that_are_logged(options: dict[str, Any], expected: set[str]) -> None:
     if "per" in options:
