@@ -20,8 +20,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_freeze.feature_cache.effects import SideEffects
+from lightning_freeze.feature_cache.effects import generators, marks_of
 from lightning_freeze.feature_cache.folder import FolderRows
+from lightning_freeze.feature_cache.interceptor import tree_leaves
 from lightning_freeze.feature_cache.keys import Keys, NotPerSample, is_half
 from lightning_freeze.feature_cache.outputs import difference, encode
 from lightning_freeze.feature_cache.proof import ENOUGH, Batches, Family
@@ -111,13 +112,21 @@ class Memory:
         return batches.family.right(found)
 
     def _compute(self, call: Call, batches: Batches, found: list[Entry | None]) -> Any:
-        effects = SideEffects(call.given, call.states)
+        marks, numbers = marks_of(call.given, call.states[-1].hashing), generators(call.given, call.states)
         begin = time.perf_counter()
         output, given = call.run(None)
         call.counts.run_seconds += time.perf_counter() - begin
         call.counts.misses += call.size
-        if effect := effects.found(output, batches.written, is_first=batches.form is None):
-            return self._break(effect, output)
+        if marks_of(call.given, call.states[-1].hashing) != marks:
+            return self._break("it writes into what it is given", output)
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
+            why = "what it gives requires grad though no parameter in it does: something else trains with it"
+            return self._break(why, output)
+        if generators(call.given, call.states) != numbers:
+            return self._break("it draws random numbers", output)
+        for state in call.states:
+            if effect := state.parts.attributes.effect(batches.written, is_first=batches.form is None):
+                return self._break(effect, output)
         try:
             form, rows = encode(output, call.size, self._dtype, given)
         except NotPerSample as reason:

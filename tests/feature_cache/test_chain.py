@@ -220,9 +220,21 @@ class KernelsOfHalf(nn.Module):
         return features
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_in_half_precision_equal_bits_of_some_say_nothing_of_others(dtype: torch.dtype) -> None:
-    net, x = KernelsOfHalf(), torch.randn(8, 300).to(dtype)
+class HalfInside(KernelsOfHalf):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(300, dtype=torch.bfloat16), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.bfloat16() * self.weight).float()
+
+
+@pytest.mark.parametrize(
+    ("net", "dtype"),
+    [(KernelsOfHalf(), torch.bfloat16), (KernelsOfHalf(), torch.float16), (HalfInside(), torch.float32)],
+)
+def test_in_half_precision_equal_bits_of_some_say_nothing_of_others(net: nn.Module, dtype: torch.dtype) -> None:
+    x = torch.randn(8, 300).to(dtype)
     x[6, 0] = 11
     known, new = x[[0, 2, 1, 3]], x[[4, 5, 7, 6]]
     batches = [x, x, known, known, x[:4], new, new, x]

@@ -77,6 +77,29 @@ def test_what_counts_is_in_the_key() -> None:
     assert len(set(keys)) == 6
 
 
+@pytest.mark.parametrize("where", ["module", "class"])
+def test_an_attribute_that_comes_late_is_in_the_key(where: str) -> None:
+    class Own(nn.Module):
+        pass
+
+    net = Own()
+    state, target = state_of(net), net if where == "module" else Own
+    key = state.key
+    target.late = 2  # type: ignore[union-attr]
+    assert state.read().key != key
+    del target.late  # type: ignore[union-attr]
+    assert state.read().key == key
+
+
+def test_another_view_of_the_same_memory_is_another_key() -> None:
+    net, numbers = nn.Module(), torch.randn(4)
+    net.register_buffer("some", numbers[:2])
+    state = state_of(net)
+    key = state.key
+    net.some = numbers[:3]
+    assert state.read().key != key
+
+
 def test_where_weights_lie_is_in_the_key_and_what_is_written_back_is_no_change() -> None:
     net = frozen(nn.Conv2d(3, 4, 2))
     state = state_of(net)
