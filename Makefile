@@ -30,8 +30,7 @@ $(VENV)/torch:
 	touch $@
 
 $(VENV)/installed: pyproject.toml $(VENV)/torch
-	$(BIN)/python -m pip install --quiet --no-compile $(VISION)
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH) $(VISION) --editable '.[dev]'
 	touch $@
 
 setup: $(VENV)/installed ## Create .venv and install the package with all extras
