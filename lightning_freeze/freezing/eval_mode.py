@@ -43,10 +43,11 @@ class StaysInEval:
 
     def set_mode(self, training: bool, *args: Any, **kwargs: Any) -> None:
         """Set the mode of the module and not of those below, by its own ``train()`` if it has one: that may do more."""
-        if not self.is_plain:
+        is_plain = self.is_plain
+        if not is_plain:
             with _children_muted(self.module):
                 (self.own or type(self.module).train.__get__(self.module))(training, *args, **kwargs)
-        if self.is_plain or not training:
+        if is_plain or not training:
             self.module.training = training
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

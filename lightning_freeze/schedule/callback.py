@@ -229,8 +229,8 @@ class FreezeSchedule(Holder):
         """Begin the next phase if this one is over."""
         if self._loaded is not None:
             self._restore()
-        self.course.begin_epoch()
-        super().on_train_epoch_start(trainer, pl_module)
+        if not self.course.begin_epoch():
+            super().on_train_epoch_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over."""

@@ -75,12 +75,13 @@ class Course:
         self._tell_start()
         self._end_if_over()
 
-    def begin_epoch(self) -> None:
-        """Look at what the last epoch logged; begin the next phase if this one is over."""
+    def begin_epoch(self) -> bool:
+        """Look at what the last epoch logged; begin the next phase if this one is over, and return whether it was."""
         self.looks.begin_epoch(self.progress)
-        self._move(self._asked(ask_function=True, epoch_begins=True))
+        moved = self._move(self._asked(ask_function=True, epoch_begins=True))
         self.progress.seen, self._stepped = self.step, 0
         self._log_phase()
+        return moved
 
     def begin_batch(self, batch_idx: int) -> None:
         """Begin the next phase between two optimizer steps if this one is over, and log scaled rates."""
