@@ -123,7 +123,9 @@ def _found(owners: Iterable[Owner]) -> dict[Place, list[Any]]:
 
 
 def _written_by(owners: Iterable[Owner]) -> dict[Place, Written]:
-    return {(owner, name): one for owner in owners for name, one in _written.get(owner, {}).items()}
+    written = dict(_written)  # few, and asked without a weak reference to each owner
+    mine = [owner for owner in owners if owner in written]
+    return {(owner, name): one for owner in mine for name, one in written[owner].items()}
 
 
 def _leaves(value: Any) -> list[Any]:

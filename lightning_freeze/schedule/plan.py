@@ -203,7 +203,7 @@ class Plan:
 def _holds(model: nn.Module, callbacks: Sequence[Callback]) -> dict[str, Hold]:
     """Return what callbacks, and the user by :func:`freeze_batchnorm`, keep frozen in every phase."""
     holds = {one.state_key: one.holds(model) for one in callbacks if isinstance(one, Holder)}
-    by_hand = [one for one in model.modules() if (stay := interceptor(one)) is not None and BY_HAND in stay.holders]
+    by_hand = [one for one in model.modules() if interceptor(one, BY_HAND) is not None]
     return {**holds, BY_HAND: Hold(frozenset(affine_frozen_by_hand(by_hand)), tuple(by_hand))}
 
 
