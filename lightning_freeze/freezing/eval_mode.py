@@ -48,7 +48,9 @@ class StaysInEval:
             with _children_muted(self.module):
                 (self.own or type(self.module).train.__get__(self.module))(training, *args, **kwargs)
         if is_plain or not training:
-            self.module.training = training
+            # Without nn.Module's search among parameters; TorchScript keeps its mode elsewhere.
+            set_flag = object.__setattr__ if type(self.module).__setattr__ is nn.Module.__setattr__ else setattr
+            set_flag(self.module, "training", training)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Return what a copy has in this place."""
