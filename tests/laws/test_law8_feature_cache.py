@@ -191,11 +191,14 @@ def test_gradual_unfreezing_of_a_transformer_whose_layers_share_a_mask() -> None
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_so_they_are_at_64_pixels(name: str, threads: int, precision: Any) -> None:
-    """In double precision on two threads, bits of a ViT depend on a sample's place in its batch: that is bounded."""
+    """In double precision on two threads, bits of a ViT depend on a sample's place in its batch: that is found out."""
     torch.set_num_threads(threads)
     stats = check(name, samples=100, size=64, epochs=10, precision=precision).stats
     assert stats.difference <= (1e-14 if precision == "64-true" else 0)
-    assert stats.hits > 0.7 * (stats.hits + stats.misses)
+    if stats.difference == 0:
+        assert stats.hits > 0.7 * (stats.hits + stats.misses)
+    else:
+        assert "in other places of a batch differ by rounding" in str(stats.why)
 
 
 @pytest.mark.slow
