@@ -41,8 +41,10 @@ def _rebuild_ddp(strategy: DDPStrategy, old: DistributedDataParallel) -> None:
     kwargs = strategy._ddp_kwargs
     if "init_sync" in inspect.signature(DistributedDataParallel).parameters:
         strategy._ddp_kwargs = {**kwargs, "init_sync": False}
-    strategy.configure_ddp()
-    strategy._ddp_kwargs = kwargs
+    try:
+        strategy.configure_ddp()
+    finally:  # a fit after an error begins with that broadcast
+        strategy._ddp_kwargs = kwargs
     new = strategy.model
     assert isinstance(new, DistributedDataParallel)
     if not new._comm_hooks:  # those registered on the wrapper by hand; the strategy's own are there again
