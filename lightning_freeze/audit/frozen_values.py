@@ -75,8 +75,10 @@ class FrozenValues(Check):
         trains = {id(parameter) for name, parameter in now.parameters.items() if name in may_move}
         held_only = any(schedule.frozen_mode == "train" for schedule in now.schedules)
         found = frozen_tensors(now.module, trains, held_only=held_only)
-        heeded = {id(parameter) for name, parameter in now.parameters.items() if name not in now.ignored}
-        alone = set(wholly_frozen(now.module, heeded))  # ignored as a whole: their buffers are, too, also where held
+        alone = set[nn.Module]()
+        if now.ignored:  # as a whole: their buffers are, too, also where held
+            heeded = {id(parameter) for name, parameter in now.parameters.items() if name not in now.ignored}
+            alone.update(wholly_frozen(now.module, heeded))
         if (ledger := ledger_of(now.trainer)) is not None:
             alone |= ledger.left_alone()  # what callbacks move, as TargetNetwork its target
         return {name: (layer, t) for name, (layer, t) in found.items() if layer not in alone and has_values(t)}

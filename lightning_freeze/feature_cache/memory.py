@@ -164,8 +164,11 @@ class Memory:
         is_again = batches.are_together(found)
         if not all(same):
             self._note_difference(call, batches, old, rows, is_again=is_again)
-        batches.same += _numbers(rows[list(entries)]) if is_again else 0
-        batches.mixed += 0 if is_again else _numbers(rows[list(entries)])
+        numbers = _numbers(rows[list(entries)])
+        if is_again:
+            batches.same += numbers
+        else:
+            batches.mixed += numbers
         return found
 
     def _note_difference(self, call: Call, batches: Batches, old: Tensor, new: Tensor, *, is_again: bool) -> None:

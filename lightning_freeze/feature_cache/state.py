@@ -103,8 +103,9 @@ class State:
                 self._contents = b""
         if self.why is not None:
             return self
-        if not self._contents or self.parts.writes() != self._writes:
-            self._writes, has_moved = self.parts.writes(), True
+        writes = self.parts.writes()
+        if not self._contents or writes != self._writes:
+            self._writes, has_moved = writes, True
             layout = [(tensor.stride(), tensor.device) for tensor in self.parts.tensors]
             self._contents = f"{layout}".encode() + b"".join(self.hashing.tensors([*self.parts.tensors]))
         if has_moved:
